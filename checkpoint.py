@@ -1,0 +1,160 @@
+"""
+Checkpoints: save, verify, load. `load(path)` is the one way from a file to a model that works.
+
+A checkpoint is a zip as torch.save writes it, of tensors and plain data only: torch.load(weights_only=True)
+opens it, and nothing read from disk is ever executed. Its last 64 bytes, the zip's comment, are the SHA-256
+of all before them, so that one flipped bit anywhere is found. A file is written beside its final name, synced,
+and then renamed: whatever happens, a name stands for a whole checkpoint, the old one or the new one.
+
+    model, tokenizer = checkpoint.load("out/tiny")        # a run's folder, or one .pt file
+"""
+
+import hashlib
+import os
+import pickle
+import platform
+import struct
+import subprocess
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+import tokenizer as tokenizers
+from model import GPT, GPTConfig
+
+FORMAT = 1  # of the dictionary inside; readers refuse what is newer
+
+
+def save(path: str | Path, state: dict, previous: Path | None = None) -> None:
+    """
+    Write `state` (tensors and plain data) to `path`, whole or not at all; what was there stays as `previous`.
+    OSError or RuntimeError: it failed, and nothing has changed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.seek(-2, os.SEEK_END)  # the length of the zip's comment, the last field of the file
+            file.write(struct.pack("<H", 64))
+            file.seek(0)
+            file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut (where the system lets a folder be synced)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read(path: str | Path) -> dict:
+    """The dictionary in a checkpoint, on the CPU. ValueError names what is wrong with the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    try:
+        whole = digest_holds(path)
+        if not whole:  # perhaps another program's file: then the zip's own checksums must do
+            with zipfile.ZipFile(path) as file:
+                broken = file.testzip()
+            if broken:
+                raise ValueError(f"its part {broken} fails its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "format" not in state:
+            raise ValueError("it was not written by this project")
+        if not whole:
+            raise ValueError("its checksum does not fit its content")
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain data, so it was not opened") from error
+    except (
+        ValueError,
+        EOFError,
+        KeyError,
+        OverflowError,
+        RuntimeError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    if state["format"] > FORMAT:
+        raise ValueError(f"{path} was written by a newer version of this project")
+    return state
+
+
+def digest_holds(path: Path) -> bool:
+    """Whether the last 64 bytes of a file are the SHA-256 of all before them."""
+    size, digest = path.stat().st_size - 64, hashlib.sha256()
+    with open(path, "rb") as file:
+        while (left := size - file.tell()) > 0:
+            digest.update(file.read(min(left, 1 << 20)))
+        return file.read() == digest.hexdigest().encode()
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, "tokenizers.Tokenizer"]:
+    """A run's folder (best.pt, else latest.pt) or one checkpoint file -> (model in eval mode, tokenizer)."""
+    return build(read(find(path)), device)
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint that a path stands for: itself, or the best one in a run's folder."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("best.pt", "latest.pt", "previous.pt") if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(
+                f"{path} holds no checkpoint; train one with: python train.py config/tiny.py"
+            )
+        return found[0]
+    return path
+
+
+def build(state: dict, device: str | torch.device = "cpu") -> tuple[GPT, "tokenizers.Tokenizer"]:
+    """What `read` returned -> (model in eval mode, tokenizer)."""
+    known = {field.name for field in fields(GPTConfig)}
+    unknown = sorted(set(state["model_config"]) - known)
+    if unknown:
+        raise ValueError(f"this checkpoint's model has settings unknown here: {', '.join(unknown)}")
+    model = GPT(GPTConfig(**state["model_config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), tokenizers.from_state(state["tokenizer"])
+
+
+def newest_run(root: str | Path = "out") -> Path:
+    """The folder under `root` whose checkpoint was written last."""
+    files = [file for file in Path(root).glob("*/*.pt") if not file.name.endswith(".tmp")]
+    if not files:
+        raise FileNotFoundError(
+            f"no checkpoint under {root}/; train one with: python train.py config/tiny.py"
+        )
+    return max(files, key=lambda file: file.stat().st_mtime).parent
+
+
+def provenance() -> dict[str, str]:
+    """What made this checkpoint: versions, the git commit, and whether the code had been changed since."""
+    here = Path(__file__).resolve().parent
+    made = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}
+    try:
+        made["commit"] = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--match=-"],
+            capture_output=True, text=True, check=True, timeout=5,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        made["commit"] = "unknown"
+    for name in ("model.py", "train.py"):
+        if (here / name).exists():
+            made[name] = hashlib.sha256((here / name).read_bytes()).hexdigest()[:16]
+    return made

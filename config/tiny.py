@@ -1,0 +1,28 @@
+"""A first model: 1.8M parameters, a few minutes on two CPU cores, and it tells a story at the end."""
+
+dataset = "tinystories"
+stories = 100_000  # the first ones, by streaming: a minute of waiting rather than an hour
+fallback = "toystories"  # where the Hub cannot be reached
+tokenizer = "bpe4096"
+
+n_layer = 4
+n_head = 2
+n_embd = 128
+block_size = 256
+mlp = "relu2"
+qk_norm = True
+tied = False
+init = "zero"
+
+batch_size = 12  # 12 rows x 256 tokens = 3,072 tokens a step
+max_iters = 800
+eval_interval = 200
+save_interval = 200
+eval_tokens = 65_536
+optimizer = "muon"
+learning_rate = 3e-3
+muon_lr = 0.02
+schedule = "linear"
+warmup_iters = 20
+weight_decay = 0.0
+beta2 = 0.99

@@ -1,0 +1,102 @@
+"""
+Optimizers, schedules and the average of the weights, by name.
+
+    optimizers = optim.build(model, config)                 # a list: one or two torch optimizers
+    optim.set_lr(optimizers, optim.schedule(config, step))  # each group's base_lr times a factor
+
+All functions of the step are pure: nothing but the step has to be saved to go on with them.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer]:
+    """
+    AdamW for everything, or (optimizer="muon") Muon for the matrices inside the blocks and AdamW for the
+    rest: embeddings, head, norms, biases. Weight decay falls on matrices only. Each group has its `base_lr`.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "vector": []}
+    for name, p in model.named_parameters():  # a tied or shared tensor comes once, under its first name
+        kind = "vector" if p.ndim < 2 else name.split(".")[0]
+        groups[{"embedder": "embedding", "head": "head", "vector": "vector"}.get(kind, "matrix")].append(p)
+    lr = {"embedding": c.embedding_lr, "head": c.head_lr}
+    adam, muon = [], []
+    for kind, params in groups.items():
+        if not params:
+            continue
+        group = {"params": params, "lr": lr.get(kind) or c.learning_rate}
+        group["weight_decay"] = 0.0 if kind == "vector" else c.weight_decay
+        if kind == "matrix" and c.optimizer == "muon":
+            muon.append(group | {"lr": c.muon_lr})
+        else:
+            adam.append(group)
+    found = [torch.optim.AdamW(adam, betas=(c.beta1, c.beta2), fused=fused)] if adam else []
+    if muon:
+        found.append(torch.optim.Muon(muon, momentum=c.muon_momentum, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return found
+
+
+def schedule(c, step: int) -> float:
+    """
+    The factor on every learning rate at `step` (0, 1, ... before its update): linear warmup over warmup_iters,
+    then by name down to min_lr / learning_rate, reached exactly at the last update and kept after it.
+    """
+    if step < c.warmup_iters:
+        return (step + 1) / (c.warmup_iters + 1)
+    floor, end = c.min_lr / c.learning_rate, c.lr_decay_iters or c.max_iters
+    start = c.warmup_iters
+    if c.schedule == "wsd":  # warmup, stable, decay: arXiv 2404.06395
+        start = max(start, round(end * (1 - c.decay_share)))
+    done = min(1.0, max(0.0, (step - start) / max(1, end - 1 - start)))  # 1 at the last update, end - 1
+    return floor + (1 - floor) * SCHEDULES[c.schedule](done)
+
+
+SCHEDULES = {  # the share of the way down that is left when `done` (0 to 1) of it has passed
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "wsd": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+
+def points(text: str) -> list[tuple[float, float]]:
+    """'0:0.0, 500:0.1' -> [(0, 0.0), (500, 0.1)]. ValueError unless steps rise and values are in [0, 1)."""
+    try:
+        found = [(float(step), float(value)) for step, value in (pair.split(":") for pair in text.split(","))]
+    except ValueError:
+        raise ValueError(f"dropout_schedule is a list like '0:0.0, 500:0.1', not {text!r}") from None
+    if sorted({step for step, _ in found}) != [step for step, _ in found]:
+        raise ValueError(f"the steps of dropout_schedule must rise: {text!r}")
+    if not all(0 <= value < 1 for _, value in found):
+        raise ValueError(f"dropout must be at least 0 and less than 1: {text!r}")
+    return found
+
+
+def interpolate(schedule: list[tuple[float, float]], step: int) -> float:
+    """The value at `step` on the line through (step, value) points, the outer values kept beyond them."""
+    if step <= schedule[0][0]:
+        return schedule[0][1]
+    for (a, x), (b, y) in zip(schedule, schedule[1:], strict=False):
+        if step <= b:
+            return x + (y - x) * (step - a) / (b - a)
+    return schedule[-1][1]
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = p

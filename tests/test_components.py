@@ -1,0 +1,557 @@
+"""The variants of model.py, each against a direct slow formula, and all of them together."""
+
+import math
+import random
+from itertools import combinations, product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import TINY, V, error, run_on_meta, tiny, tokens
+
+from model import (
+    GPT,
+    INITS,
+    MLPS,
+    POSITIONS,
+    SHARES,
+    Block,
+    GPTConfig,
+    KVCache,
+    LoRA,
+    Place,
+    alibi_slopes,
+    locate,
+    sinusoids,
+)
+
+# ----------------------------------------------------------------------------------------------------------
+# The products: the settings of each part, and a small set of models in which every pair of them occurs
+
+NORMS = {"rmsnorm": {}, "layernorm": dict(norm="layernorm", bias=True), "nonorm": dict(norm="none")}
+PLACES = {name: dict(position=name) for name in POSITIONS} | {
+    "shaw_values": dict(position="shaw", shaw_values=True, shaw_clip=3)
+}
+ATTENTIONS = {
+    "multihead": {},
+    "grouped": dict(n_kv_head=2),
+    "multiquery": dict(n_kv_head=1),
+    "window": dict(window=5),
+    "qk_norm": dict(qk_norm=True),
+    "grouped_window": dict(n_kv_head=2, window=3, qk_norm=True),
+}
+FEEDS = {name: dict(mlp=name) for name in MLPS}
+SHARED = {f"share_{name}": dict(share=name, lora_rank=2) for name in SHARES}
+PARTS = [NORMS, PLACES, ATTENTIONS, FEEDS, SHARED]
+OPTIONS = [
+    {"tied": {}, "untied": dict(tied=False)},
+    {"bare": {}, "embed_norm": dict(embed_norm=True), "weightless": dict(norm_weight=False)},
+    {f"init_{name}": dict(init=name) for name in INITS},
+    {"plain": {}, "capped": dict(softcap=5.0), "z": dict(z_loss=0.1), "smooth": dict(label_smoothing=0.1)},
+    {"chunked": dict(loss_chunk=7), "whole": dict(loss_chunk=0)},
+]
+
+
+def pairwise(factors: list[dict]) -> list[tuple[str, ...]]:
+    """Rows of one name from each factor, so that every pair of names of two factors is in some row."""
+    draw, columns, rows = random.Random(0), list(combinations(range(len(factors)), 2)), []
+    missing = {((i, a), (j, b)) for i, j in columns for a in factors[i] for b in factors[j]}
+    while missing:
+        row = dict(min(missing))
+        for k in draw.sample([k for k in range(len(factors)) if k not in row], len(factors) - 2):
+            names = draw.sample(list(factors[k]), len(factors[k]))
+            gains = [sum(tuple(sorted(((k, name), o))) in missing for o in row.items()) for name in names]
+            row[k] = names[gains.index(max(gains))]
+        missing -= {((i, row[i]), (j, row[j])) for i, j in columns}
+        rows.append(tuple(row[k] for k in range(len(factors))))
+    return rows
+
+
+def settings_of(names: tuple[str, ...], factors: list[dict]) -> dict:
+    chosen = (factor[name] for name, factor in zip(names, factors, strict=True))
+    return {key: value for settings in chosen for key, value in settings.items()}
+
+
+def over(factors: list[dict], rows=None):
+    """Parametrize a test with `settings`: over rows of names, or else over a pairwise covering array."""
+    rows = pairwise(factors) if rows is None else rows
+    rows = [pytest.param(settings_of(row, factors), id="-".join(row)) for row in rows]
+    return pytest.mark.parametrize("settings", rows)
+
+
+def test_the_covering_array_covers():
+    for factors in (PARTS, PARTS + OPTIONS):
+        rows = [dict(enumerate(row)) for row in pairwise(factors)]
+        for i, j in combinations(range(len(factors)), 2):
+            assert {(row[i], row[j]) for row in rows} == set(product(factors[i], factors[j]))
+    assert len(pairwise(PARTS)) < 100
+
+
+@torch.no_grad()
+def check_causality(model: GPT) -> None:
+    """Changing token t leaves every logit before t bit-equal, and changes some logit at t or after it."""
+    idx = tokens(1, 13)
+    before = model(idx)[0]
+    for t in (0, 1, 6, 12):
+        other = idx.clone()
+        other[0, t] = (idx[0, t] + 1) % V
+        after = model(other)[0]
+        assert torch.equal(before[:, :t], after[:, :t]) and not torch.equal(before[:, t:], after[:, t:])
+
+
+@torch.no_grad()
+def check_cache(model: GPT, lengths=(6, 3, 1), total=14) -> None:
+    """Left-padded prompts of different lengths, then token by token: the logits of the full forward."""
+    width, rows = max(lengths), [tokens(total - max(lengths) + n, seed=n) for n in lengths]
+    cache = KVCache(model.config, len(rows), start=torch.tensor([width - n for n in lengths]))
+    padded = torch.stack([F.pad(row, (total - len(row), 0)) for row in rows])
+    parts = [model(padded[:, :width], cache=cache)[0]]
+    parts += [model(padded[:, i : i + 1], cache=cache)[0] for i in range(width, total)]
+    cached = torch.cat(parts, dim=1)
+    for row, got in zip(rows, cached, strict=True):
+        assert error(got[-len(row) :], model(row[None])[0][0]) < 1e-5
+
+
+@over(PARTS)
+def test_causality_and_cache(settings):
+    model = tiny(**settings)
+    check_causality(model)
+    check_cache(model)
+
+
+@pytest.mark.slow
+@over(PARTS[:3], product(*PARTS[:3]))
+def test_causality_and_cache_over_the_whole_product(settings):
+    for names in product(*PARTS[3:]):
+        model = tiny(**settings, **settings_of(names, PARTS[3:]))
+        check_causality(model)
+        check_cache(model)
+
+
+@over(PARTS[1:3], product(*PARTS[1:3]))
+@torch.no_grad()
+def test_cache_without_padding_and_past_the_context(settings):
+    """One prompt length; past the context's end a token sees the block_size tokens up to itself."""
+    model, idx = tiny(**settings), tokens(2, 45)
+    length = 16 if settings["position"] == "learned" else 45
+    window = tiny(**{**settings, "window": settings.get("window") or 16})
+    want = window(idx[:, :length])[0]
+    for prompt in (1, 7, 16, 30):
+        cache = KVCache(model.config, 2)
+        if prompt > length:
+            continue
+        parts = [model(idx[:, :prompt], cache=cache)[0]]
+        parts += [model(idx[:, i : i + 1], cache=cache)[0] for i in range(prompt, length)]
+        assert error(torch.cat(parts, dim=1), want) < 1e-5
+        assert cache.seen == length
+
+
+@torch.no_grad()
+def test_padded_rows_past_the_context():
+    for settings in PLACES.values():
+        if settings["position"] != "learned":
+            model, width, total = tiny(**settings, window=8), 5, 30
+            check_cache(model, lengths=(width, 2), total=total)
+
+
+def test_learned_positions_end_with_the_context():
+    model = tiny(position="learned")
+    model(tokens(1, 16))
+    with pytest.raises(ValueError, match="block_size=16"):
+        model(tokens(1, 17))
+    cache = KVCache(model.config, 1)
+    with pytest.raises(ValueError, match="block_size=16"):
+        model(tokens(1, 17), cache=cache)
+    model(tokens(1, 16), cache=cache)
+    with pytest.raises(ValueError, match="block_size=16"):
+        model(tokens(1, 1), cache=cache)
+    for name, settings in PLACES.items():
+        if name != "learned":
+            check_causality(tiny(**settings, block_size=8))
+            assert tiny(**settings)(tokens(1, 50))[0].isfinite().all()
+
+
+def test_a_cache_takes_one_prompt():
+    model = tiny()
+    cache = KVCache(model.config, 1)
+    model(tokens(1, 4), cache=cache)
+    with pytest.raises(ValueError, match="one token at a time"):
+        model(tokens(1, 2), cache=cache)
+
+
+@over(PARTS + OPTIONS)
+def test_gradients_are_finite_differences(settings):
+    """The slope of the loss along random directions, in float64."""
+    model, idx = tiny(**settings).double().train(), tokens(2, 8)
+    params, step = list(model.parameters()), 1e-7
+    model(idx, tokens(2, 8, seed=2))[1].backward()
+    for seed in range(2):
+        draw = torch.Generator().manual_seed(seed)
+        along = [torch.randn(p.shape, generator=draw, dtype=p.dtype) for p in params]
+        slope, losses = sum((p.grad * d).sum().item() for p, d in zip(params, along, strict=True)), []
+        with torch.no_grad():
+            for move in (step, -2 * step, step):
+                for p, d in zip(params, along, strict=True):
+                    p += move * d
+                losses.append(model(idx, tokens(2, 8, seed=2))[1].item())
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-5)
+
+
+@over(PARTS)
+def test_every_parameter_learns(settings):
+    model, idx = tiny(**settings).train(), tokens(2, 12)
+    model(idx, tokens(2, 12, seed=2))[1].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+@over(PARTS + OPTIONS)
+def test_meta_device(settings):
+    run_on_meta(settings)
+
+
+FEW = [PLACES, {k: ATTENTIONS[k] for k in ("multihead", "grouped", "window")}, SHARED, *OPTIONS[3:]]
+
+
+@over(FEW, pairwise(FEW)[::4])
+def test_compiles_as_one_graph(settings):
+    torch._dynamo.reset()
+    model, idx = tiny(**settings).train(), tokens(2, 9)
+    want = torch.autograd.grad(model(idx, idx)[1], list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    got = torch.autograd.grad(compiled(idx, idx)[1], list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.slow
+@over(PARTS + OPTIONS)
+def test_compiles_as_one_graph_over_all(settings):
+    test_compiles_as_one_graph(settings)
+
+
+@over([PLACES, {k: ATTENTIONS[k] for k in ("multihead", "grouped_window")}])
+def test_bfloat16_is_close_to_float32(settings):
+    model, idx, targets = tiny(**settings), tokens(4, 16), tokens(4, 16, seed=2)
+    want = model(idx, targets)[1].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(idx, targets)[1].item() == pytest.approx(want, rel=0.01)
+    assert model.bfloat16()(idx, targets)[1].item() == pytest.approx(want, rel=0.03)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# No option learns what cannot be learned
+
+
+def loss_after_training(**settings) -> float:
+    """Loss on fresh tokens, uniform and independent, after training on such; nobody can beat ln V."""
+    torch.manual_seed(0)
+    c = GPTConfig(**{**TINY, "vocab_size": 8, "n_layer": 1, **settings})
+    model = GPT(c)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(80):
+        idx = torch.randint(8, (64, 9))
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    idx = torch.randint(8, (1024, 9))
+    with torch.no_grad():
+        return model.eval()(idx[:, :-1], idx[:, 1:])[1].item()
+
+
+@over([PLACES, OPTIONS[3]])
+def test_random_tokens_are_not_learned(settings):
+    assert loss_after_training(**settings) > math.log(8) - 0.005
+
+
+def test_random_tokens_are_learned_by_a_model_that_looks_ahead():
+    assert loss_after_training(causal=False, position="learned") < math.log(8) - 0.2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Positions
+
+
+def slow_attention(attention, x, bias=None, key_distance=None, value_distance=None, clip=0, causal=True):
+    """Attention from its definition, with (T, T, head_dim) tensors; bias (heads, T, T)."""
+    B, T, C = x.shape
+    h, kv, d = attention.heads, attention.kv_heads, attention.head_dim
+    q, k, v = attention.qkv(x).split((h * d, kv * d, kv * d), dim=-1)
+    q = q.view(B, T, h, d)
+    k, v = (y.view(B, T, kv, d).repeat_interleave(h // kv, dim=2) for y in (k, v))
+    distance = (torch.arange(T) - torch.arange(T)[:, None]).clamp(-clip, clip) + clip  # j - i
+    keys, values = k[:, None].expand(B, T, T, h, d), v[:, None].expand(B, T, T, h, d)  # of i, j
+    if key_distance is not None:
+        keys = keys + key_distance[distance][None, :, :, None]
+    if value_distance is not None:
+        values = values + value_distance[distance][None, :, :, None]
+    score = torch.einsum("bihd,bijhd->bhij", q, keys) / math.sqrt(d)
+    if bias is not None:
+        score = score + bias
+    if causal:
+        score = score.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+    y = torch.einsum("bhij,bijhd->bihd", score.softmax(-1), values)
+    return attention.proj(y.reshape(B, T, C))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("clip", [1, 3, 40])
+@pytest.mark.parametrize("shaw_values", [False, True])
+@torch.no_grad()
+def test_shaw_is_the_formula(shaw_values, clip, n_kv_head, causal):
+    settings = dict(position="shaw", shaw_values=shaw_values, shaw_clip=clip, n_kv_head=n_kv_head)
+    model = tiny(**settings, causal=causal).double()
+    attention, x = model.core.blocks[0].attn, torch.randn(2, 9, 16, dtype=torch.float64)
+    place = locate(model.config, tokens(2, 9), None, None)[1]
+    values = attention.value_distance.weight if shaw_values else None
+    want = slow_attention(attention, x, None, attention.key_distance.weight, values, clip, causal)
+    assert error(attention(x, place), want) < 1e-12
+
+
+@torch.no_grad()
+def test_shaw_values_in_bfloat16_over_a_long_text():
+    """Hundreds of small weights fall into the bucket of the farthest distance: their sum must be exact."""
+    model, idx = tiny(position="shaw", shaw_values=True, shaw_clip=2, block_size=2048), tokens(1, 2048)
+    attention = model.core.blocks[0].attn
+    attention.qkv.weight[:32] = 0  # even attention
+    place = locate(model.config, idx, None, None)[1]
+    x = torch.randn(1, 2048, 16)
+    want = attention(x, place)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(attention(x, place).float(), want) < 0.02
+
+
+def slopes_of_the_paper(n: int) -> list[float]:
+    """As in the authors' own description: geometric, and for other head counts every second of the next."""
+    if n & (n - 1) == 0:
+        return [2.0 ** (-8.0 / n * (i + 1)) for i in range(n)]
+    near = 1 << (n.bit_length() - 1)
+    return slopes_of_the_paper(near) + slopes_of_the_paper(2 * near)[0::2][: n - near]
+
+
+def test_alibi_slopes():
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    want = [2.0**-i for i in range(1, 9)] + [2.0 ** -(i + 0.5) for i in range(4)]
+    assert alibi_slopes(12).tolist() == pytest.approx(want)
+    for n in range(1, 40):
+        assert alibi_slopes(n).tolist() == pytest.approx(slopes_of_the_paper(n))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n_head, n_kv_head", [(4, 2), (3, 1), (6, 6), (12, 4), (1, 1)])
+@torch.no_grad()
+def test_alibi_is_the_formula(n_head, n_kv_head, causal):
+    model = tiny(position="alibi", n_head=n_head, n_kv_head=n_kv_head, n_embd=24, causal=causal).double()
+    attention, x = model.core.blocks[0].attn, torch.randn(2, 9, 24, dtype=torch.float64)
+    bias = torch.tensor(
+        [[[-s * abs(i - j) for j in range(9)] for i in range(9)] for s in slopes_of_the_paper(n_head)],
+        dtype=torch.float64,
+    )
+    place = locate(model.config, tokens(2, 9), None, None)[1]
+    assert error(attention(x, place), slow_attention(attention, x, bias, causal=causal)) < 1e-7
+
+
+@pytest.mark.parametrize("dim", [8, 16, 5])
+def test_sinusoids_are_the_papers(dim):
+    got = sinusoids(torch.tensor([0, 1, 2, 77]), dim, 10000.0)
+    for row, position in zip(got, (0, 1, 2, 77), strict=True):
+        for i in range(dim):
+            wave = dim + dim % 2
+            angle = position / 10000.0 ** (2 * (i // 2) / wave)
+            want = math.cos(angle) if i % 2 else math.sin(angle)
+            assert row[i].item() == pytest.approx(want, abs=1e-5)
+
+
+@torch.no_grad()
+def test_absolute_positions_are_added_to_the_tokens():
+    for position in ("learned", "sinusoidal"):
+        embedder = tiny(position=position).embedder
+        idx, where = tokens(2, 7), torch.arange(7) + 3
+        table = embedder.positions.weight if position == "learned" else sinusoids(torch.arange(16), 16, 1e4)
+        assert torch.equal(embedder(idx, where), embedder.tokens.weight[idx] + table[where])
+
+
+@pytest.mark.parametrize("name", [name for name in PLACES if name != "none"])
+@torch.no_grad()
+def test_order_matters_with_positions(name):
+    """Swapping two earlier tokens changes the last logits, and does not where there are no positions."""
+    idx = tokens(1, 9)
+    swapped = idx[:, [0, 1, 2, 3, 4, 7, 6, 5, 8]]
+    assert idx[0, 5] != idx[0, 7]
+    # one layer: after two, the causal mask alone tells positions apart
+    for place, differs in ((name, True), ("none", False)):
+        model = tiny(n_layer=1, **PLACES[place])
+        assert (error(model(swapped)[0][:, -1], model(idx)[0][:, -1]) > 1e-3) == differs
+
+
+@pytest.mark.parametrize("name", ["rope", "alibi", "shaw", "shaw_values", "none"])
+@torch.no_grad()
+def test_relative_positions_do_not_see_where_a_text_stands(name):
+    model, idx = tiny(**PLACES[name], window=4, n_layer=1), tokens(1, 30)
+    assert error(model(idx)[0][:, 20:], model(idx[:, 13:])[0][:, 7:]) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def place_of(model: GPT, idx, mask) -> Place:
+    """What locate finds, but with an explicit mask (B, T, T) in place of causal, window and segments."""
+    where, T = locate(model.config, idx, None, None)[1], idx.shape[1]
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None]
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    if model.config.position == "alibi":
+        bias = bias - torch.tensor(slopes_of_the_paper(model.config.n_head))[:, None, None] * distance.abs()
+    return Place(where.rope, bias, False, distance)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 1, 4, 12, 40])
+@pytest.mark.parametrize("name", PLACES)
+@torch.no_grad()
+def test_window_and_segments_are_a_mask(name, window, causal, segmented):
+    model, idx = tiny(**PLACES[name], window=window, causal=causal), tokens(2, 12)
+    segments = torch.tensor([[0] * 5 + [1] * 7, [3] * 2 + [0] * 9 + [3]])
+    mask = torch.ones(2, 12, 12, dtype=torch.bool)
+    for b, i, j in product(range(2), range(12), range(12)):
+        mask[b, i, j] = not (causal and j > i) and not (window and abs(i - j) >= window)
+        mask[b, i, j] &= not segmented or bool(segments[b, i] == segments[b, j])
+    x = model.embedder(idx, torch.arange(12))
+    want = model.head(model.core(x, place_of(model, idx, mask)))
+    assert error(model(idx, segments=segments if segmented else None)[0], want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["rope", "alibi", "shaw", "shaw_values", "none"])
+@torch.no_grad()
+def test_a_segment_is_a_text_of_its_own(name):
+    model, idx = tiny(**PLACES[name]), tokens(2, 12)
+    segments = torch.tensor([0] * 5 + [1] * 7).expand(2, 12)
+    want = torch.cat((model(idx[:, :5])[0], model(idx[:, 5:])[0]), dim=1)
+    assert error(model(idx, segments=segments)[0], want) < 1e-5
+
+
+@pytest.mark.parametrize("name", PLACES)
+@torch.no_grad()
+def test_grouped_heads_are_repeated_keys_and_values(name):
+    one = tiny(**PLACES[name], n_kv_head=4)
+    assert one.num_params() == tiny(**PLACES[name]).num_params()
+    assert torch.equal(one(tokens(2, 12))[0], tiny(**PLACES[name])(tokens(2, 12))[0])
+    for n_kv_head in (1, 2):
+        grouped = tiny(**PLACES[name], n_kv_head=n_kv_head).double()
+        full, state = tiny(**PLACES[name]).double(), grouped.state_dict()
+        for key in [key for key in state if key.endswith("qkv.weight")]:
+            q, *others = state[key].view(-1, 4, 16).split((4, n_kv_head, n_kv_head))
+            k, v = (heads.repeat_interleave(4 // n_kv_head, dim=0) for heads in others)
+            state[key] = torch.cat((q, k, v)).flatten(0, 1)
+        full.load_state_dict(state)
+        assert error(grouped(tokens(2, 12))[0], full(tokens(2, 12))[0]) < 1e-12
+
+
+@torch.no_grad()
+def test_qk_norm_bounds_the_scores():
+    model, plain = tiny(qk_norm=True, position="none"), tiny(position="none")
+    for m, same in ((model, True), (plain, False)):
+        before = m(tokens(2, 12))[0]
+        for block in m.core.blocks:
+            block.attn.qkv.weight[:32] *= 50  # queries and keys
+        assert (error(m(tokens(2, 12))[0], before) < 1e-3) == same
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Norms, feed-forward, sharing
+
+
+@torch.no_grad()
+def test_norms_are_the_formulas():
+    x = torch.randn(3, 16, dtype=torch.float64)
+    for settings in NORMS.values():
+        block = tiny(**settings).double().core.blocks[0]
+        want = x
+        if "norm" not in settings:
+            want = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.norm1.weight
+        elif settings["norm"] == "layernorm":
+            mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+            want = (x - mean) / (var + 1e-5).sqrt() * block.norm1.weight + block.norm1.bias
+        assert error(block.norm1(x), want) < 1e-12
+    assert not list(Block(GPTConfig(**TINY, norm_weight=False)).norm1.parameters())
+    assert Block(GPTConfig(**TINY, norm="layernorm")).norm1.bias is None
+
+
+def gelu(x: float) -> float:
+    return x * (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+ACTIVATIONS = {
+    "swiglu": lambda x: x * sigmoid(x),
+    "geglu": gelu,
+    "gelu": gelu,
+    "gelu_tanh": lambda x: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: max(x, 0.0),
+    "relu2": lambda x: max(x, 0.0) ** 2,
+    "silu": lambda x: x * sigmoid(x),
+    "tanh": math.tanh,
+    "leaky_relu": lambda x: x if x > 0 else 0.01 * x,
+}
+
+
+@pytest.mark.parametrize("name", MLPS)
+@torch.no_grad()
+def test_feed_forward_is_the_formula(name):
+    def act(x):
+        return torch.tensor([[ACTIVATIONS[name](v) for v in row] for row in x.tolist()], dtype=x.dtype)
+
+    mlp, x = tiny(mlp=name, bias=True).double().core.blocks[0].mlp, torch.randn(5, 16, dtype=torch.float64)
+    hidden = mlp.fc.weight @ x.T + mlp.fc.bias[:, None]
+    if name in ("swiglu", "geglu"):
+        gate, up = hidden.chunk(2)
+        hidden = act(gate) * up
+    else:
+        hidden = act(hidden)
+    assert error(mlp(x), (mlp.proj.weight @ hidden + mlp.proj.bias[:, None]).T) < 1e-12
+
+
+@torch.no_grad()
+def test_shared_models_compute_what_unshared_ones_would():
+    """An unshared model that is given the shared weights, copied into each layer, gives the same logits."""
+    for share in SHARES:
+        shared, free = tiny(share=share, lora_rank=2), tiny()
+        state = {}
+        for i, block in enumerate(shared.core.blocks):
+            for name, module in block.named_modules():
+                weight = getattr(module, "weight", None)
+                if isinstance(module, LoRA):
+                    weight = module.base.weight + module.up.weight @ module.down.weight
+                if weight is not None and not any(part in name for part in (".base", ".up", ".down")):
+                    state[f"core.blocks.{i}.{name}.weight"] = weight
+        free.load_state_dict(shared.state_dict() | state, strict=False)
+        assert set(state) == {name for name, _ in free.core.named_parameters(prefix="core")}
+        assert error(shared(tokens(2, 12))[0], free(tokens(2, 12))[0]) < 1e-5
+
+
+def test_shared_parameters_count_once():
+    block = dict(attn=16 * 48 + 16 * 16, mlp=3 * 16 * 64, norms=32)
+    want = {
+        "none": 2 * sum(block.values()),
+        "mlp": 2 * (block["attn"] + block["norms"]) + block["mlp"],
+        "layers": sum(block.values()),
+        "lora": block["attn"] + block["mlp"] + 2 * (32 + 3 * (16 + 48 + 16 + 16 + 16 + 128 + 64 + 16)),
+    }
+    for share, count in want.items():
+        model = GPT(GPTConfig(**TINY, share=share, lora_rank=3))
+        assert model.num_params()["core"] == count
+        assert model.num_params()["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_low_rank_parts_start_at_nothing():
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(**TINY, share="lora")), tokens(2, 12)
+    before = model(idx)[0]
+    for name, p in model.named_parameters():
+        if name.endswith("down.weight"):
+            torch.nn.init.normal_(p)
+    assert torch.equal(model(idx)[0], before)

@@ -1,0 +1,746 @@
+"""The default path of model.py: shapes, attention, start, loss, numerics; against other programs."""
+
+import io
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import (
+    GPT,
+    Attention,
+    Block,
+    ChunkedCrossEntropy,
+    Core,
+    Embedder,
+    GPTConfig,
+    Head,
+    KVCache,
+    Place,
+    cross_entropy,
+    locate,
+    rope_table,
+    rotate,
+)
+
+V = 40
+TINY = dict(n_layer=2, n_head=4, n_embd=16, block_size=16, vocab_size=V)
+
+
+def tiny(**settings) -> GPT:
+    """A micro model in eval mode whose parameters are drawn so large that every part of it matters."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**TINY, **settings})).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p += 0.2 * torch.randn_like(p)
+            else:
+                p.normal_(std=1.0 if name.startswith(("embedder", "head")) else p.shape[1] ** -0.5)
+    return model
+
+
+def tokens(*shape: int, seed: int = 1, vocab: int = V) -> torch.Tensor:
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the scale of b."""
+    assert a.shape == b.shape
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def greedy(model: GPT, prompt: torch.Tensor, count: int) -> torch.Tensor:
+    """prompt (B, T) and `count` most likely tokens after it, with a cache."""
+    cache, ids = KVCache(model.config, len(prompt)), prompt
+    for _ in range(count):
+        new = ids if not cache.seen else ids[:, -1:]
+        ids = torch.cat((ids, model(new, cache=cache)[0][:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shapes and the three parts
+
+
+@pytest.mark.parametrize("loss_chunk", [0, 7])
+def test_shapes_and_types_of_the_model(loss_chunk):
+    model, idx = tiny(loss_chunk=loss_chunk), tokens(2, 9)
+    logits, loss = model(idx)
+    assert logits.shape == (2, 9, V) and logits.dtype == torch.float32 and loss is None
+    logits, loss = model(idx, idx)
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert logits is None if loss_chunk else logits.shape == (2, 9, V)
+    assert torch.equal(model.loss((idx, idx)), loss)
+
+
+@pytest.mark.parametrize("n_kv_head", [8, 4, 1])
+@pytest.mark.parametrize("position", ["rope", "learned", "shaw"])
+def test_shapes_of_the_parts(position, n_kv_head):
+    c = GPTConfig(n_layer=2, n_head=8, n_embd=64, block_size=16, vocab_size=V, position=position)
+    c.n_kv_head = n_kv_head
+    idx, x = tokens(2, 16), torch.randn(2, 16, 64)
+    where, place = locate(c, idx, None, None)
+    assert Embedder(c)(idx, where).shape == (2, 16, 64)
+    block = Block(c)
+    for part in (block.attn, block, Core(c)):
+        assert part(x, place).shape == (2, 16, 64)
+    for part in (block.mlp, block.norm1):
+        assert part(x).shape == (2, 16, 64)
+    head = Head(c)
+    assert head(x).shape == (2, 16, V) and head.linear.weight.shape == (64, 64)
+    assert head.loss(x, idx)[1].shape == ()
+
+
+def test_every_part_can_be_replaced():
+    class OneHot(nn.Module):
+        def forward(self, idx, position):
+            return F.one_hot(idx, 16).float()
+
+    class Last(nn.Module):
+        def forward(self, x, place, cache):
+            return x + 1
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return x.sum(-1, keepdim=True).expand(*x.shape[:-1], V)
+
+        def loss(self, x, targets):
+            return None, x.mean()
+
+    c, idx = GPTConfig(**TINY), tokens(2, 5, vocab=16)
+    assert GPT(c, embedder=OneHot())(idx)[0].shape == (2, 5, V)
+    assert GPT(c, core=Last())(idx)[0].shape == (2, 5, V)
+    assert GPT(c, head=Constant())(idx, idx)[1].shape == ()
+    assert torch.equal(GPT(c, OneHot(), Last(), Constant())(idx)[0], torch.full((2, 5, V), 17.0))
+
+
+def test_a_given_part_keeps_its_weights_and_the_untied_head_is_drawn():
+    c = GPTConfig(**TINY)
+    given = Embedder(c)
+    before = given.tokens.weight.clone()
+    model = GPT(c, embedder=given)
+    assert torch.equal(model.embedder.tokens.weight, before)
+    assert model.head.linear.weight is not given.tokens.weight
+    assert model.head.linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_dropout_in_training_only():
+    model, idx = tiny(dropout=0.5), tokens(2, 9)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    assert torch.equal(model(idx)[0], tiny()(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("settings", [{}, dict(position="shaw"), dict(position="shaw", shaw_values=True)])
+def test_dropout_of_attention_weights(settings):
+    c = GPTConfig(**TINY, dropout=0.5, **settings)
+    attention, x = Block(c).attn, torch.randn(2, 9, 16)
+    place = locate(c, tokens(2, 9), None, None)[1]
+    assert not torch.equal(attention(x, place), attention(x, place))
+    attention.eval()
+    assert torch.equal(attention(x, place), attention(x, place))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rotary positions and attention, against formulas
+
+
+def test_rope_is_a_complex_rotation():
+    x, position = torch.randn(2, 3, 50, 8, dtype=torch.float64), torch.arange(50) * 7
+    got = rotate(x, *rope_table(position, 8, 10000.0))
+    frequency = torch.tensor([10000.0 ** (-2 * k / 8) for k in range(4)], dtype=torch.float64)
+    turn = torch.polar(torch.ones(50, 4, dtype=torch.float64), position[:, None] * frequency)
+    want = torch.complex(x[..., :4], x[..., 4:]) * turn
+    assert error(got, torch.cat((want.real, want.imag), dim=-1)) < 3e-5  # angles up to 343 in float32
+    assert error(got[:, :, :4], torch.cat((want.real, want.imag), dim=-1)[:, :, :4]) < 2e-6
+
+
+def test_rope_scores_depend_on_distance_alone():
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    q, k = (rotate(x.expand(1, 1, 60, 8), *rope_table(torch.arange(60), 8, 100.0))[0, 0] for x in (q, k))
+    scores = q @ k.T
+    for distance in (-11, 0, 1, 30):
+        diagonal = scores.diagonal(distance)
+        assert (diagonal - diagonal[0]).abs().max() < 1e-5
+    assert scores.diagonal(1)[0] != pytest.approx(scores.diagonal(2)[0].item(), abs=1e-3)
+
+
+def test_attention_is_the_formula():
+    torch.manual_seed(0)
+    c = GPTConfig(**TINY, n_kv_head=2, position="none", bias=True)
+    attention, x = Attention(c).double(), torch.randn(2, 7, 16, dtype=torch.float64)
+    got = attention(x, Place(None, None, True, None))
+    qkv = F.linear(x, attention.qkv.weight, attention.qkv.bias)
+    q, k, v = qkv[..., :16], qkv[..., 16:24], qkv[..., 24:]
+    want = torch.zeros(2, 7, 16, dtype=torch.float64)
+    for h in range(4):
+        mine, group = slice(4 * h, 4 * h + 4), slice(4 * (h // 2), 4 * (h // 2) + 4)
+        for i in range(7):
+            score = (q[:, i, None, mine] * k[:, : i + 1, group]).sum(-1) / 2
+            want[:, i, mine] = (score.softmax(-1)[..., None] * v[:, : i + 1, group]).sum(1)
+    assert error(got, attention.proj(want)) < 1e-12
+
+
+@pytest.mark.parametrize("settings", [{}, dict(window=4), dict(position="shaw"), dict(position="alibi")])
+def test_a_bidirectional_model_sees_both_sides(settings):
+    model, idx = tiny(causal=False, **settings), tokens(1, 9)
+    other = idx.clone()
+    other[0, 4] = (idx[0, 4] + 1) % V
+    changed = (model(idx)[0] != model(other)[0]).any(-1)[0].tolist()
+    assert changed == [True] * 9 if not settings.get("window") else all(changed[1:8])
+    with pytest.raises(ValueError, match="causal"):
+        KVCache(model.config, 1)
+    with pytest.raises(ValueError, match="causal"):
+        model.loglikelihood([1], [2])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The same weights in Hugging Face's models
+
+
+def to_llama(model: GPT) -> dict[str, torch.Tensor]:
+    c, ours = model.config, model.state_dict()
+    heads = [n * c.head_dim for n in (c.n_head, c.kv_heads, c.kv_heads)]
+    theirs = {
+        "model.embed_tokens.weight": ours["embedder.tokens.weight"][: c.vocab_size],
+        "model.norm.weight": ours["head.norm.weight"],
+        "lm_head.weight": ours["head.linear.weight"][: c.vocab_size],
+    }
+    for i in range(c.n_layer):
+        us, them = f"core.blocks.{i}.", f"model.layers.{i}."
+        theirs[them + "input_layernorm.weight"] = ours[us + "norm1.weight"]
+        theirs[them + "post_attention_layernorm.weight"] = ours[us + "norm2.weight"]
+        for name, part in zip("qkv", ours[us + "attn.qkv.weight"].split(heads), strict=True):
+            theirs[f"{them}self_attn.{name}_proj.weight"] = part
+        theirs[them + "self_attn.o_proj.weight"] = ours[us + "attn.proj.weight"]
+        theirs[them + "mlp.gate_proj.weight"], theirs[them + "mlp.up_proj.weight"] = (
+            ours[us + "mlp.fc.weight"].chunk(2)
+        )
+        theirs[them + "mlp.down_proj.weight"] = ours[us + "mlp.proj.weight"]
+        if c.qk_norm:
+            for name in "qk":
+                theirs[f"{them}self_attn.{name}_norm.weight"] = ours[f"{us}attn.{name}_norm.weight"]
+    return theirs
+
+
+def to_gpt2(model: GPT) -> dict[str, torch.Tensor]:
+    c, ours = model.config, model.state_dict()
+    theirs = {
+        "transformer.wte.weight": ours["embedder.tokens.weight"][: c.vocab_size],
+        "transformer.wpe.weight": ours["embedder.positions.weight"],
+        "lm_head.weight": ours["head.linear.weight"][: c.vocab_size],
+        "transformer.ln_f.weight": ours["head.norm.weight"],
+        "transformer.ln_f.bias": ours["head.norm.bias"],
+    }
+    names = {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj"}
+    names |= {"mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
+    for i in range(c.n_layer):
+        for us, them in names.items():
+            weight = ours[f"core.blocks.{i}.{us}.weight"]
+            theirs[f"transformer.h.{i}.{them}.weight"] = weight if weight.ndim == 1 else weight.T
+            theirs[f"transformer.h.{i}.{them}.bias"] = ours[f"core.blocks.{i}.{us}.bias"]
+    return theirs
+
+
+def hugging_face(model: GPT) -> nn.Module:
+    """The same model, built by transformers from a configuration."""
+    transformers, c = pytest.importorskip("transformers"), model.config
+    if c.position == "learned":
+        kind, weights = transformers.GPT2LMHeadModel, to_gpt2(model)
+        config = transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+            n_head=c.n_head, activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.mlp],
+            layer_norm_epsilon=c.norm_eps, n_inner=c.hidden, tie_word_embeddings=c.tied,
+            bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+    else:
+        kind, weights = transformers.LlamaForCausalLM, to_llama(model)
+        config = transformers.LlamaConfig
+        if c.qk_norm:
+            kind, config = transformers.Qwen3ForCausalLM, transformers.Qwen3Config
+        config = config(
+            vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd,
+            intermediate_size=c.hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+            num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=c.tied, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+    theirs = kind(config)
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    return theirs.eval()
+
+
+GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(n_kv_head=2),
+        dict(n_kv_head=1, tied=False, rope_theta=500.0),
+        dict(n_kv_head=2, qk_norm=True),
+        GPT2,
+        dict(GPT2, mlp="gelu_tanh"),
+    ],
+    ids=["llama", "llama-untied", "qwen3", "gpt2", "gpt2-tanh"],
+)
+@torch.no_grad()
+def test_hugging_face_computes_the_same(settings):
+    model = tiny(n_embd=32, block_size=256, vocab_size=300, **settings)
+    for p in model.core.parameters():
+        p *= 2 if p.ndim == 2 and model.config.tied else 1  # else a tied model repeats its last token
+    theirs, idx = hugging_face(model), tokens(3, 256, vocab=300)
+    assert error(model(idx)[0], theirs(idx).logits) < 1e-5
+    prompt = idx[:, :20]
+    want = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=200, do_sample=False, pad_token_id=0
+    )
+    assert want.shape == (3, 220) and torch.equal(greedy(model, prompt, 200), want)
+    assert len(want[:, 20:].unique()) > 20
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How training starts
+
+
+@pytest.mark.parametrize("init", ["gpt2", "zero", "fan_in"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_standard_deviation_of_every_matrix(init, tied):
+    torch.manual_seed(0)
+    c = GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=2000, bias=True, init=init, tied=tied)
+    c.position, c.norm, c.share = "learned", "layernorm", "lora"
+    model = GPT(c)
+    narrow = 0.02 if init == "gpt2" else 128**-0.5
+    last = {"gpt2": 0.02 / 4, "zero": 0.0, "fan_in": 128**-0.5}[init]
+    want = {"tokens": 0.02, "positions": 0.02, "qkv.base": narrow, "attn.proj.base": last, "fc.base": narrow}
+    want |= {"mlp.proj.base": c.hidden**-0.5 if init == "fan_in" else last, "up": 0.0, "qkv.down": narrow}
+    want |= {"fc.down": narrow, "attn.proj.down": narrow, "head.linear": 0.0 if init == "zero" else 0.02}
+    want |= {"mlp.proj.down": 0.02 if init == "gpt2" else c.hidden**-0.5}
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert torch.all(p == (1.0 if "norm" in name and name.endswith("weight") else 0.0)), name
+        else:
+            expected = next(std for end, std in want.items() if name.endswith(end + ".weight"))
+            assert p.std().item() == pytest.approx(expected, rel=0.08), name
+            assert abs(p.mean().item()) <= 5 * expected / math.sqrt(p.numel()), name
+
+
+@pytest.mark.parametrize("size", [dict(vocab_size=4096, n_embd=128), dict(vocab_size=50257, n_embd=256)])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_first_loss(size, tied):
+    torch.manual_seed(0)
+    c = GPTConfig(n_layer=4, n_head=4, block_size=256, tied=tied, **size)
+    idx, targets = tokens(8, 256, vocab=c.vocab_size), tokens(8, 256, seed=2, vocab=c.vocab_size)
+    want = math.log(c.vocab_size) + c.n_embd * 0.02**2 / 2
+    assert GPT(c)(idx, targets)[1].item() == pytest.approx(want, rel=0.005)
+    if not tied:
+        c.init = "zero"
+        assert GPT(c)(idx, targets)[1].item() == pytest.approx(math.log(c.vocab_size), abs=1e-3)
+
+
+@torch.no_grad()
+def test_zero_init_makes_every_block_the_identity():
+    torch.manual_seed(0)
+    c = GPTConfig(**TINY, init="zero")
+    x = torch.randn(2, 9, 16)
+    assert torch.equal(GPT(c).core(x, locate(c, tokens(2, 9), None, None)[1]), x)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def both_losses(dtype=torch.float32, N=37, C=24, targets=None, scale=1.0, **settings):
+    """(loss, dx, dweight) of the plain and of the chunked loss of a head of 70 ids, padded to 128."""
+    torch.manual_seed(0)
+    c = GPTConfig(vocab_size=70, n_embd=C, n_head=2, **settings)
+    x, weight = torch.randn(N, C, dtype=dtype), 0.5 * torch.randn(128, C, dtype=dtype)
+    targets = torch.randint(70, (N,)) if targets is None else targets
+    extra = c.label_smoothing, c.z_loss
+    results = []
+    for chunked in (False, True):
+        x, weight = (p.detach().requires_grad_() for p in (x, weight))
+        if chunked:
+            loss = ChunkedCrossEntropy.apply(x, weight, targets, dtype, True, c, *extra)
+        else:
+            logits = x @ weight[:70].T
+            if c.softcap:
+                logits = c.softcap * torch.tanh(logits / c.softcap)
+            loss = cross_entropy(logits[None], targets[None], *extra)
+        (scale * loss).backward()
+        results.append((loss.detach(), x.grad, weight.grad))
+    return results
+
+
+TERMS = [
+    dict(),
+    dict(softcap=3.0),
+    dict(z_loss=0.1),
+    dict(label_smoothing=0.2),
+    dict(softcap=3.0, z_loss=0.1, label_smoothing=0.2),
+]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("settings", TERMS, ids=lambda s: "+".join(s) or "plain")
+@pytest.mark.parametrize("loss_chunk", [1, 8, 36, 37, 256])
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+def test_chunked_loss_equals_the_plain_one(dtype, tolerance, settings, loss_chunk, ignored):
+    targets = torch.randint(70, (37,), generator=torch.Generator().manual_seed(3))
+    if ignored != "none":
+        targets[{"some": slice(5, 30, 2), "all": slice(None)}[ignored]] = -1
+    plain, chunked = both_losses(dtype, targets=targets, loss_chunk=loss_chunk, scale=3.0, **settings)
+    for want, got in zip(plain, chunked, strict=True):
+        assert got.dtype == dtype and (got - want).abs().max() <= tolerance * max(1.0, want.abs().max())
+    assert torch.all(chunked[2][70:] == 0)
+    if ignored == "all":
+        assert all(torch.all(part == 0) for part in chunked)
+
+
+def test_plain_loss_is_torchs():
+    logits, targets = torch.randn(2, 9, V), tokens(2, 9)
+    targets[0, 3:5] = -1
+    flat = logits.flatten(0, 1), targets.flatten()
+    for smoothing in (0.0, 0.1):
+        want = F.cross_entropy(*flat, ignore_index=-1, label_smoothing=smoothing)
+        assert cross_entropy(logits, targets, smoothing).item() == pytest.approx(want.item(), rel=1e-6)
+    kept = targets.flatten() != -1
+    z = flat[0].logsumexp(-1)[kept].square().mean()
+    got = cross_entropy(logits, targets, 0.0, 0.5)
+    assert got.item() == pytest.approx((F.cross_entropy(*flat, ignore_index=-1) + 0.5 * z).item(), rel=1e-6)
+
+
+def test_uniform_logits_lose_log_v():
+    model = tiny(tied=False)
+    nn.init.zeros_(model.head.linear.weight)
+    idx = tokens(2, 9)
+    assert model(idx, idx)[1].item() == pytest.approx(math.log(V), abs=1e-6)
+    assert model.loglikelihood([1], [2, 3, 4]) == pytest.approx(-3 * math.log(V), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_chunk", [0, 8])
+def test_smoothing_and_z_loss_are_for_training_alone(loss_chunk):
+    model = tiny(label_smoothing=0.2, z_loss=0.1, loss_chunk=loss_chunk)
+    idx, targets = tokens(2, 9), tokens(2, 9, seed=2)
+    plain = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
+    assert model(idx, targets)[1].item() == pytest.approx(plain.item(), rel=1e-6)
+    assert model.train()(idx, targets)[1].item() > plain.item() + 0.1
+
+
+@pytest.mark.parametrize("settings", [{}, dict(softcap=2.0), dict(tied=False)])
+def test_loss_and_gradients_of_the_model_in_chunks(settings):
+    idx, targets = tokens(3, 9), tokens(3, 9, seed=2)
+    targets[0, :4] = -1
+    plain, chunked = tiny(loss_chunk=0, **settings).train(), tiny(loss_chunk=5, **settings).train()
+    for model in (plain, chunked):
+        model(idx, targets)[1].backward()
+    for (name, a), b in zip(plain.named_parameters(), chunked.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= 1e-6 * max(1.0, a.grad.abs().max()), name
+
+
+def test_padding_of_the_vocabulary_takes_no_part():
+    model, idx = tiny(tied=False, loss_chunk=5), tokens(3, 9)
+    with torch.no_grad():
+        model.head.linear.weight[V:] = 100.0
+    assert model(idx)[0].shape[-1] == V
+    logits, loss = model(idx)[0], model(idx, idx)[1]
+    assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), idx.flatten()).item(), rel=1e-6)
+    loss.backward()
+    assert torch.all(model.head.linear.weight.grad[V:] == 0)
+    assert torch.all(model.head.linear.weight.grad[:V].abs().sum(-1) > 0)
+
+
+def test_no_gradient_is_made_where_none_is_asked_for():
+    x, weight = torch.randn(9, 16), torch.randn(64, 16)
+    c = GPTConfig(**TINY, loss_chunk=4)
+    without = ChunkedCrossEntropy.apply(x, weight, tokens(9), torch.float32, False, c, 0.0, 0.0)
+    with_it = ChunkedCrossEntropy.apply(x, weight, tokens(9), torch.float32, True, c, 0.0, 0.0)
+    assert torch.equal(without, with_it)
+
+
+@pytest.mark.parametrize("loss_chunk", [0, 5])
+def test_a_negative_target_other_than_minus_one_is_no_token(loss_chunk):
+    model, idx, targets = tiny(loss_chunk=loss_chunk), tokens(2, 9), tokens(2, 9, seed=2)
+    targets[0, :4] = -1
+    want = model(idx, targets)[1]
+    targets[0, :4] = -100
+    try:
+        assert model(idx, targets)[1].item() == pytest.approx(want.item(), rel=1e-6)
+    except (IndexError, RuntimeError, ValueError):
+        pass  # refused: as good
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Numerics and devices
+
+
+def gradient(model: GPT, idx, targets) -> torch.Tensor:
+    model.zero_grad()
+    model(idx, targets)[1].float().backward()
+    return torch.cat([p.grad.flatten().float() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("loss_chunk", [0, 8])
+def test_bfloat16_autocast_is_close_to_float32(loss_chunk):
+    model, idx, targets = tiny(loss_chunk=loss_chunk), tokens(4, 16), tokens(4, 16, seed=2)
+    loss, grad = model(idx, targets)[1], gradient(model, idx, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, low_grad = model(idx, targets)[1], gradient(model, idx, targets)
+        assert error(model(idx)[0].float(), model(idx)[0]) < 0.05
+    assert low.dtype == torch.float32 and low.item() == pytest.approx(loss.item(), rel=0.01)
+    assert F.cosine_similarity(grad, low_grad, dim=0) > 0.995
+    whole = tiny(loss_chunk=loss_chunk).bfloat16()
+    assert whole(idx)[0].dtype == torch.bfloat16
+    assert whole(idx, targets)[1].item() == pytest.approx(loss.item(), rel=0.03)
+    assert F.cosine_similarity(grad, gradient(whole, idx, targets), dim=0) > 0.98
+
+
+def test_float16_gradient_does_not_underflow():
+    torch.manual_seed(0)
+    c = GPTConfig(vocab_size=4096, n_embd=24, n_head=2)
+    x, weight = torch.randn(6000, 24), 0.02 * torch.randn(4096, 24)
+    targets, grads = torch.randint(4096, (6000,)), []
+    for dtype in (torch.float32, torch.float16):
+        weight = weight.detach().requires_grad_()
+        ChunkedCrossEntropy.apply(x, weight, targets, dtype, True, c, 0.0, 0.0).backward()
+        grads.append(weight.grad)
+    assert error(grads[1], grads[0]) < 0.01
+    assert (grads[1] == 0).float().mean() < 0.001
+
+
+def run_on_meta(settings: dict) -> None:
+    """Forward, backward, clipping and AdamW on the meta device; a tensor made elsewhere raises."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OnMeta(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                assert not isinstance(tensor, torch.Tensor) or tensor.is_meta, f"{function} ran elsewhere"
+            return out
+
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{**TINY, **settings}))
+    idx = torch.zeros(2, 9, dtype=torch.int64, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with OnMeta():
+        assert model(idx)[0].is_meta
+        model(idx, idx)[1].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if model.config.causal:
+            model(idx, cache=KVCache(model.config, 2, device="meta"))
+    assert all(p.grad.is_meta for p in model.parameters())
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(loss_chunk=0, dropout=0.1),
+        dict(position="alibi", window=4),
+        dict(position="alibi", n_head=2, causal=False),
+        dict(position="shaw", shaw_values=True, n_kv_head=2),
+        dict(position="shaw", window=4),
+        dict(position="sinusoidal", qk_norm=True),
+        dict(position="learned", softcap=3.0, z_loss=0.1, label_smoothing=0.1),
+    ],
+    ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()) or "default",
+)
+def test_training_on_the_meta_device(settings):
+    run_on_meta(settings)
+
+
+def test_training_lowers_the_loss():
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(**TINY)), tokens(4, 17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    first = model(idx[:, :-1], idx[:, 1:])[1].item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.3 * first
+
+
+RECIPES = {
+    "tiny": dict(n_layer=2, n_head=2, n_embd=64, vocab_size=512),
+    "gpt2": dict(GPT2, n_layer=2, n_head=2, n_embd=64, vocab_size=512),
+    "modern": dict(
+        n_layer=2, n_head=4, n_kv_head=2, n_embd=64, vocab_size=512, qk_norm=True, norm_weight=False,
+        mlp="relu2", tied=False, init="zero", softcap=15.0, embed_norm=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_inductor_computes_the_same(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, loss_chunk=48, **RECIPES[name]))
+    idx, targets = tokens(2, 64, vocab=512), tokens(2, 64, seed=2, vocab=512)
+    losses, grads = [], []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        losses.append(run(idx, targets)[1])
+        losses[-1].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5) and error(grads[1], grads[0]) < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sharing, counting, scoring
+
+
+def step_and_round_trip(model: GPT) -> GPT:
+    """One optimizer step, then through a file into a new model."""
+    idx = tokens(2, 9)
+    model(idx, idx)[1].backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    file = io.BytesIO()
+    torch.save({"config": asdict(model.config), "model": model.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again = GPT(GPTConfig(**state["config"])).eval()
+    again.load_state_dict(state["model"])
+    assert torch.equal(again(idx)[0], model.eval()(idx)[0])
+    assert again.num_params() == model.num_params()
+    return again
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_stay_one_tensor(tied):
+    for model in (tiny(tied=tied), step_and_round_trip(tiny(tied=tied))):
+        assert (model.head.linear.weight is model.embedder.tokens.weight) == tied
+
+
+@pytest.mark.parametrize("share", ["mlp", "layers", "lora"])
+def test_shared_weights_stay_one_tensor(share):
+    for model in (tiny(share=share, n_layer=3), step_and_round_trip(tiny(share=share, n_layer=3))):
+        first, *others = model.core.blocks
+        for block in others:
+            if share == "lora":
+                assert block.mlp.fc.base.weight is first.mlp.fc.base.weight
+                assert block.attn.qkv.base.weight is first.attn.qkv.base.weight
+                assert block.attn.qkv.up.weight is not first.attn.qkv.up.weight
+            else:
+                assert block.mlp.fc.weight is first.mlp.fc.weight
+                assert (block.attn.qkv.weight is first.attn.qkv.weight) == (share == "layers")
+            assert (block.norm1.weight is first.norm1.weight) == (share == "layers")
+
+
+def test_parameters_by_hand():
+    c = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, vocab_size=100, mlp_hidden=48)
+    block = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32
+    embedding = 128 * 32 + 32
+    want = {"total": embedding + 3 * block, "embedding": embedding, "core": 3 * block}
+    assert GPT(c).num_params() == want
+    c.tied = False
+    assert GPT(c).num_params()["embedding"] == embedding + 128 * 32
+
+
+@pytest.mark.parametrize(
+    "settings, core, total",
+    [
+        (dict(n_layer=8, mlp_hidden=1320), 21_471_232, 47.20),
+        (dict(n_layer=10, mlp_hidden=1536), 30_156_800, 55.89),
+        (dict(n_layer=10, mlp_hidden=1536, share="mlp"), 8_923_136, 34.66),
+    ],
+    ids=["baseline", "debug", "ffn_sharing"],
+)
+def test_sizes_of_the_models_of_super_tiny_language_models(settings, core, total):
+    """Their shipped sizes, in millions, from 50,257 rows of embedding (ours has padding on top)."""
+    c = GPTConfig(n_head=16, n_kv_head=4, n_embd=512, vocab_size=50257, **settings)
+    with torch.device("meta"):
+        count = GPT(c).num_params()
+    padding = (c.padded_vocab - c.vocab_size) * 512
+    assert c.padded_vocab == 50304 and count["core"] == core
+    assert (count["total"] - padding) / 1e6 == pytest.approx(total, abs=0.006)
+
+
+def test_width_of_the_feed_forward():
+    assert GPTConfig(n_embd=384, mlp="gelu").hidden == 1536
+    assert GPTConfig(n_embd=384).hidden == 1024
+    assert GPTConfig(n_embd=384, mlp_ratio=2.5, mlp="relu").hidden == 960
+    assert GPTConfig(n_embd=384, mlp_hidden=77).hidden == 77
+    gated, plain = (GPT(GPTConfig(n_layer=1, n_embd=384, mlp=mlp)) for mlp in ("swiglu", "gelu"))
+    assert gated.num_params()["core"] == plain.num_params()["core"]
+
+
+def test_flops_by_hand():
+    c = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, vocab_size=100, block_size=64, mlp_hidden=48)
+    block = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48
+    want = 6 * (3 * block + 128 * 32) + 12 * 3 * 64 * 32
+    for share in ("none", "mlp", "layers"):
+        c.share = share
+        assert GPT(c).flops_per_token() == want
+
+
+@pytest.mark.parametrize("prefix, more", [(1, 1), (3, 5), (12, 5), (1, 16), (1, 40), (17, 3), (30, 9)])
+@pytest.mark.parametrize("block_size", [16, 9, 1])
+@torch.no_grad()
+def test_loglikelihood_is_the_slow_sum(prefix, more, block_size):
+    model, ids = tiny(block_size=block_size), tokens(prefix + more).tolist()
+    moved, start, want = max(1, block_size // 2), max(prefix, block_size + 1), 0.0
+    for i in range(prefix, len(ids)):
+        end = block_size + 1 if i < block_size + 1 else start + moved * math.ceil((i + 1 - start) / moved)
+        context = ids[max(0, min(end, len(ids)) - block_size - 1) : i]
+        assert min(i, moved) <= len(context) <= block_size
+        want += model(torch.tensor([context]))[0][0, -1].log_softmax(-1)[ids[i]].item()
+    assert model.loglikelihood(ids[:prefix], ids[prefix:]) == pytest.approx(want, rel=1e-5)
+
+
+@torch.no_grad()
+def test_loglikelihood_and_loss_agree():
+    model, ids = tiny(), tokens(1, 17)
+    got = model.loglikelihood(ids[0, :1].tolist(), ids[0, 1:].tolist())
+    assert -got / 16 == pytest.approx(model(ids[:, :-1], ids[:, 1:])[1].item(), rel=1e-5)
+    assert model.loglikelihood([1], []) == 0.0
+    with pytest.raises(ValueError, match="prefix"):
+        model.loglikelihood([], [1])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Settings that make no model
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("n_layer", 0), ("n_layer", -1), ("n_layer", 2.5), ("n_layer", "6"), ("n_layer", None),
+        ("n_layer", True), ("n_head", 0), ("n_head", 5), ("n_embd", 0), ("n_embd", float("nan")),
+        ("block_size", 0), ("vocab_size", 0), ("vocab_size", 64.0), ("n_kv_head", 3), ("n_kv_head", 8),
+        ("n_kv_head", -1), ("dropout", 1.0), ("dropout", -0.1), ("dropout", float("nan")), ("dropout", "0.1"),
+        ("label_smoothing", 1.0), ("label_smoothing", -0.1), ("norm", "batchnorm"), ("norm", 1),
+        ("norm", None), ("norm_eps", -1e-5), ("norm_eps", float("inf")), ("position", "xpos"),
+        ("rope_theta", 0.0), ("rope_theta", float("nan")), ("rope_theta", -1.0), ("shaw_clip", 0),
+        ("causal", 1), ("causal", "False"), ("tied", None), ("window", -1), ("window", 2.5), ("mlp", "swish"),
+        ("mlp_ratio", -1.0), ("mlp_ratio", 0.0), ("mlp_ratio", float("inf")), ("mlp_hidden", -1),
+        ("mlp_hidden", 3.5), ("share", "all"), ("lora_rank", 0), ("init", "xavier"), ("softcap", -1.0),
+        ("softcap", float("inf")), ("z_loss", -1.0), ("z_loss", float("nan")), ("loss_chunk", -1),
+        ("loss_chunk", 1.5),
+    ],
+)  # fmt: skip
+def test_a_bad_setting_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field) as caught:
+        GPT(GPTConfig(**{**TINY, field: value}))
+    assert "\n" not in str(caught.value)
+
+
+def test_rope_needs_an_even_head_width():
+    with pytest.raises(ValueError, match="even head width"):
+        GPT(GPTConfig(n_layer=1, n_head=2, n_embd=10, vocab_size=9))
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=10, vocab_size=9, position="alibi"))
+
+
+def test_whole_numbers_do_where_a_fraction_is_meant():
+    GPT(GPTConfig(**TINY, dropout=0, mlp_ratio=4, rope_theta=10000, softcap=15))

@@ -1,0 +1,878 @@
+"""
+Train a model: one file, from the settings at the top to main() at the bottom.
+
+    python train.py config/tiny.py                          # prepares the data if they are not there
+    python train.py config/tiny.py --max_iters=200          # any setting of TrainConfig or GPTConfig
+    python train.py config/tiny.py --resume                 # go on with this recipe's newest unfinished run
+    torchrun --standalone --nproc_per_node=2 train.py ...   # the same run on two processes
+
+From a notebook: trainer = Trainer(config, model, data), then trainer.train_step(step) and its brothers.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import prepare
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+import config as recipes
+import evaluate
+import optim
+from model import GPT, GPTConfig
+
+# ----------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class TrainConfig:
+    # -- everyday
+    dataset: str = "tinystories"  # a folder under data_dir, made by prepare.py (or on the spot)
+    tokenizer: str = "bpe4096"  # gpt2 | byte | bpeN, N ids in all
+    stories: int = 0  # how many stories of the data set to use; 0 = all
+    out_dir: str = ""  # where the run is kept; empty = out/RECIPE, then out/RECIPE-2, ...
+    max_iters: int = 1000  # updates of the weights; 0 = print the plan and end
+    eval_interval: int = 250  # updates between evaluations
+    log_interval: int = 10  # updates between lines in metrics.jsonl
+    save_interval: int = 250  # updates between checkpoints
+    batch_size: int = 16  # rows in a forward pass
+    gradient_accumulation_steps: int = 1  # forward passes in an update, over all processes
+    learning_rate: float = 1e-3  # the highest of AdamW
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    dtype: str = "auto"  # auto | bfloat16 | float16 | float32; of matrix products, weights stay float32
+    compile: str = "auto"  # auto | True | False; torch.compile, where it pays
+    seed: int = 1337  # of the weights, the order of the data, and dropout
+    # -- data
+    data_dir: str = "data"  # holds DATASET/TOKENIZER/{train.bin,val.bin,meta.json}
+    source: str = ""  # where prepare.py finds a data set that is not there yet: a path or a Hub id
+    fallback: str = ""  # a data set for where this one cannot be reached
+    story_windows: bool = False  # windows begin at the starts of stories rather than one behind the other
+    cross_stories: bool = True  # False: attention does not look back into the story before
+    eval_tokens: int = 0  # tokens of the validation file that an evaluation reads; 0 = all
+    # -- optimizer
+    optimizer: str = "adamw"  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
+    muon_lr: float = 0.01  # the highest of Muon, scaled to AdamW's size of update
+    muon_momentum: float = 0.95  # of Muon
+    embedding_lr: float = 0.0  # the embedding's own learning rate; 0 = learning_rate
+    head_lr: float = 0.0  # the same for a head that is not tied to the embedding
+    schedule: str = "cosine"  # cosine | linear | wsd | constant
+    warmup_iters: int = 100  # updates of linear warmup
+    lr_decay_iters: int = 0  # where the learning rate reaches min_lr; 0 = max_iters
+    decay_share: float = 0.2  # schedule=wsd: share of the run that decays
+    min_lr: float = 0.0  # learning rate at the end (of the others, in proportion)
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
+    dropout_schedule: str = ""  # dropout by update, as points on a line: "0:0.0, 500:0.1"; empty = `dropout`
+    ema: float = 0.0  # decay of an average of the weights, evaluated and kept as the best; 0 = off
+    # -- run
+    patience: int = 0  # stop after this many evaluations without a better one; 0 = never
+    init_from: str = ""  # weights and tokenizer to begin from: a checkpoint, or hf:FOLDER_OR_ID
+    logger: str = ""  # tensorboard | wandb, besides metrics.jsonl
+    threads: int = 0  # CPU threads of a process; 0 = the cores, shared fairly
+    prompt: str = "Once upon a time"  # of the stories written at the end
+    model: GPTConfig = field(default_factory=GPTConfig)
+
+    def validate(self) -> None:
+        """Raise a ValueError with one clear line if this makes no run."""
+        positive = ("eval_interval", "log_interval", "save_interval", "batch_size",
+                    "gradient_accumulation_steps")  # fmt: skip
+        for name, value in asdict(self).items():
+            if isinstance(value, int | float) and not value >= (name in positive):
+                raise ValueError(f"{name} must be at least {int(name in positive)}, not {value}")
+        choices = dict(dtype=["auto", *DTYPES], compile=["auto", "True", "False"], optimizer=["adamw", "muon"],
+                       schedule=optim.SCHEDULES, logger=["", "tensorboard", "wandb"])  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(filter(None, known))}; "
+                                 f"not {getattr(self, name)!r}")  # fmt: skip
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be more than 0, not {self.learning_rate}")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
+        if max(self.beta1, self.beta2, self.muon_momentum, self.ema) >= 1 or self.decay_share > 1:
+            raise ValueError("beta1, beta2, muon_momentum and ema must be less than 1, decay_share at most 1")
+        if self.dropout_schedule:
+            optim.points(self.dropout_schedule)
+        self.model.validate()
+
+
+# a run that goes on may change these; others would silently make it another model or order of the data
+FREE = ("max_iters", "eval_interval", "log_interval", "save_interval", "batch_size", "device", "dtype",
+        "compile", "gradient_accumulation_steps", "out_dir", "data_dir", "source", "fallback", "patience",
+        "logger", "threads", "prompt", "loss_chunk", "stories")  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------
+# The machine: every decision about devices is made here
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Machine(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    compile: bool
+    why: str  # the choice in words
+    rank: int = 0  # this process
+    world: int = 1  # of so many
+
+    @property
+    def scales(self) -> bool:
+        """fp16 gradients need a GradScaler."""
+        return self.dtype == torch.float16
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def peak_memory(self) -> float:
+        """Highest memory in use so far, in MB: of the GPU, else resident of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
+
+
+def choose_machine(c: TrainConfig) -> Machine:
+    """Device, precision and whether to compile, from the settings and from what this machine can do."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = c.device
+    if kind == "auto":
+        mps = torch.backends.mps.is_available() and world == 1
+        kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(kind)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {c.device!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device=cuda, but PyTorch finds no CUDA GPU here; --device=cpu trains without one"
+            )
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate bf16
+        name, dtype = torch.cuda.get_device_name(device), torch.bfloat16 if native else torch.float16
+        why = "bf16 is native" if native else "no native bf16, so fp16 with a GradScaler"
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("device=mps, but this is no Mac with Metal; --device=cpu trains without it")
+        name, dtype, why = "Apple GPU", torch.float32, "the precision that MPS is sure of"
+    elif device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        native = bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
+        name, dtype = f"CPU ({can.get('architecture', '?')})", torch.bfloat16 if native else torch.float32
+        why = "it has bf16 matrix units" if native else "it has no bf16 matrix units"
+    else:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {c.device!r}")
+    if c.dtype != "auto":
+        dtype, why = DTYPES[c.dtype], "as asked"
+    pays = device.type == "cuda" and c.max_iters >= COMPILE_PAYS
+    compile = pays if c.compile == "auto" else c.compile == "True"
+    why = f"{name}, {str(dtype).removeprefix('torch.')} ({why}), {'compiled' if compile else 'not compiled'}"
+    return Machine(device, dtype, compile, why, rank, world)
+
+
+COMPILE_PAYS = 500  # updates from which a minute of compiling is won back on a GPU
+
+
+def set_up(machine: Machine, c: TrainConfig) -> None:
+    """The process-wide settings that go with a machine."""
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)
+    else:
+        cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
+        torch.set_num_threads(c.threads or max(1, (cores or 1) // machine.world))
+    if machine.world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The data: the global batch is a pure function of (seed, step)
+
+
+class Batches:
+    """
+    Row r of update s is window perm[(s * rows + r) mod W] of that epoch's permutation of the W windows. Each
+    process takes a fixed slice of the rows, so the batch does not depend on how many there are.
+    """
+
+    def __init__(self, c: TrainConfig, data: prepare.Data, machine: Machine):
+        self.c, self.ids, self.machine = c, data.train, machine
+        T = c.model.block_size
+        if c.story_windows:  # a window begins with the end-of-text before a story
+            ends = np.flatnonzero(self.ids == data.tokenizer.eot)
+            self.starts = ends[ends + T + 1 <= len(self.ids)]
+        else:
+            self.starts = np.arange(0, max(0, len(self.ids) - T), T)
+        if not len(self.starts):
+            raise ValueError(f"{data.folder}/train.bin has {len(self.ids):,} tokens, too few for one window "
+                             f"of block_size={T} and its next token")  # fmt: skip
+        A, B, world = c.gradient_accumulation_steps, c.batch_size, machine.world
+        if A % world and B % world:
+            raise ValueError(
+                f"{world} processes divide neither gradient_accumulation_steps={A} nor batch_size={B}"
+            )
+        rows = np.arange(A * B).reshape(A, B)  # micro-batches by rows
+        share = np.split(rows, world, axis=A % world and 1)[machine.rank]
+        self.rows, self.per_step = share, A * B
+        self.permutations: dict[int, np.ndarray] = {}
+
+    def windows(self, step: int) -> np.ndarray:
+        """Where the windows of this process' rows begin at `step`: (micro-batches, rows)."""
+        at, W = step * self.per_step + self.rows, len(self.starts)
+        epochs = at // W
+        order = np.empty_like(at)
+        for epoch in np.unique(epochs):
+            if epoch not in self.permutations:
+                generator = np.random.default_rng([self.c.seed, int(epoch)])
+                self.permutations = {e: p for e, p in self.permutations.items() if e >= epoch - 1}
+                self.permutations[int(epoch)] = generator.permutation(W)
+            inside = epochs == epoch
+            order[inside] = self.permutations[int(epoch)][at[inside] % W]
+        return self.starts[order]
+
+    def __call__(self, step: int):
+        """This process' micro-batches of `step`: (idx, targets), each (rows, block_size) int64, on the device."""
+        reach = np.arange(self.c.model.block_size + 1)
+        for starts in self.windows(step):
+            tokens = torch.from_numpy(self.ids[starts[:, None] + reach].astype(np.int64))
+            if self.machine.device.type == "cuda":
+                tokens = tokens.pin_memory().to(self.machine.device, non_blocking=True)
+            else:
+                tokens = tokens.to(self.machine.device)
+            yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The trainer
+
+
+class Trainer:
+    """
+    Everything that a run needs besides its loop. Steps count finished updates: train_step(0) makes the first.
+
+        trainer = Trainer(config, model, data, out_dir="out/mine")
+        for step in range(config.max_iters):
+            trainer.log(step + 1, trainer.train_step(step))
+        trainer.log(config.max_iters, trainer.val_step(), split="val")
+        trainer.save_checkpoint(config.max_iters)
+    """
+
+    def __init__(self, c: TrainConfig, model: GPT, data: prepare.Data, out_dir: str | Path | None = None,
+                 machine: Machine | None = None):  # fmt: skip
+        c.validate()
+        self.config, self.data = c, data
+        self.machine = machine or choose_machine(c)
+        self.model = model.to(self.machine.device)
+        self.compiled = self.model  # what is called; the weights are those of self.model
+        self.out_dir = Path(out_dir) if out_dir else None
+        self.batches = Batches(c, data, self.machine)
+        fused = self.machine.device.type in ("cuda", "cpu")
+        self.optimizers = optim.build(self.model, c, fused)
+        self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.scales)
+        self.average = [p.detach().clone() for p in self.model.parameters()] if c.ema else None
+        self.dropout = optim.points(c.dropout_schedule) if c.dropout_schedule else None
+        self.bytes = evaluate.token_bytes(data.tokenizer)
+        self.tokens_per_step = self.batches.per_step * c.model.block_size
+        self.step = 0  # finished updates
+        self.best = math.inf  # validation loss
+        self.waited = 0  # evaluations since the best one
+        self.skipped = self.skipped_in_a_row = 0  # updates that were not finite
+        self.evaluated = -1  # the step of the last evaluation
+        self.asked = self.stop = 0  # the signal that this process got; the one that all have agreed on
+        self.save_now = False  # SIGUSR1: save at the next step and go on
+        self.recipe: dict = {}  # as it was written, so that a later change of it is noticed
+        self.began, self.elapsed = time.perf_counter(), 0.0
+        self.timed = [0, 0.0]  # tokens and seconds of training since the last line of metrics
+
+    # -- one update
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One update from the batch of `step`. -> loss (nats a token, of the whole batch), lr, grad_norm."""
+        c, began = self.config, time.perf_counter()
+        lr = optim.schedule(c, step)
+        optim.set_lr(self.optimizers, lr)
+        if self.dropout:
+            optim.set_dropout(self.model, optim.interpolate(self.dropout, step))
+        self.model.train()
+        total = torch.zeros((), device=self.machine.device)
+        for micro, (idx, targets) in enumerate(self.batches(step)):
+            if c.model.dropout or self.dropout:  # dropout depends on where we are, not on how we came here
+                words = np.random.SeedSequence([c.seed, step, micro, self.machine.rank]).generate_state(2)
+                torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+            segments = None if c.cross_stories else (idx == self.data.tokenizer.eot).cumsum(dim=1)
+            with self.machine.autocast():
+                loss = self.compiled(idx, targets, segments=segments)[1]
+            loss = loss / len(
+                self.batches.rows
+            )  # every row has block_size targets: means of means are the mean
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        loss = self.sum_over_processes(params, total)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf).item()
+        self.update(step, loss, norm)
+        self.step = step + 1
+        self.timed[0] += self.tokens_per_step
+        self.timed[1] += time.perf_counter() - began
+        return {"loss": loss, "lr": c.learning_rate * lr, "grad_norm": norm}
+
+    def sum_over_processes(self, params: list[torch.Tensor], loss: torch.Tensor) -> float:
+        """One all-reduce: the mean of gradients and loss, and whether a process was asked to stop."""
+        if self.machine.world == 1:
+            self.stop = self.asked
+            return loss.item()
+        asked = loss.new_tensor([float(self.asked == s) for s in STOPS])
+        flat = torch.cat([p.grad.flatten() for p in params] + [loss[None], asked])
+        dist.all_reduce(flat)
+        grads, (mean, *asked) = flat[: -1 - len(STOPS)], flat[-1 - len(STOPS) :].tolist()
+        self.stop = next((int(s) for s, votes in zip(STOPS, asked, strict=True) if votes), 0)
+        grads /= self.machine.world
+        for p, grad in zip(params, grads.split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+        return mean / self.machine.world
+
+    def update(self, step: int, loss: float, norm: float) -> None:
+        """Step the optimizers; leave out an update that is not finite, and give up after several in a row."""
+        scaled = self.machine.scales and math.isfinite(
+            loss
+        )  # then an infinite gradient is the scaler's business
+        if math.isfinite(norm) and math.isfinite(loss) or scaled:
+            self.skipped_in_a_row = 0
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+            if self.average is not None:
+                torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - self.config.ema)
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            say(f"update {step} left out: loss {loss}, gradient norm {norm}")
+            if self.skipped_in_a_row >= 5:
+                lr = self.config.learning_rate * optim.schedule(self.config, step)
+                raise Diverged(
+                    f"{self.skipped_in_a_row} updates in a row were not finite: step {step}, loss {loss}, gradient norm "
+                    f"{norm}, learning rate {lr:.3g}; the last good checkpoint is kept. A lower --learning_rate "
+                    "or more --warmup_iters usually helps"
+                )
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def compile(self) -> None:
+        """Compile the model, with a trial on the first batch: where that fails, say so and do without."""
+        if not self.machine.compile:
+            return
+        began, compiled = time.perf_counter(), torch.compile(self.model)
+        try:
+            idx, targets = next(self.batches(self.step))
+            segments = None if self.config.cross_stories else torch.zeros_like(idx)
+            self.model.train()
+            with self.machine.autocast():
+                compiled(idx, targets, segments=segments)[1].backward()
+            self.compiled = compiled
+            say(f"compiled in {time.perf_counter() - began:.0f} s")
+        except Exception as error:  # whatever a compiler may throw: the run goes on without it
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            say(f"WARNING: torch.compile failed, so this run goes on without it, slower. {reason}")
+        self.model.zero_grad(set_to_none=True)
+
+    # -- evaluation
+
+    def val_step(self) -> dict[str, float]:
+        """Loss (nats a token) and bits per byte of the validation file, of the averaged weights if kept."""
+        c, machine = self.config, self.machine
+        ids = self.data.val[: c.eval_tokens or None]
+        batches = evaluate.windows(ids, self.data.tokenizer.eot, c.model.block_size, c.batch_size)
+        mine = (batch for i, batch in enumerate(batches) if i % machine.world == machine.rank)
+        self.model.eval()
+        with self.averaged(), machine.autocast():
+            sums = torch.tensor(evaluate.total_nats(self.compiled, mine, machine.device), dtype=torch.float64)
+        if machine.world > 1:
+            sums = sums.to(machine.device)
+            dist.all_reduce(sums)
+        nats, count = sums.tolist()
+        return {"loss": nats / count, "bpb": evaluate.bits_per_byte(nats, self.bytes[ids].sum())}
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Inside, the model has the average of the weights."""
+        if self.average is None:
+            yield
+            return
+        params = list(self.model.parameters())
+        kept = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            torch._foreach_copy_(params, self.average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(params, kept)
+
+    def judge(self, step: int, result: dict[str, float]) -> bool:
+        """Keep the weights if this evaluation is the best so far; whether `patience` is at its end."""
+        self.evaluated = step
+        if result["loss"] < self.best:
+            self.best, self.waited = result["loss"], 0
+            if self.out_dir and step and self.machine.rank == 0:
+                with self.averaged():
+                    checkpoint.save(self.out_dir / "best.pt", self.portrait(step) | {"val": result})
+        else:
+            self.waited += 1
+        return bool(self.config.patience) and self.waited >= self.config.patience
+
+    # -- signals
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Inside, SIGINT and SIGTERM end the run after this step, saved; a second one ends it at once."""
+
+        def ask(number, frame):
+            self.asked = number
+            signal.signal(number, signal.SIG_DFL)
+            say(f"{signal.Signals(number).name}: saving after this step; once more ends at once")
+
+        def save(number, frame):
+            self.save_now = True
+
+        handlers = dict.fromkeys(STOPS, ask)
+        if hasattr(signal, "SIGUSR1"):
+            handlers[signal.SIGUSR1] = save
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # -- what is written
+
+    def log(self, step: int, result: dict[str, float], split: str = "train") -> dict[str, float]:
+        """Add a line to metrics.jsonl. -> the line."""
+        line = {"step": step, "split": split, **result, "tokens": step * self.tokens_per_step}
+        line["elapsed_s"] = round(self.elapsed + time.perf_counter() - self.began, 3)
+        if split == "train":
+            tokens, seconds = self.timed
+            line["tokens_per_s"] = round(tokens / seconds) if seconds else 0
+            self.timed = [0, 0.0]
+        if self.out_dir and self.machine.rank == 0:
+            with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+    def portrait(self, step: int) -> dict:
+        """What a model needs to be used: weights, settings, tokenizer, and where it comes from."""
+        return {"model": self.model.state_dict(), "model_config": asdict(self.config.model), "step": step,
+                "train_config": asdict(self.config), "tokenizer": self.data.tokenizer.state(),
+                "provenance": checkpoint.provenance()}  # fmt: skip
+
+    def save_checkpoint(self, step: int) -> None:
+        """latest.pt: everything to go on; the one before stays as previous.pt."""
+        self.save_now = False
+        if not self.out_dir or self.machine.rank:
+            return
+        state = self.portrait(step) | {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(), "average": self.average, "data": fingerprint(self.data),
+            "best": self.best, "waited": self.waited, "evaluated": self.evaluated, "skipped": self.skipped,
+            "elapsed": self.elapsed + time.perf_counter() - self.began, "recipe": self.recipe,
+            "compiled": self.compiled is not self.model,
+        }  # fmt: skip
+        for wait in (1, 5, 0):
+            try:
+                return checkpoint.save(
+                    self.out_dir / "latest.pt", state, previous=self.out_dir / "previous.pt"
+                )
+            except (OSError, RuntimeError) as error:  # the writer inside torch raises the latter
+                say(f"WARNING: could not save at step {step}: {error}" + (", trying again" if wait else ""))
+                time.sleep(wait)
+        raise OSError(f"{self.out_dir} cannot be written to; the checkpoint before this one is whole")
+
+    def load_checkpoint(self, state: dict) -> int:
+        """Go on from what checkpoint.read returned. -> the step to make next."""
+        if state["data"] != fingerprint(self.data):
+            raise ValueError(f"the files in {self.data.folder} are not those that this run began with")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, mine in zip(optimizer.param_groups, settings, strict=True):
+                group.update(mine)  # moments are those of the run, learning rates those of the settings
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            for mine, saved in zip(self.average, state["average"], strict=True):
+                mine.copy_(saved)
+        self.step, self.best, self.waited = state["step"], state["best"], state["waited"]
+        self.evaluated, self.skipped, self.elapsed = state["evaluated"], state["skipped"], state["elapsed"]
+        return self.step
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Diverged(RuntimeError):
+    """Training produced numbers that are not finite, again and again."""
+
+
+def fingerprint(data: prepare.Data) -> dict:
+    """Sizes and checksums of the bins, so that a run does not go on with other data."""
+    return {name: [len(ids), zlib.crc32(memoryview(ids).cast("B"))] for name, ids in
+            (("train", data.train), ("val", data.val))}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A run: its folder, its data, its report
+
+
+def say(message: str) -> None:
+    """A line for the person, above the progress bar; one process speaks."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+FLAGS = {
+    "resume": "go on with the run in out_dir, or with this recipe's newest unfinished one",
+    "overwrite": "throw away the run in out_dir and begin anew",
+    "override": "with --resume: accept changed settings that make it another run",
+}
+
+
+class Plan(NamedTuple):
+    """What the command line asked for."""
+
+    config: TrainConfig
+    name: str  # of the recipe
+    recipe: dict  # its settings
+    folder: Path
+    state: dict | None  # the checkpoint to go on from
+
+
+def parse(argv: list[str]) -> Plan:
+    """The command line -> settings and folder; with --resume those of the run that goes on."""
+    path, recipe, given, flags = recipes.command_line(TrainConfig, argv, FLAGS, "Train a model.")
+    if "vocab_size" in recipe | given:
+        raise ValueError("vocab_size comes from the tokenizer; choose one with --tokenizer=bpeN")
+    name = Path(path).stem or "run"
+    default = {s.name: s.default for s in recipes.settings(TrainConfig).values()}
+    wanted = default | recipe | given
+    folder, state = run_folder(wanted, name, flags, "max_iters" in given)
+    if state is not None:
+        before = state["train_config"] | state["train_config"]["model"]
+        del before["model"]
+        changed = {k: v for k, v in recipe.items() if v != state["recipe"].get(k, default[k])} | given
+        wanted = default | before | changed
+        changes = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in wanted.items() if v != before.get(k)]
+        rows = "batch_size", "gradient_accumulation_steps"
+        other = [change for change in changes if change.split(":")[0] not in FREE]
+        if math.prod(before[k] for k in rows) != math.prod(wanted[k] for k in rows):
+            other.append("batch_size * gradient_accumulation_steps")
+        if other and "override" not in flags:
+            raise ValueError(
+                f"these would make it another run: {'; '.join(other)}. --override takes them all the same"
+            )
+        for change in changes:
+            say(f"changed for the rest of the run: {change}")
+        made, now = state["provenance"], checkpoint.provenance()
+        for file in ("model.py", "train.py"):
+            if made.get(file) != now.get(file):
+                say(
+                    f"{file} was changed since this run was saved: the rest may be another than it would have been"
+                )
+    c = recipes.build(TrainConfig, wanted)
+    c.validate()
+    if 0 < c.max_iters <= c.warmup_iters:
+        say(f"warmup_iters={c.warmup_iters} is cut to {c.max_iters // 2}, half of the run")
+        c.warmup_iters = c.max_iters // 2
+    return Plan(c, name, recipe, folder, state)
+
+
+def run_folder(wanted: dict, name: str, flags: set[str], longer: bool) -> tuple[Path, dict | None]:
+    """The folder of a run, and the checkpoint to go on from; `longer`: it may be that of a finished run."""
+    given = Path(wanted["out_dir"]) if wanted["out_dir"] else None
+    if "resume" in flags:
+        for folder in [given] if given else runs_of(name):
+            if not (folder / "metrics.jsonl").exists():
+                continue
+            state = last_state(folder)
+            if state is None:
+                say(f"{folder} was ended before its first checkpoint: it starts again at step 0")
+            elif not given and not longer and state["step"] >= state["train_config"]["max_iters"]:
+                continue
+            return folder, state
+        raise ValueError(
+            f"nothing to resume: {f'{given} holds no run' if given else f'no unfinished run out/{name}'}"
+        )
+    if given:
+        if (given / "metrics.jsonl").exists():
+            if "overwrite" not in flags:
+                raise ValueError(f"{given} holds a run; --resume goes on with it, --overwrite throws it away")
+            for file in ("metrics.jsonl", "latest.pt", "previous.pt", "best.pt", "loss.png"):
+                (given / file).unlink(missing_ok=True)
+        return given, None
+    numbers = (f"-{n}" if n > 1 else "" for n in range(1, 1 << 30))
+    return next(Path("out", name + n) for n in numbers if not Path("out", name + n).exists()), None
+
+
+def runs_of(name: str) -> list[Path]:
+    """The folders that runs of a recipe chose themselves, the newest first."""
+    found = [f for f in Path("out").glob(f"{name}*") if f.name.removeprefix(name).strip("-0123456789") == ""]
+    return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def last_state(folder: Path) -> dict | None:
+    """The newest checkpoint of a run that is whole, or None where there is none yet."""
+    files = [folder / name for name in ("latest.pt", "previous.pt") if (folder / name).exists()]
+    for file in files:
+        try:
+            return checkpoint.read(file)
+        except ValueError as error:
+            say(f"WARNING: {error}")
+    if files:
+        raise ValueError(f"no checkpoint in {folder} is whole")
+    return None
+
+
+def load_data(c: TrainConfig) -> prepare.Data:
+    """The data of a run, prepared on the spot if they are not there. May change c.dataset to c.fallback."""
+    folder = Path(c.data_dir) / c.dataset / c.tokenizer
+    if not (folder / "meta.json").exists() and c.fallback:
+        instead = Path(c.data_dir) / c.fallback / c.tokenizer
+        try:
+            prepare.prepare(c.dataset, c.tokenizer, c.source or None, c.stories or None, data_dir=c.data_dir)
+        except prepare.Unreachable as error:
+            line = "!" * 100
+            say(f"{line}\n{error}\nTRAINING ON {c.fallback.upper()} INSTEAD, a built-in corpus of made-up "
+                f"stories; --fallback= insists on {c.dataset}\n{line}")  # fmt: skip
+            c.dataset, c.stories, c.source = c.fallback, 0, ""
+            folder = instead
+    if not (folder / "meta.json").exists():
+        prepare.prepare(c.dataset, c.tokenizer, c.source or None, c.stories or None, data_dir=c.data_dir)
+    data = prepare.load(folder)
+    limit = data.meta["limit"]
+    if limit and (not c.stories or c.stories > limit):
+        more = f" --stories {c.stories}" if c.stories else ""
+        if not (c.dataset == "toystories" and not c.stories):
+            raise ValueError(f"{folder} holds the first {limit:,} stories only; for {c.stories or 'all'}: "
+                             f"python prepare.py {c.dataset} --tokenizer {c.tokenizer}{more}")  # fmt: skip
+    return data
+
+
+def describe(c: TrainConfig, model: GPT, data: prepare.Data, machine: Machine, iters: int) -> str:
+    """The plan of a run in a few lines."""
+    sizes, meta, rows = model.num_params(), data.meta, c.batch_size * c.gradient_accumulation_steps
+    tokens = rows * c.model.block_size
+    share, epochs = sizes["embedding"] / sizes["total"], iters * tokens / len(data.train)
+    width = 14 * c.model.n_embd + 3 * c.model.hidden  # numbers that a token leaves behind in a layer
+    held = 16 * sizes["total"] + 4 * c.batch_size * c.model.block_size * c.model.n_layer * width
+    held += 12 * c.model.loss_chunk * c.model.padded_vocab
+    return (
+        f"model    {sizes['total'] / 1e6:.2f}M parameters, {share:.0%} of them embeddings; "
+        f"{c.model.n_layer} layers, {c.model.n_embd} wide, context {c.model.block_size}\n"
+        f"data     {data.folder}: {meta['train']['stories']:,} stories, {len(data.train) / 1e6:.2f}M tokens\n"
+        f"batch    {rows} rows x {c.model.block_size} = {tokens:,} tokens a step; "
+        f"{iters:,} steps = {iters * tokens / 1e6:.1f}M tokens = {epochs:.2f} epochs\n"
+        f"machine  {machine.why}\n"
+        f"needs    about {held / 2**20:,.0f} MB of memory, {44 * sizes['total'] / 2**20:,.0f} MB of disk"
+    )
+
+
+def prepare_folder(folder: Path, model: GPT, step: int) -> None:
+    """Make the folder, see that its disk has room, and cut metrics.jsonl back to `step`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    need, free = 44 * model.num_params()["total"], shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(
+            f"checkpoints need {need >> 20:,} MB, and the disk of {folder} has {free >> 20:,} MB left"
+        )
+    metrics = folder / "metrics.jsonl"
+    kept = []
+    for line in read_metrics(folder):
+        if line["step"] <= step:
+            kept.append(json.dumps(line) + "\n")
+    temporary = metrics.with_suffix(".tmp")
+    temporary.write_text("".join(kept if step else []), encoding="utf-8")
+    os.replace(temporary, metrics)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl; one that a kill tore is left out."""
+    file, lines = folder / "metrics.jsonl", []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def plot(folder: Path, previous: Path | None, floor: float | None) -> None:
+    """loss.png: loss against tokens, the recipe's previous run in grey, and the floor (nats) where known."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    runs = [(previous, {"train": ("0.8", None), "val": ("0.6", "the run before")})] if previous else []
+    runs.append((folder, {"train": ("tab:blue", "train"), "val": ("tab:orange", "val")}))
+    for run, looks in runs:
+        for split, (color, label) in looks.items():
+            lines = [line for line in read_metrics(run) if line["split"] == split]
+            axes.plot([x["tokens"] for x in lines], [x["loss"] for x in lines], color=color, label=label,
+                      linewidth=1 if split == "train" else 2)  # fmt: skip
+    if floor:
+        axes.axhline(floor, color="tab:green", linestyle="--", label="floor of the corpus")
+    axes.set(xlabel="tokens", ylabel="loss (nats a token)", title=str(folder))
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def report(trainer: Trainer, name: str) -> None:
+    """The end of a run: curve, summary beside the previous run's, stories, and the next command to type."""
+    from sample import stories
+
+    c, folder, data = trainer.config, trainer.out_dir, trainer.data
+    previous = next(
+        (run for run in runs_of(name) if run != folder and (run / "metrics.jsonl").exists()), None
+    )
+    meta = data.meta["val"]
+    floor = data.meta.get("floor_bpb")
+    size = (meta["bytes"] + meta["stories"]) / max(1, meta["tokens"])  # bytes a token
+    plot(folder, previous, floor and floor * math.log(2) * size)
+    best = {}
+    for run in filter(None, (folder, previous)):
+        val = [line for line in read_metrics(run) if line["split"] == "val"]
+        best[run] = min(val, key=lambda line: line["loss"]) if val else None
+    lines = read_metrics(folder)
+    speed = [line["tokens_per_s"] for line in lines if line["split"] == "train"]
+    tokens = trainer.step * trainer.tokens_per_step
+    say(f"\n{trainer.step:,} updates, {tokens / 1e6:.2f}M tokens = {tokens / len(data.train):.2f} epochs in "
+        f"{lines[-1]['elapsed_s'] if lines else 0:.0f} s; {np.median(speed) if speed else 0:,.0f} tokens/s; "
+        f"peak memory {trainer.machine.peak_memory():,.0f} MB")  # fmt: skip
+    for run, line in best.items():
+        if line:
+            say(f"best val loss {line['loss']:.4f} nats a token, {line['bpb']:.4f} bits per byte "
+                f"(step {line['step']}) in {run}")  # fmt: skip
+    if trainer.skipped:
+        say(f"{trainer.skipped} updates were left out: their loss or gradient was not finite")
+    trainer.model.eval()
+    with trainer.averaged(), trainer.machine.autocast():
+        for text in stories(trainer.model, data.tokenizer, c.prompt, 3, seed=c.seed):
+            say(f"\n{text}")
+    say(f'\ncurve: {folder / "loss.png"}\nnext:  python sample.py --out_dir {folder} --prompt "{c.prompt}"')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def run(trainer: Trainer) -> None:
+    """Train to max_iters, or until patience or a signal ends it; what is done is saved."""
+    c, step, begun = trainer.config, trainer.step, trainer.step
+    bar = tqdm(
+        total=c.max_iters,
+        initial=step,
+        unit="step",
+        disable=not sys.stderr.isatty() or trainer.machine.rank > 0,
+    )
+    while True:
+        last = step >= c.max_iters
+        if (step % c.eval_interval == 0 or last) and trainer.evaluated != step:
+            result = trainer.val_step()
+            trainer.log(step, result, split="val")
+            last |= trainer.judge(step, result)
+            say(f"step {step:6,}  val loss {result['loss']:.4f}  {result['bpb']:.4f} bits per byte")
+        last |= bool(trainer.stop)
+        if last or (step % c.save_interval == 0 and step > begun) or trainer.save_now:
+            trainer.save_checkpoint(step)
+        if last:
+            break
+        result = trainer.train_step(step)
+        step += 1
+        bar.update()
+        if step == 1 or step % c.log_interval == 0 or step == c.max_iters:
+            line = trainer.log(step, result)
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:,} tokens/s")
+            if bar.disable and (step == 1 or step % (10 * c.log_interval) == 0):
+                left = (c.max_iters - step) * trainer.tokens_per_step / max(1, line["tokens_per_s"])
+                speed = f"{line['tokens_per_s']:,} tokens/s"
+                say(f"step {step:6,}  loss {line['loss']:.4f}  {speed}  {left:.0f} s left")
+    bar.close()
+
+
+def main(argv: list[str]) -> int:
+    try:
+        plan = parse(argv)
+        c = plan.config
+        machine = choose_machine(c)
+        set_up(machine, c)
+        data = load_data(c)
+        c.model.vocab_size = data.tokenizer.vocab_size
+        torch.manual_seed(c.seed)
+        model = GPT(c.model)
+        iters = c.max_iters or plan.recipe.get("max_iters", TrainConfig.max_iters)
+        say(describe(c, model, data, machine, iters))
+        if not c.max_iters:
+            return 0
+        prepare_folder(plan.folder, model, plan.state["step"] if plan.state else 0)
+        trainer = Trainer(c, model, data, plan.folder, machine)
+        trainer.recipe = plan.recipe
+        if plan.state:
+            say(f"going on with {plan.folder} at step {trainer.load_checkpoint(plan.state):,}")
+        else:
+            say(f"run      {plan.folder}")
+    except (ValueError, FileNotFoundError) as error:
+        return fail(error, 2)
+    except (OSError, RuntimeError) as error:
+        return fail(error, 1)
+    trainer.compile()
+    try:
+        with trainer.signals():
+            run(trainer)
+    except (Diverged, OSError) as error:
+        return fail(error, 1)
+    except torch.OutOfMemoryError:
+        return fail(f"out of memory on {machine.device}: for the same run in less of it, lower --batch_size"
+                    f"={c.batch_size} and raise --gradient_accumulation_steps by as much", 1)  # fmt: skip
+    if trainer.stop:
+        say(f"saved at step {trainer.step:,}; go on with: python train.py {' '.join(argv)} --resume")
+        return 128 + trainer.stop
+    if machine.rank == 0:
+        report(trainer, plan.name)
+    return 0
+
+
+def fail(error: Exception | str, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
