@@ -3,8 +3,8 @@ Checkpoints: save, verify, load. `load(path)` is the one way from a file to a mo
 
 A checkpoint is a zip as torch.save writes it, of tensors and plain data only: torch.load(weights_only=True)
 opens it, and nothing read from disk is ever executed. Its last 64 bytes, the zip's comment, are the SHA-256
-of all before them, so that one flipped bit anywhere is found. A file is written beside its final name, synced,
-and then renamed: whatever happens, a name stands for a whole checkpoint, the old one or the new one.
+of all before them, so that one flipped bit anywhere is found. A file is written beside its final name,
+synced, and then renamed: whatever happens, a name stands for a whole checkpoint, the old one or the new one.
 
     model, tokenizer = checkpoint.load("out/tiny")        # a run's folder, or one .pt file
 """

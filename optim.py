@@ -44,8 +44,9 @@ def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer
 
 def schedule(c, step: int) -> float:
     """
-    The factor on every learning rate at `step` (0, 1, ... before its update): linear warmup over warmup_iters,
-    then by name down to min_lr / learning_rate, reached exactly at the last update and kept after it.
+    The factor on every learning rate at `step` (0, 1, ... before its update): linear warmup over
+    warmup_iters, then by name down to min_lr / learning_rate, reached exactly at the last update and kept
+    after it.
     """
     if step < c.warmup_iters:
         return (step + 1) / (c.warmup_iters + 1)

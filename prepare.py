@@ -35,7 +35,7 @@ import tokenizer as tokenizers
 from tokenizer import EOT, Tokenizer, Unreachable
 
 HUB_ID = "roneneldan/TinyStories"
-TOYS = 100_000            # toystories has no end: so many stories unless --stories says otherwise
+TOYS = 30_000             # toystories has no end: so many stories unless --stories says otherwise
 VAL_SHARE = 100           # where a source has no validation split of its own, one story in so many
 SAMPLE = 32_000_000       # characters of training text that a BPE vocabulary is trained on, the first ones (4 s)
 BATCH = 500_000           # characters that a thread encodes at a time
@@ -585,7 +585,7 @@ def main() -> int:
     parser.add_argument("corpus", help="tinystories, toystories, or any name together with --source")
     parser.add_argument("--tokenizer", default="bpe4096", help="bpe4096 (any bpeN), gpt2 or byte; default %(default)s")
     parser.add_argument("--source", help=".txt, .jsonl, .parquet, a folder of them, or a data set's id on the Hub")
-    parser.add_argument("--stories", type=int, help="the first so many stories; default all (of toystories 100,000)")
+    parser.add_argument("--stories", type=int, help="the first so many stories; default all (of toystories 30,000)")
     parser.add_argument("--workers", type=int, help="threads that encode; default one for each processor")
     parser.add_argument("--data_dir", default="data", help="default %(default)s")
     try:

@@ -18,20 +18,22 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import prepare
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import checkpoint
 import config as recipes
 import evaluate
 import optim
+import prepare
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------
@@ -95,8 +97,8 @@ class TrainConfig:
         for name, value in asdict(self).items():
             if isinstance(value, int | float) and not value >= (name in positive):
                 raise ValueError(f"{name} must be at least {int(name in positive)}, not {value}")
-        choices = dict(dtype=["auto", *DTYPES], compile=["auto", "True", "False"], optimizer=["adamw", "muon"],
-                       schedule=optim.SCHEDULES, logger=["", "tensorboard", "wandb"])  # fmt: skip
+        choices = dict(dtype=["auto", *DTYPES], compile=["auto", "True", "False"], schedule=optim.SCHEDULES,
+                       optimizer=["adamw", "muon"], logger=["", "tensorboard", "wandb"])  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(filter(None, known))}; "
@@ -255,7 +257,7 @@ class Batches:
         return self.starts[order]
 
     def __call__(self, step: int):
-        """This process' micro-batches of `step`: (idx, targets), each (rows, block_size) int64, on the device."""
+        """This process' micro-batches of `step`: (idx, targets), each (rows, block_size), on the device."""
         reach = np.arange(self.c.model.block_size + 1)
         for starts in self.windows(step):
             tokens = torch.from_numpy(self.ids[starts[:, None] + reach].astype(np.int64))
@@ -304,6 +306,7 @@ class Trainer:
         self.evaluated = -1  # the step of the last evaluation
         self.asked = self.stop = 0  # the signal that this process got; the one that all have agreed on
         self.save_now = False  # SIGUSR1: save at the next step and go on
+        self.report_to = open_logger(c, self.out_dir) if self.machine.rank == 0 else None
         self.recipe: dict = {}  # as it was written, so that a later change of it is noticed
         self.began, self.elapsed = time.perf_counter(), 0.0
         self.timed = [0, 0.0]  # tokens and seconds of training since the last line of metrics
@@ -376,9 +379,9 @@ class Trainer:
             if self.skipped_in_a_row >= 5:
                 lr = self.config.learning_rate * optim.schedule(self.config, step)
                 raise Diverged(
-                    f"{self.skipped_in_a_row} updates in a row were not finite: step {step}, loss {loss}, gradient norm "
-                    f"{norm}, learning rate {lr:.3g}; the last good checkpoint is kept. A lower --learning_rate "
-                    "or more --warmup_iters usually helps"
+                    f"{self.skipped_in_a_row} updates in a row were not finite: step {step}, loss {loss}, "
+                    f"gradient norm {norm}, learning rate {lr:.3g}. The last good checkpoint is kept; "
+                    "a lower --learning_rate or more --warmup_iters usually helps"
                 )
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -483,6 +486,8 @@ class Trainer:
         if self.out_dir and self.machine.rank == 0:
             with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        if self.report_to:
+            self.report_to(line)
         return line
 
     def portrait(self, step: int) -> dict:
@@ -533,6 +538,31 @@ class Trainer:
 
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+def open_logger(c: TrainConfig, folder: Path | None) -> Callable[[dict], None] | None:
+    """A function that takes lines of metrics, for TensorBoard or W&B, imported only when asked for."""
+    if not c.logger or folder is None:
+        return None
+
+    def flat(line: dict) -> dict[str, float]:
+        return {f"{line['split']}/{key}": x for key, x in line.items() if key not in ("split", "step")}
+
+    try:
+        if c.logger == "wandb":
+            import wandb
+
+            run = wandb.init(project="nanostlm", id=folder.name, resume="allow", dir=folder, config=asdict(c))
+            return lambda line: run.log(flat(line), step=line["step"])
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            f"logger={c.logger} needs a package that is not here: pip install {c.logger}"
+        ) from None
+    writer = SummaryWriter(folder)
+    return lambda line: (
+        [writer.add_scalar(key, x, line["step"]) for key, x in flat(line).items()] and writer.flush()
+    )
 
 
 class Diverged(RuntimeError):
@@ -600,9 +630,7 @@ def parse(argv: list[str]) -> Plan:
         made, now = state["provenance"], checkpoint.provenance()
         for file in ("model.py", "train.py"):
             if made.get(file) != now.get(file):
-                say(
-                    f"{file} was changed since this run was saved: the rest may be another than it would have been"
-                )
+                say(f"{file} was changed since this run was saved: the rest may come out differently")
     c = recipes.build(TrainConfig, wanted)
     c.validate()
     if 0 < c.max_iters <= c.warmup_iters:
@@ -631,8 +659,6 @@ def run_folder(wanted: dict, name: str, flags: set[str], longer: bool) -> tuple[
         if (given / "metrics.jsonl").exists():
             if "overwrite" not in flags:
                 raise ValueError(f"{given} holds a run; --resume goes on with it, --overwrite throws it away")
-            for file in ("metrics.jsonl", "latest.pt", "previous.pt", "best.pt", "loss.png"):
-                (given / file).unlink(missing_ok=True)
         return given, None
     numbers = (f"-{n}" if n > 1 else "" for n in range(1, 1 << 30))
     return next(Path("out", name + n) for n in numbers if not Path("out", name + n).exists()), None
@@ -659,27 +685,40 @@ def last_state(folder: Path) -> dict | None:
 
 def load_data(c: TrainConfig) -> prepare.Data:
     """The data of a run, prepared on the spot if they are not there. May change c.dataset to c.fallback."""
-    folder = Path(c.data_dir) / c.dataset / c.tokenizer
-    if not (folder / "meta.json").exists() and c.fallback:
-        instead = Path(c.data_dir) / c.fallback / c.tokenizer
+
+    def make() -> tuple[str, int]:
+        wish = c.tokenizer, c.source or None, c.stories or None, None, c.data_dir
         try:
-            prepare.prepare(c.dataset, c.tokenizer, c.source or None, c.stories or None, data_dir=c.data_dir)
+            if not Path(c.data_dir, c.dataset, c.tokenizer, "meta.json").exists():
+                prepare.prepare(c.dataset, *wish)
+            return c.dataset, c.stories
         except prepare.Unreachable as error:
+            if not c.fallback:
+                raise
             line = "!" * 100
             say(f"{line}\n{error}\nTRAINING ON {c.fallback.upper()} INSTEAD, a built-in corpus of made-up "
                 f"stories; --fallback= insists on {c.dataset}\n{line}")  # fmt: skip
-            c.dataset, c.stories, c.source = c.fallback, 0, ""
-            folder = instead
-    if not (folder / "meta.json").exists():
-        prepare.prepare(c.dataset, c.tokenizer, c.source or None, c.stories or None, data_dir=c.data_dir)
-    data = prepare.load(folder)
-    limit = data.meta["limit"]
+        if not Path(c.data_dir, c.fallback, c.tokenizer, "meta.json").exists():
+            prepare.prepare(c.fallback, c.tokenizer, data_dir=c.data_dir)
+        return c.fallback, 0
+
+    c.dataset, c.stories = agree(make)
+    data = prepare.load(Path(c.data_dir, c.dataset, c.tokenizer))
+    limit = data.meta["limit"] if c.dataset != "toystories" or c.stories else None
     if limit and (not c.stories or c.stories > limit):
         more = f" --stories {c.stories}" if c.stories else ""
-        if not (c.dataset == "toystories" and not c.stories):
-            raise ValueError(f"{folder} holds the first {limit:,} stories only; for {c.stories or 'all'}: "
-                             f"python prepare.py {c.dataset} --tokenizer {c.tokenizer}{more}")  # fmt: skip
+        raise ValueError(f"{data.folder} holds only the first {limit:,} stories; for {c.stories or 'all'}: "
+                         f"python prepare.py {c.dataset} --tokenizer {c.tokenizer}{more}")  # fmt: skip
     return data
+
+
+def agree(choose):
+    """What `choose()` returns in the first process, for all of them."""
+    if not dist.is_initialized():
+        return choose()
+    box = [choose() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def describe(c: TrainConfig, model: GPT, data: prepare.Data, machine: Machine, iters: int) -> str:
@@ -701,22 +740,29 @@ def describe(c: TrainConfig, model: GPT, data: prepare.Data, machine: Machine, i
     )
 
 
-def prepare_folder(folder: Path, model: GPT, step: int) -> None:
-    """Make the folder, see that its disk has room, and cut metrics.jsonl back to `step`."""
+def take_folder(folder: Path, model: GPT, step: int) -> FileLock:
+    """
+    Make the folder this run's alone, see that its disk has room, and cut metrics.jsonl back to `step`. The
+    lock is the system's own: it ends with the process, however that ends.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another run is writing to {folder}") from None
     need, free = 44 * model.num_params()["total"], shutil.disk_usage(folder).free
     if free < need:
         raise OSError(
             f"checkpoints need {need >> 20:,} MB, and the disk of {folder} has {free >> 20:,} MB left"
         )
-    metrics = folder / "metrics.jsonl"
-    kept = []
-    for line in read_metrics(folder):
-        if line["step"] <= step:
-            kept.append(json.dumps(line) + "\n")
-    temporary = metrics.with_suffix(".tmp")
-    temporary.write_text("".join(kept if step else []), encoding="utf-8")
-    os.replace(temporary, metrics)
+    lines = [line for line in read_metrics(folder) if step and line["step"] <= step]
+    for file in () if step else ("latest.pt", "previous.pt", "best.pt", "loss.png"):
+        (folder / file).unlink(missing_ok=True)
+    temporary = folder / "metrics.tmp"
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, folder / "metrics.jsonl")
+    return lock
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -781,6 +827,9 @@ def report(trainer: Trainer, name: str) -> None:
         say(f"{trainer.skipped} updates were left out: their loss or gradient was not finite")
     trainer.model.eval()
     with trainer.averaged(), trainer.machine.autocast():
+        if c.dataset == "toystories":
+            for line in evaluate.judge(trainer.model, data, c.batch_size):
+                say(line)
         for text in stories(trainer.model, data.tokenizer, c.prompt, 3, seed=c.seed):
             say(f"\n{text}")
     say(f'\ncurve: {folder / "loss.png"}\nnext:  python sample.py --out_dir {folder} --prompt "{c.prompt}"')
@@ -838,20 +887,23 @@ def main(argv: list[str]) -> int:
         say(describe(c, model, data, machine, iters))
         if not c.max_iters:
             return 0
-        prepare_folder(plan.folder, model, plan.state["step"] if plan.state else 0)
-        trainer = Trainer(c, model, data, plan.folder, machine)
+        folder = agree(lambda: plan.folder)
+        lock = contextlib.nullcontext()
+        if machine.rank == 0:
+            lock = take_folder(folder, model, plan.state["step"] if plan.state else 0)
+        trainer = Trainer(c, model, data, folder, machine)
         trainer.recipe = plan.recipe
         if plan.state:
-            say(f"going on with {plan.folder} at step {trainer.load_checkpoint(plan.state):,}")
+            say(f"going on with {folder} at step {trainer.load_checkpoint(plan.state):,}")
         else:
-            say(f"run      {plan.folder}")
+            say(f"run      {folder}")
     except (ValueError, FileNotFoundError) as error:
         return fail(error, 2)
     except (OSError, RuntimeError) as error:
         return fail(error, 1)
     trainer.compile()
     try:
-        with trainer.signals():
+        with trainer.signals(), lock:
             run(trainer)
     except (Diverged, OSError) as error:
         return fail(error, 1)

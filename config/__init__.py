@@ -133,8 +133,9 @@ def command_line(
     cls: type, argv: list[str], flags: dict[str, str], about: str
 ) -> tuple[str, dict[str, Any], dict[str, Any], set[str]]:
     """
-    argv -> (the recipe's path or "", its values, the command line's values, the bare flags given). `flags`: name
-    -> help. ValueError with one clear line for what cannot be taken; `--help` prints all, in groups, and ends.
+    argv -> (the recipe's path or "", its values, the command line's values, the bare flags given). `flags`:
+    name -> help. ValueError with one clear line for what cannot be taken; `--help` prints all, in groups, and
+    ends.
     """
     table = settings(cls)
 
