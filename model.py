@@ -132,6 +132,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight, over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 class Attention(nn.Module):
     """Causal self-attention with n_kv_head groups of keys and values (arXiv 1706.03762, 2305.13245)."""
 
@@ -141,7 +149,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
         self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.q_norm, self.k_norm = (
-            nn.RMSNorm(c.head_dim, c.norm_eps, c.norm_weight) if c.qk_norm else nn.Identity() for _ in "qk"
+            RMSNorm(c.head_dim, c.norm_eps, c.norm_weight) if c.qk_norm else nn.Identity() for _ in "qk"
         )
 
     def forward(self, x: Tensor, place: Place, layer: int = 0, cache: "KVCache | None" = None) -> Tensor:
@@ -478,19 +486,16 @@ class KVCache:
 # The variants: from the name in GPTConfig to the part
 
 
-def rmsnorm(c: GPTConfig) -> nn.Module:
-    """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-    return nn.RMSNorm(c.n_embd, c.norm_eps, c.norm_weight)
-
-
 def layernorm(c: GPTConfig) -> nn.Module:
     """(x - mean) / deviation * weight + bias (Ba et al. 2016, arXiv 1607.06450)."""
     return nn.LayerNorm(c.n_embd, c.norm_eps, c.norm_weight, bias=c.bias)
 
 
 NORMS: dict[str, Callable[[GPTConfig], nn.Module]] = {
-    "rmsnorm": rmsnorm, "layernorm": layernorm, "none": lambda c: nn.Identity()
-}  # fmt: skip
+    "rmsnorm": lambda c: RMSNorm(c.n_embd, c.norm_eps, c.norm_weight),
+    "layernorm": layernorm,
+    "none": lambda c: nn.Identity(),
+}
 
 GATES = ("swiglu", "geglu")
 MLPS: dict[str, Callable[[Tensor], Tensor]] = {

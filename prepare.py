@@ -1,14 +1,14 @@
-"""A corpus -> train.bin, val.bin, meta.json; and load(), the reader of these files.
+"""A corpus -> train.bin, val.bin and meta.json; and load(), which reads them.
 
-    python prepare.py tinystories                                  # the whole of it, from the Hugging Face Hub
-    python prepare.py tinystories --stories 100000                 # the first ones, by streaming: a minute or so
-    python prepare.py tinystories --source PATH                    # a local copy of the Hub's files
-    python prepare.py toystories                                   # built in, no network
-    python prepare.py mine --source mine.txt --tokenizer byte      # .txt, .jsonl, .parquet, a folder of them, a Hub id
+    python prepare.py tinystories                        # all of it, from the Hugging Face Hub
+    python prepare.py tinystories --stories 100000       # the first ones, by streaming: a minute or so
+    python prepare.py tinystories --source FOLDER        # a local copy of the Hub's files
+    python prepare.py toystories                         # built in, needs no network
+    python prepare.py mine --source mine.txt             # .txt, .jsonl, .parquet, a folder of them, a Hub id
 
-Writes data/CORPUS/TOKENIZER/: train.bin and val.bin hold token ids, little-endian uint16 (uint32 above 65,536 ids), an
-end-of-text after every story and no header; meta.json says the rest, tokenizer.json is a vocabulary trained here.
-One pass over the corpus, a few batches of it in memory at a time, encoded in parallel threads.
+Writes data/CORPUS/TOKENIZER/. The .bin files hold ids, little-endian uint16 (uint32 above 65,536 ids), with
+end-of-text after every story and no header; meta.json says the rest. The corpus streams through: a few batches
+of it are in memory at a time, encoded by threads.
 """
 
 import argparse
@@ -21,9 +21,10 @@ import shutil
 import sys
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -32,198 +33,218 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizer as tokenizers
-from tokenizer import EOT, Tokenizer, Unreachable
+from tokenizer import EOT, Tokenizer, Unreachable, within
 
 HUB_ID = "roneneldan/TinyStories"
-TOYS = 30_000             # toystories has no end: so many stories unless --stories says otherwise
-VAL_SHARE = 100           # where a source has no validation split of its own, one story in so many
-SAMPLE = 32_000_000       # characters of training text that a BPE vocabulary is trained on, the first ones (4 s)
-BATCH = 500_000           # characters that a thread encodes at a time
-MAX_STORY = 50_000_000    # characters; a longer "story" of a .txt is a file without the separators
+TOYS = 100_000  # toystories has no end: this many stories unless --stories says otherwise
+VAL_SHARE = 100  # one story in so many, where a source has no validation split of its own
+SAMPLE = 32_000_000  # characters of training text, the first ones, that a BPE is trained on (4 seconds)
+BATCH = 500_000  # characters that a thread encodes at a time
+MAX_STORY = 50_000_000  # characters; a .txt with a longer one has its separators wrong
+SUFFIXES = (".txt", ".jsonl", ".parquet")
 VAL_NAMES = ("validation", "val", "valid", "dev")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sources: where stories come from. read("train") and read("val") start over from the first story at each call.
+# Reading a source: {"train": read, "val": read}, without "val" if it has no such split. read() starts over.
 
-class Source(NamedTuple):
-    read: Callable[[str], Iterator[str]]
-    has_val: bool         # it has a validation split of its own
+Source = dict[str, Callable[[], Iterator[str | None]]]
 
 
 class Drawn(str):
     """A story that was drawn from a known distribution."""
-    logprob: float        # nats
+
+    logprob: float  # nats
 
 
-def toystories() -> Source:
+def read_toystories() -> Iterator[Drawn]:
     import toystories
 
-    def read(split):
-        for text, logprob in toystories.stories(seed=0):
-            story = Drawn(text)
-            story.logprob = logprob
-            yield story
-
-    return Source(read, has_val=False)
+    for text, logprob in toystories.stories(seed=0):
+        story = Drawn(text)
+        story.logprob = logprob
+        yield story
 
 
-def read_txt(path: Path) -> Iterator[str]:
+def read_txt(path: str) -> Iterator[str]:
     """Stories end at a line `<|endoftext|>` if the file has any such line, else at blank lines."""
     with open(path, "rb") as f:
-        marked = any(line.strip() == EOT.encode() for line in f)
+        end = EOT if any(line.strip() == EOT.encode() for line in f) else ""
     lines, size = [], 0
-    with open(path, encoding="utf-8-sig") as f:  # a byte order mark, if any, is no text
-        for line in f:
-            if line.strip() == (EOT if marked else ""):
-                if lines:
-                    yield "".join(lines).strip("\n")
+    with open(path, encoding="utf-8-sig") as f:  # -sig: a byte order mark is no text
+        for line in chain(f, [end]):
+            if line.strip() != end:
+                lines.append(line)
+                if (size := size + len(line)) > MAX_STORY:
+                    raise ValueError(f"{path}: a story of over {MAX_STORY:,} characters; blank lines end one")
+            elif lines:
+                yield "".join(lines).strip("\n")
                 lines, size = [], 0
-                continue
-            lines.append(line)
-            if (size := size + len(line)) > MAX_STORY:
-                raise ValueError(f"{path} has a story of over {MAX_STORY:,} characters: end stories by blank lines")
-    if "".join(lines).strip():
-        yield "".join(lines).strip("\n")
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
+def read_jsonl(path: str) -> Iterator[str | None]:
     with open(path, encoding="utf-8-sig") as f:
         for i, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                (row["text"] or "").encode()  # an escape such as \ud83d alone is no text
-                yield row["text"]
+                text = json.loads(line)["text"]
+                (text or "").encode()
+            except UnicodeEncodeError:  # an escape such as \ud83d alone
+                raise ValueError(f"{path}, line {i}: half a surrogate pair is not valid Unicode") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {i}: not JSON ({error})") from None
             except (KeyError, TypeError, AttributeError):
                 raise ValueError(f'{path}, line {i}: no field "text" that holds a string') from None
-            except UnicodeEncodeError:
-                raise ValueError(f"{path}, line {i}: half a surrogate pair, which is not valid Unicode") from None
+            yield text
 
 
-def text_files(path: Path) -> Source:
-    """.txt and .jsonl, one file or a folder of them; a folder's validation files are told by their names."""
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+def read_parquet(path: str) -> Iterator[str | None]:
+    """`path` may be a hf:// address: only the pages that are read are fetched."""
+    import fsspec
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
 
-    def named(*names):  # val.txt, stories-train.jsonl, validation/part1.txt
-        return [p for p in files if path.is_dir()
-                and set(re.split(r"[^a-z]+", str(p.relative_to(path)).lower())) & set(names)]
-
-    parts = {"train": named("train"), "val": named(*VAL_NAMES)}
-    has_val = bool(parts["train"] and parts["val"])
-    if not has_val:
-        parts = {"train": files, "val": []}
-
-    def read(split):
-        for file in parts[split]:
-            try:
-                yield from (read_txt if file.suffix == ".txt" else read_jsonl)(file)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is not UTF-8 text ({error.reason}): convert it first, "
-                                 f"as in iconv -f WINDOWS-1252 -t UTF-8 {file.name} > utf8.txt") from None
-
-    return Source(read, has_val)
+    with fsspec.open(path) as f:
+        try:
+            file = ParquetFile(f, pre_buffer=False, buffer_size=2**20)  # else whole row groups are held
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a Parquet file ({error})") from None
+        kinds = {field.name: str(field.type) for field in file.schema_arrow}
+        if kinds.get("text") not in ("string", "large_string"):
+            raise ValueError(f'{path} has no field "text" of strings, only {kinds}')
+        for rows in file.iter_batches(1000, columns=["text"], use_threads=False):
+            yield from rows["text"].to_pylist()
 
 
-def hugging_face(name: str, *args, **kwargs) -> Source:
-    """load_dataset(*args, streaming=True): Parquet here, Arrow in the cache and Hub ids alike. `name` is for errors."""
-    from datasets import load_dataset
+def read_arrow(path: str) -> Iterator[str | None]:
+    """A file in the cache of `datasets`; read, since the pages of a mapped file count as our memory."""
+    import pyarrow as pa
+
+    with open(path, "rb") as f, pa.ipc.open_stream(f) as batches:
+        if "text" not in batches.schema.names:
+            raise ValueError(f'no field "text", only {", ".join(batches.schema.names)}')
+        for rows in batches:
+            yield from rows["text"].to_pylist()
+
+
+def read_files(paths: list[str]) -> Iterator[str | None]:
+    readers = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet, ".arrow": read_arrow}
+    for path in paths:
+        try:
+            yield from readers[Path(path).suffix](path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first, as in "
+                             f"iconv -f WINDOWS-1252 -t UTF-8 {Path(path).name} > utf8.txt") from None
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the network's libraries
+            raise OSError(f"{path}: {type(error).__name__}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Finding a source: {split: files}
+
+def find(corpus: str, source: str | None, stories: int | None) -> Source:
+    """ValueError or FileNotFoundError where `source` is nothing to read stories from, Unreachable."""
+    if corpus == "toystories":
+        return {"train": read_toystories}
+    if Path(source).exists():
+        files = local_files(Path(source))
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and Path(source).suffix not in SUFFIXES:
+        files = hub_files(source, stories)
+    else:
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if "train" not in files or any(Path(p).suffix not in (*SUFFIXES, ".arrow") for p in chain(*files.values())):
+        raise ValueError(f"{source}: stories are read from {', '.join(SUFFIXES)} files or a folder of them, with a "
+                         f"split train if with any; here are {({k: Path(v[0]).name for k, v in files.items()})}")
+    val = next((files[name] for name in VAL_NAMES if name in files), None)
+    return {"train": partial(read_files, files["train"])} | ({"val": partial(read_files, val)} if val else {})
+
+
+def local_files(path: Path) -> dict[str, list[str]]:
+    """Splits of .txt and .jsonl are told by names (train.txt, validation/1.txt), with .parquet by `datasets`."""
+    if path.is_file():
+        return {"train": [str(path)]}
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+    if not files:
+        raise ValueError(f"{path} holds no {', '.join(SUFFIXES)} file")
+    if any(p.suffix == ".parquet" for p in files):
+        return ask_datasets(path)
+    words = {p: set(re.split(r"[^a-z]+", str(p.relative_to(path)).lower())) for p in files}
+    train = [str(p) for p in files if "train" in words[p]]
+    val = [str(p) for p in files if words[p] & set(VAL_NAMES)]
+    return {"train": train, "val": val} if train and val else {"train": [str(p) for p in files]}
+
+
+def ask_datasets(name: str | Path, download: bool = False) -> dict[str, list[str]]:
+    """Files of a folder or of a data set of the Hub by the rules of `datasets`, or of the download in its cache."""
+    import logging
+
+    from datasets import load_dataset, load_dataset_builder
+    logging.getLogger("huggingface_hub.repocard").setLevel("ERROR")  # it misses metadata in any README.md
     try:
-        splits = load_dataset(*args, **kwargs, streaming=True)
+        if download:
+            return {k: [f["filename"] for f in v] for k, v in load_dataset(str(name)).cache_files.items()}
+        return {str(k): list(v) for k, v in load_dataset_builder(str(name)).config.data_files.items()}
     except Exception as error:
-        raise (ValueError if isinstance(error, (ValueError, FileNotFoundError)) else OSError)(
-            f"{name} cannot be opened: {error}") from None
-    val = next((v for v in VAL_NAMES if v in splits), None)
-    if "train" not in splits:
-        raise ValueError(f"{name} has no split train, only {', '.join(splits)}")
-
-    def read(split):
-        try:
-            for rows in splits["train" if split == "train" else val].with_format("arrow").iter(batch_size=1000):
-                if "text" not in rows.column_names:
-                    raise ValueError(f'no field "text", only {", ".join(rows.column_names)}')
-                yield from rows["text"].to_pylist()
-        except Exception as error:
-            raise (ValueError if isinstance(error, ValueError) else OSError)(f"{name}: {error}") from None
-
-    return Source(read, has_val=val is not None)
+        kind = ValueError if isinstance(error, (ValueError, FileNotFoundError)) else OSError
+        raise kind(f"{name} cannot be opened: {error}") from None
 
 
-def hub(hub_id: str, stories: int | None) -> Source:
-    """A data set of the Hugging Face Hub: from the cache of `datasets` if it is there, else `stories` of it by streaming,
-    else all of it, which fills that cache. Unreachable, within 5 seconds, where the Hub is."""
-    if not cached(hub_id):
-        from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import RepositoryNotFoundError
-        out = (f"take a local copy (--source PATH), the built-in corpus (python prepare.py toystories) or a mirror "
-               f"(HF_ENDPOINT={'https://...'})")
-        if constants.HF_HUB_OFFLINE:
-            raise Unreachable(f"HF_HUB_OFFLINE is set and {hub_id} is not in the cache: unset it, or {out}")
-        try:
-            tokenizers.within(4, lambda: HfApi().dataset_info(hub_id, timeout=3))
-        except RepositoryNotFoundError:
-            raise ValueError(f"no file, folder or data set of the Hub is called {hub_id}") from None
-        except Exception as error:
-            raise Unreachable(f"the Hugging Face Hub cannot be reached at {constants.ENDPOINT} "
-                              f"({type(error).__name__}): {out}") from None
-        if stories is not None:
-            return hugging_face(hub_id, hub_id)
-        from datasets import load_dataset
-        load_dataset(hub_id)
-    return hugging_face(hub_id, "arrow", data_files=cached(hub_id))  # read as streams: memory-mapped, all would count as ours
+def hub_files(hub_id: str, stories: int | None) -> dict[str, list[str]]:
+    """Files in the cache of `datasets` if it has them; else, if only some stories are asked for, the addresses of
+    Parquet files; else all is downloaded to that cache. Unreachable, within 5 seconds, where the Hub is."""
+    if files := cached_files(hub_id):
+        return files
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    ways_out = ("take a local copy (--source PATH), the built-in corpus (python prepare.py toystories) or a "
+                "mirror (HF_ENDPOINT=https://...)")
+    if constants.HF_HUB_OFFLINE:
+        raise Unreachable(f"HF_HUB_OFFLINE is set and {hub_id} is not in the cache: unset it, {ways_out}")
+    try:
+        within(4, lambda: HfApi().dataset_info(hub_id, timeout=3))
+    except RepositoryNotFoundError:
+        raise ValueError(f"no file, no folder and no data set of the Hub is called {hub_id}") from None
+    except Exception as error:
+        raise Unreachable(f"the Hugging Face Hub cannot be reached at {constants.ENDPOINT} "
+                          f"({type(error).__name__}): {ways_out}") from None
+    files = ask_datasets(hub_id) if stories else {}
+    streams = files and all(path.endswith(".parquet") for path in chain(*files.values()))
+    return files if streams else ask_datasets(hub_id, download=True)
 
 
-def cached(hub_id: str) -> dict[str, list[str]]:
-    """{split: Arrow files} that an earlier load_dataset(hub_id) left in the cache of `datasets`, the newest; {} if none."""
+def cached_files(hub_id: str) -> dict[str, list[str]]:
+    """What load_dataset(hub_id) left in the cache of `datasets`, the newest; {} where nothing."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     home = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
     owner, _, name = hub_id.rpartition("/")
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-    infos = home.glob(f"{owner}___{snake}/default/*/*/dataset_info.json")
-    for info in sorted(infos, key=lambda p: p.stat().st_mtime, reverse=True):
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()  # tiny_stories
+    infos = home.glob(f"{owner}___{name}/default/*/*/dataset_info.json")
+    for info in sorted(infos, key=os.path.getmtime, reverse=True):
         splits = json.loads(info.read_text(encoding="utf-8")).get("splits") or {}
-        return {s: sorted(str(p) for p in info.parent.glob(f"{snake}-{s}*.arrow")) for s in splits}
+        return {split: sorted(str(p) for p in info.parent.glob(f"{name}-{split}*.arrow")) for split in splits}
     return {}
-
-
-def find(corpus: str, source: str | None, stories: int | None) -> Source:
-    if corpus == "toystories":
-        return toystories()
-    path = Path(source)
-    if path.is_dir():
-        files = [p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")]
-        if not files:
-            raise ValueError(f"{source} holds no .txt, .jsonl or .parquet file")
-        if any(p.suffix == ".parquet" for p in files):
-            return hugging_face(source, source)
-        return text_files(path)
-    if path.exists():
-        if path.suffix not in (".txt", ".jsonl", ".parquet"):
-            raise ValueError(f"{source}: stories are read from .txt, .jsonl or .parquet files, or a folder of them")
-        return hugging_face(source, "parquet", data_files=source) if path.suffix == ".parquet" else text_files(path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or path.suffix in (".txt", ".jsonl", ".parquet"):
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    return hub(source, stories)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Stories: cleaned, counted, split
 
-# UTF-8 read as if it were Windows-1252 (or Latin-1), as in some of TinyStories: “ ” ‘ ’ „ ‚ – — … begin with the bytes
-# E2 80, which became â€, and the third byte became one of these; that of ” has no character there and was often lost.
-THIRD = {"œ": "“", "\x9d": "”", "\ufffd": "”", "": "”", "˜": "‘", "™": "’", "ž": "„", "š": "‚", "“": "–", "”": "—", "¦": "…"}
+# UTF-8 that was read as Windows-1252 or Latin-1, as in parts of TinyStories. Quotation marks, dashes and the
+# ellipsis begin with the bytes E2 80, which became â€; this is what became of the third. That of ” often got lost.
+THIRD = {"œ": "“", "\x9d": "”", "\ufffd": "”", "": "”", "˜": "‘", "™": "’", "ž": "„", "š": "‚",
+         "“": "–", "”": "—", "¦": "…"}
 BROKEN = re.compile("â€([" + "".join(THIRD) + "]?)|â\x80[\x93\x94\x98\x99\x9a\x9c\x9d\x9e\xa6]")
 
 
 def repair(text: str) -> tuple[str, int]:
     """The text with its broken quotation marks put right, and how many there were."""
-    return BROKEN.subn(lambda m: THIRD[m[1]] if m[1] is not None else m[0].encode("latin-1").decode(), text)
+    return BROKEN.subn(lambda m: m[0].encode("latin-1").decode() if m[1] is None else THIRD[m[1]], text)
 
 
-def clean(stories: Iterator[str], corpus: str, counts: Counter) -> Iterator[str]:
+def clean(stories: Iterable[str | None], corpus: str, counts: Counter) -> Iterator[str]:
     for text in stories:
         if text is None or not text.strip():
             counts["dropped_empty"] += 1
@@ -234,252 +255,228 @@ def clean(stories: Iterator[str], corpus: str, counts: Counter) -> Iterator[str]
         yield text
 
 
-def digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def first(stories: Iterator[str], n: int | None, counts: Counter) -> Iterator[str]:
+def first(stories: Iterable[str], n: int | None, counts: Counter) -> Iterator[str]:
+    """The first n; counts["more"] says whether that cut anything off."""
     for i, text in enumerate(stories):
         if i == n:
-            counts["more"] = 1  # there would be more: the limit cut something off
+            counts["more"] = 1
             return
         yield text
 
 
-def split(source: Source, corpus: str, n: int | None, counts: Counter) -> Iterator[tuple[str, bool]]:
-    """(story, is it for validation?): no story is ever on both sides. n limits the stories before the split, or the training
-    stories of a source that has a validation split of its own."""
-    def read(name, counts):
-        return clean(source.read(name), corpus, counts)
+def digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-    if not source.has_val:
-        yield from split_by_hash(first(read("train", counts), n, counts))
+
+def split(source: Source, corpus: str, n: int | None, counts: Counter) -> Iterator[tuple[str, bool]]:
+    """(story, is it for validation?); never is one story on both sides. n limits the stories that are split, or the
+    training stories of a source that has a validation split: that one is always whole."""
+    train = clean(source["train"](), corpus, counts)
+    if "val" not in source:
+        yield from split_by_hash(first(train, n, counts))
         return
-    val = {digest(text) for text in read("val", Counter())}
-    train = read("train", counts)
+    val = {digest(text) for text in clean(source["val"](), corpus, Counter())}
     new = (text for text in train if digest(text) not in val or counts.update(dropped_in_val=1))
     yield from ((text, False) for text in first(new, n, counts))
-    yield from ((text, True) for text in read("val", counts))
+    yield from ((text, True) for text in clean(source["val"](), corpus, counts))
 
 
-def split_by_hash(stories: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    """A story's own hash decides, so that equal stories fall on one side, today and tomorrow. In a corpus too small for that
-    the story of the lowest hash is the validation: `spare` holds it back (and its copies) until a regular one is found."""
+def split_by_hash(stories: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Each story's own hash decides: equal stories share a side, and always the same. If it sends none to
+    validation, the story of the lowest hash goes: `spare` holds it and its copies back until there is one."""
     cut = (2**128 // VAL_SHARE).to_bytes(16, "big")
-    spare, lowest, found = [], None, False
+    spare, lowest, found = [], b"\xff" * 17, False
     for text in stories:
         key = digest(text)
-        is_val = key < cut
-        if not found and not is_val and lowest is not None and key == lowest:
+        if found or key > lowest:
+            yield text, key < cut
+        elif key == lowest:
             spare.append(text)
-            continue
-        if not found and (is_val or lowest is None or key < lowest):
+        else:
             yield from ((other, False) for other in spare)
-            spare, lowest, found = [] if is_val else [text], key, is_val
-            if not is_val:
-                continue
-        yield text, is_val
-    yield from ((text, True) for text in spare)
+            spare, lowest, found = [text], key, key < cut
+            if found:
+                yield text, True
+    if not found:
+        yield from ((text, True) for text in spare)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Writing
 
 class Bin:
-    """One .bin file on its way: a batch of stories that waits to be encoded, and totals of what was written."""
+    """A .bin file that is being written: the stories that wait for a thread, and totals of those written."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer):
-        self.path, self.tokenizer = path, tokenizer
+        self.tokenizer = tokenizer
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4")
         self.file = open(path, "wb")
-        self.batch, self.size = [], 0                         # stories, characters
-        self.stories = self.tokens = self.bytes = 0           # bytes of UTF-8 text, end-of-texts left out
-        self.logprob = 0.0                                    # nats, of drawn stories
+        self.waiting, self.size = [], 0  # stories, characters
+        self.stories = self.tokens = self.bytes = 0  # bytes of UTF-8 text, end-of-texts left out
+        self.logprob = 0.0  # nats, of drawn stories
 
-    def encode(self, texts: list[str]):
-        """What a thread does: texts -> (ids (n,) in the file's type, stories, bytes, nats)."""
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, list[str]]:
         ids = self.tokenizer.encode_stories(texts)
-        if len(ids) and int(ids.max()) >= self.tokenizer.vocab_size:
-            raise RuntimeError(f"tokenizer {self.tokenizer.name} made an id past its {self.tokenizer.vocab_size:,}")
-        size = sum(len(t) if t.isascii() else len(t.encode()) for t in texts)
-        return (ids.astype(dtype_of(self.tokenizer)), len(texts), size, sum(getattr(t, "logprob", 0.0) for t in texts))
+        if ids.max(initial=0) >= self.tokenizer.vocab_size:
+            raise RuntimeError(f"the tokenizer made an id {ids.max()} of {self.tokenizer.vocab_size:,}")
+        return ids.astype(self.dtype), texts
 
-    def write(self, ids, stories, size, logprob):
+    def write(self, ids: np.ndarray, texts: list[str]) -> None:
         self.file.write(ids.data)
-        self.stories += stories
+        self.stories += len(texts)
         self.tokens += len(ids)
-        self.bytes += size
-        self.logprob += logprob
+        self.bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        self.logprob += sum(getattr(text, "logprob", 0.0) for text in texts)
 
-    def totals(self) -> dict:
+    def close(self) -> dict:
+        self.file.close()
         return {"stories": self.stories, "tokens": self.tokens, "bytes": self.bytes}
 
 
-def dtype_of(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4")
+def encode_all(items: Iterable[tuple[str, bool]], train: Bin, val: Bin, workers: int, title: str) -> None:
+    """Encodes (story, is_val) in threads and writes in order, two batches a thread under way."""
+    under_way = deque()
+    with (ThreadPoolExecutor(workers) as pool,
+          tqdm(desc=title, unit="B", unit_scale=True, disable=None) as bar):
 
+        def write_one():
+            file, result = under_way.popleft()
+            before = file.bytes
+            file.write(*result.result())
+            stories, tokens = train.stories + val.stories, train.tokens + val.tokens
+            bar.set_postfix_str(f"{stories:,} stories, {tokens / 1e6:.1f}M tokens", refresh=False)
+            bar.update(file.bytes - before)
 
-def encode_all(items, train: Bin, val: Bin, workers: int, title: str) -> None:
-    """Encodes (story, is_val) items in `workers` threads and writes them in order; a few batches are under way at a time."""
-    waiting = deque()
-    with ThreadPoolExecutor(workers) as pool, \
-            tqdm(desc=title, unit="B", unit_scale=True, disable=None, mininterval=0.5) as bar:
-
-        def start(bin):
-            waiting.append((bin, pool.submit(bin.encode, bin.batch)))
-            bin.batch, bin.size = [], 0
-
-        def finish():
-            bin, encoded = waiting.popleft()
-            _, _, size, _ = result = encoded.result()
-            bin.write(*result)
-            bar.set_postfix_str(f"{train.stories + val.stories:,} stories, {(train.tokens + val.tokens) / 1e6:,.1f}M tokens",
-                                refresh=False)
-            bar.update(size)
+        def start(file):
+            under_way.append((file, pool.submit(file.encode, file.waiting)))
+            file.waiting, file.size = [], 0
+            while len(under_way) > 2 * workers:
+                write_one()
 
         for text, is_val in items:
-            bin = val if is_val else train
-            bin.batch.append(text)
-            bin.size += len(text)
-            if bin.size >= BATCH:
-                start(bin)
-                if len(waiting) > 2 * workers:
-                    finish()
+            file = val if is_val else train
+            file.waiting.append(text)
+            file.size += len(text)
+            if file.size >= BATCH:
+                start(file)
         start(train)
         start(val)
-        while waiting:
-            finish()
+        while under_way:
+            write_one()
 
 
-def sample_of(items, size: int) -> deque:
-    """The first items, until their training stories have `size` characters."""
-    taken = deque()
-    while size > 0 and (item := next(items, None)):
-        taken.append(item)
-        size -= 0 if item[1] else len(item[0])
-    return taken
-
-
-def emptied(taken: deque) -> Iterator:
-    while taken:
-        yield taken.popleft()
-
-
-def write(folder: Path, corpus: str, name: str, source: str | None, stories: int | None, workers: int) -> dict:
-    """Writes the files of a corpus into the empty `folder`, meta.json last, and returns what that says."""
+def make(folder: Path, corpus: str, name: str, source: str | None, stories: int | None, workers: int) -> dict:
+    """Writes the files of a corpus into the empty `folder`, meta.json last. Returns what that says."""
     counts = Counter(dropped_empty=0, dropped_in_val=0, repaired_marks=0)
-    n_bpe = tokenizers.bpe_size(name)
-    tokenizer = None if n_bpe else tokenizers.get(name)
+    short = ValueError(f"{source} has too few stories: it takes two that differ, one of them for validation")
+    tokenizer = None if tokenizers.bpe_size(name) else tokenizers.get(name)
     items = split(find(corpus, source, stories), corpus, stories, counts)
-    if n_bpe:
-        taken = sample_of(items, SAMPLE)
-        if not any(not is_val for _, is_val in taken):
-            raise ValueError(too_short(corpus, source))
-        tokenizer = tokenizers.train_bpe((text for text, is_val in taken if not is_val), n_bpe)
+    if tokenizer is None:
+        sample, size = [], 0
+        for text, is_val in items:
+            sample.append((text, is_val))
+            size += 0 if is_val else len(text)
+            if size >= SAMPLE:
+                break
+        if not size:
+            raise short
+        texts = (text for text, is_val in sample if not is_val)
+        tokenizer = tokenizers.train_bpe(texts, tokenizers.bpe_size(name))
         tokenizer.save(folder / "tokenizer.json")
-        items = chain(emptied(taken), items)
+        items = chain(sample, items)
+        del sample
     train, val = Bin(folder / "train.bin", tokenizer), Bin(folder / "val.bin", tokenizer)
     encode_all(items, train, val, workers, corpus)
+    totals = {"train": train.close(), "val": val.close()}
     if not train.stories or not val.stories:
-        raise ValueError(too_short(corpus, source))
+        raise short
     meta = {"corpus": corpus, "source": source, "limit": stories if counts.pop("more", 0) else None,
-            "tokenizer": {"name": name, "kind": "bpe" if n_bpe else name, "vocab_size": tokenizer.vocab_size,
-                          "sha256": tokenizer.sha256},
-            "dtype": dtype_of(tokenizer).name, "train": train.totals(), "val": val.totals(), **counts}
+            "tokenizer": {"name": name, "kind": "bpe" if tokenizers.bpe_size(name) else name,
+                          "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
+            "dtype": train.dtype.name, **totals, **counts, "source_files": fingerprint(source)}
     if corpus == "toystories":
         meta["floor_bpb"] = -val.logprob / math.log(2) / (val.bytes + val.stories)
-    elif source and os.path.exists(source):
-        meta["source_files"] = fingerprint(Path(source))
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    for file in (train.file, val.file):
-        file.close()
-    for path in (*folder.iterdir(), folder):
-        sync(path)
+    for path in folder.iterdir():
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
     return meta
 
 
-def too_short(corpus, source):
-    return f"{source or corpus} has too few stories: it takes two different ones, one to train on and one to validate with"
-
-
-def fingerprint(path: Path) -> list[int]:
-    """[files, bytes, time of the newest] of a local source, so that an edited one is seen."""
-    files = [p.stat() for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()]
-    return [len(files), sum(f.st_size for f in files), int(max(f.st_mtime for f in files))]
-
-
-def sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    os.fsync(fd)
-    os.close(fd)
+def fingerprint(source: str | None) -> list[int] | None:
+    """[files, bytes, seconds of the newest] of a local source: what shows that it was edited since."""
+    path = Path(source or "")
+    files = [p.stat() for p in (path.rglob("*") if path.is_dir() else [path]) if source and p.is_file()]
+    return [len(files), sum(f.st_size for f in files), int(max(f.st_mtime for f in files))] if files else None
 
 
 @contextmanager
-def alone(folder: Path):
-    """Waits until no other prepare is at work in `folder`. Yields False where the system has no such locks."""
+def alone(folder: Path) -> Iterator[bool]:
+    """Waits until no other prepare is at work in `folder`. False where a system has no such locks (Windows)."""
     try:
         import fcntl
-        fd = os.open(folder, os.O_RDONLY)
-    except ImportError:  # Windows: two at once do the work twice
+    except ImportError:
         yield False
         return
+    fd = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"another prepare is at work in {folder}: waiting for it", flush=True)
             fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError:  # some network file systems
-            pass
         yield True
     finally:
         os.close(fd)
 
 
-def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | os.PathLike | None = None, stories: int | None = None,
-            workers: int | None = None, data_dir: str | os.PathLike = "data") -> Path:
-    """The folder with the corpus prepared, made where it is not there or does not do. `stories`: the first so many at least.
-
-    Raises ValueError or FileNotFoundError for what was asked or given, Unreachable where a network is missing, OSError."""
-    if not re.fullmatch(r"\w[\w.-]*", corpus) or Path(corpus).suffix in (".txt", ".jsonl", ".parquet"):
-        raise ValueError(f"{corpus!r} is no name for a corpus: python prepare.py NAME --source {corpus}")
-    if stories is not None and stories < 1 or workers is not None and workers < 1:
-        raise ValueError("--stories and --workers are 1 or more")
-    if corpus == "toystories" and source is not None:
-        raise ValueError("toystories is built in and takes no --source")
-    tokenizers.bpe_size(tokenizer)  # ValueError for a name that is none
-    source = None if source is None else os.fspath(source)
+def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, stories: int | None = None,
+            workers: int | None = None, data_dir: str | Path = "data") -> Path:
+    """The folder of the prepared corpus, made if it is not there or has not what is asked: the first `stories`
+    (None: all), from `source` if that is given. ValueError and FileNotFoundError are the user's mistakes, OSError
+    and RuntimeError the machine's; Unreachable (an OSError) where only the network is missing."""
+    if not re.fullmatch(r"\w[\w.-]*", corpus) or Path(corpus).suffix in SUFFIXES:
+        raise ValueError(f"{corpus} is no name for a corpus: python prepare.py NAME --source {corpus}")
+    if min(stories or 1, workers or 1) < 1 or stories == 0:
+        raise ValueError("--stories and --workers are whole numbers from 1 on")
     if corpus == "toystories":
+        if source:
+            raise ValueError("toystories is built in and takes no --source")
         stories = stories or TOYS
+    tokenizers.bpe_size(tokenizer)
     folder = Path(data_dir, corpus, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone(folder.parent) as locked:
-        reason = lacking(folder, source, stories)
-        if not reason:
-            print(f"{folder} is ready")
-            return folder
-        if folder.exists():
-            print(f"{folder} is made anew: {reason}")
-        if corpus == "tinystories":
-            source = source or HUB_ID
-        elif corpus != "toystories" and source is None:
-            raise ValueError(f"where is the corpus {corpus}? python prepare.py {corpus} --source PATH_OR_HUB_ID "
-                             "(tinystories and toystories need no --source)")
-        if locked:  # what a killed prepare left
-            for stale in folder.parent.glob(f".{tokenizer}-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{tokenizer}-", dir=folder.parent))
-        try:
-            (work / "new").mkdir()
-            meta = write(work / "new", corpus, tokenizer, source, stories, workers or cpus())
+    try:
+        with alone(folder.parent) as locked:
+            if not (reason := lacking(folder, source, stories)):
+                print(f"{folder} is ready")
+                return folder
             if folder.exists():
-                os.rename(folder, work / "old")
-            os.rename(work / "new", folder)  # all or nothing
-            sync(folder.parent)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    report(folder, meta)
+                print(f"{folder} is made anew: {reason}", flush=True)
+            if corpus == "tinystories":
+                source = source or HUB_ID
+            if not source and corpus != "toystories":
+                raise ValueError(f"where is {corpus}? python prepare.py {corpus} --source PATH (only tinystories "
+                                 "and toystories need none)")
+            for stale in folder.parent.glob(f".{tokenizer}-*") if locked else ():  # of a prepare that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{tokenizer}-", dir=folder.parent))
+            try:
+                (work / "new").mkdir()
+                meta = make(work / "new", corpus, tokenizer, source, stories, workers or cpus())
+                if folder.exists():
+                    os.rename(folder, work / "old")
+                os.rename(work / "new", folder)  # all files at once
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    finally:
+        with suppress(OSError):
+            folder.parent.rmdir()  # it is empty where nothing was made
+    print(f"{folder}: {meta['tokenizer']['vocab_size']:,} ids; repaired {meta['repaired_marks']:,} quotation marks; "
+          f"dropped {meta['dropped_empty']:,} empty stories and {meta['dropped_in_val']:,} of the validation's")
+    for name in ("train", "val"):
+        n = meta[name]
+        print(f"{name:>7}: {n['stories']:,} stories, {n['tokens']:,} tokens, {n['bytes'] / 1e6:,.2f} MB of text")
     return folder
 
 
@@ -487,119 +484,104 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def report(folder: Path, meta: dict) -> None:
-    print(f"{folder}: {meta['tokenizer']['name']}, {meta['tokenizer']['vocab_size']:,} ids")
-    for name in ("train", "val"):
-        n = meta[name]
-        print(f"  {name:<5} {n['stories']:>11,} stories {n['tokens']:>13,} tokens {n['bytes'] / 1e6:>9,.2f} MB of text, "
-              f"{n['bytes'] / n['tokens']:.2f} bytes a token")
-    print(f"  dropped {meta['dropped_empty']:,} empty stories and {meta['dropped_in_val']:,} that are in the validation too; "
-          f"repaired {meta['repaired_marks']:,} broken quotation marks")
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Reading
+# Reading what was made
 
 class Data(NamedTuple):
-    train: np.ndarray     # (tokens,) uint16 or uint32, memory-mapped: ids of all stories, end-of-text after each
-    val: np.ndarray       # the same
-    meta: dict            # meta.json
+    train: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped: stories, end-of-text after each
+    val: np.ndarray  # the same
+    meta: dict
     tokenizer: Tokenizer
     folder: Path
 
 
-def command(folder: Path) -> str:
-    """What to type to make the data in `folder`."""
-    data_dir, corpus, name = folder.parent.parent, folder.parent.name, folder.name
-    source = "" if corpus in ("tinystories", "toystories") else " --source PATH"
-    where = "" if data_dir == Path("data") else f" --data_dir {data_dir}"
-    return f"python prepare.py {corpus} --tokenizer {name}{source}{where}"
+def load(folder: str | Path) -> Data:
+    """What prepare() made, checked. ValueError names the file that is wrong and what to type."""
+    folder = Path(folder)
+    meta, train, val = open_bins(folder)
+    name = meta["tokenizer"]["name"]
+    trained = folder / "tokenizer.json" if tokenizers.bpe_size(name) else None
+    if trained and not trained.exists():
+        raise ValueError(f"{trained} is missing; {remedy(folder)}")
+    tokenizer = tokenizers.load(trained, name) if trained else tokenizers.get(name)
+    if tokenizer.sha256 != meta["tokenizer"]["sha256"]:
+        raise ValueError(f"{folder} was made with another vocabulary than this {name}; {remedy(folder)}")
+    return Data(train, val, meta, tokenizer, folder)
 
 
-def opened(folder: Path) -> tuple[dict, dict]:
-    """(meta, {"train": ids, "val": ids}), found whole. ValueError names the file and what to type."""
-    remedy = f"make the data again: {command(folder)}"
-    if not folder.is_dir():
-        raise ValueError(f"no data in {folder}: {command(folder)}")
+def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
+    """(meta, train, val), found whole."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         dtype, vocab_size = np.dtype(meta["dtype"]).newbyteorder("<"), meta["tokenizer"]["vocab_size"]
-        expected = {name: meta[name]["tokens"] for name in ("train", "val")}
+        tokens = {name: meta[name]["tokens"] for name in ("train", "val")}
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no meta.json; {remedy}") from None
+        raise ValueError(f"{folder} has no meta.json: no data there, or not all; {remedy(folder)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'meta.json'} is damaged ({error!r}); {remedy}") from None
-    bins = {}
-    for name, tokens in expected.items():
+        raise ValueError(f"{folder / 'meta.json'} is damaged ({error!r}); {remedy(folder)}") from None
+    bins = []
+    for name, expected in tokens.items():
         path = folder / f"{name}.bin"
-        size = path.stat().st_size if path.exists() else -1
-        if size < 0:
-            raise ValueError(f"{path} is missing; {remedy}")
-        if size % dtype.itemsize:
-            raise ValueError(f"{path} is cut off: {size:,} bytes are no whole number of {dtype.name} ids; {remedy}")
-        if size // dtype.itemsize != tokens:
-            raise ValueError(f"{path} has {size // dtype.itemsize:,} tokens, meta.json says {tokens:,}; {remedy}")
-        bins[name] = np.memmap(path, dtype, "r") if tokens else np.empty(0, dtype)
-        if (top := highest(bins[name])) >= vocab_size:
-            raise ValueError(f"{path} has an id {top:,}, past the vocabulary of {vocab_size:,}; {remedy}")
-    return meta, bins
+        size = path.stat().st_size if path.exists() else 0
+        if size != expected * dtype.itemsize:
+            raise ValueError(f"{path} has {size:,} bytes, not the {expected * dtype.itemsize:,} of {expected:,} "
+                             f"ids; {remedy(folder)}")
+        bins.append(np.memmap(path, dtype, "r"))
+        if (top := highest(bins[-1])) >= vocab_size:
+            raise ValueError(f"{path} has an id {top:,} past the vocabulary of {vocab_size:,}; {remedy(folder)}")
+    return meta, *bins
 
 
 def highest(ids: np.ndarray, block: int = 1 << 20, most: int = 128) -> int:
-    """The highest id. In more than `most` blocks of ids, that of `most` blocks spread from the first to the last (0.1 s)."""
-    blocks = range(0, len(ids), block)
-    if len(blocks) > most:
-        blocks = [(len(ids) - block) * i // (most - 1) for i in range(most)]
-    return max((int(ids[i:i + block].max()) for i in blocks), default=0)
+    """The highest id; in a file of more than `most` blocks, of so many spread over it (0.1 s)."""
+    starts = range(0, len(ids), block)
+    if len(starts) > most:
+        starts = [(len(ids) - block) * i // (most - 1) for i in range(most)]
+    return max(int(ids[i:i + block].max()) for i in starts)
 
 
-def load(folder: str | os.PathLike) -> Data:
-    """The data that prepare() made, checked. ValueError (or Unreachable, for gpt2's vocabulary) in one line."""
-    folder = Path(folder)
-    meta, bins = opened(folder)
-    name = meta["tokenizer"]["name"]
-    tokenizer = tokenizers.load(folder / "tokenizer.json", name) if tokenizers.bpe_size(name) else tokenizers.get(name)
-    if tokenizer.sha256 != meta["tokenizer"]["sha256"]:
-        raise ValueError(f"{folder}: these ids were made with another {name} vocabulary; make the data again: {command(folder)}")
-    return Data(bins["train"], bins["val"], meta, tokenizer, folder)
+def remedy(folder: Path) -> str:
+    """What to type for this data/CORPUS/TOKENIZER."""
+    source = "" if folder.parent.name in ("tinystories", "toystories") else " --source PATH"
+    data_dir = folder.parent.parent
+    where = "" if data_dir == Path("data") else f" --data_dir {data_dir}"
+    return f"to make it: python prepare.py {folder.parent.name} --tokenizer {folder.name}{source}{where}"
 
 
 def lacking(folder: Path, source: str | None, stories: int | None) -> str | None:
-    """Why the data in `folder` do not do for a request, or None where they do."""
+    """Why the data in `folder` do not do for what is asked; None where they do."""
     try:
-        meta, _ = opened(folder)
+        meta = open_bins(folder)[0]
     except ValueError as error:
         return str(error).split(";")[0]
     had, limit = meta.get("source"), meta.get("limit")
-    if source is not None and os.path.abspath(source) != os.path.abspath(had or ""):
+    if source and os.path.abspath(source) != os.path.abspath(had or ""):
         return f"it was made from {had}"
-    if source is not None and os.path.exists(source) and fingerprint(Path(source)) != meta.get("source_files"):
-        return f"{source} has changed since"
-    if limit is not None and (stories is None or stories > limit):
-        return f"it holds the first {limit:,} stories, and {f'{stories:,}' if stories else 'all'} are wanted"
+    if source and os.path.exists(source) and fingerprint(source) != meta.get("source_files"):
+        return f"{source} has changed"
+    if limit and (not stories or stories > limit):
+        return f"it has the first {limit:,} stories, not {f'{stories:,}' if stories else 'all'}"
     return None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A corpus -> train.bin, val.bin and meta.json in data/CORPUS/TOKENIZER.")
-    parser.add_argument("corpus", help="tinystories, toystories, or any name together with --source")
-    parser.add_argument("--tokenizer", default="bpe4096", help="bpe4096 (any bpeN), gpt2 or byte; default %(default)s")
-    parser.add_argument("--source", help=".txt, .jsonl, .parquet, a folder of them, or a data set's id on the Hub")
-    parser.add_argument("--stories", type=int, help="the first so many stories; default all (of toystories 30,000)")
-    parser.add_argument("--workers", type=int, help="threads that encode; default one for each processor")
-    parser.add_argument("--data_dir", default="data", help="default %(default)s")
+    parser = argparse.ArgumentParser(description="A corpus -> train.bin, val.bin, meta.json")
+    option = parser.add_argument
+    option("corpus", help="tinystories, toystories, or any name with --source")
+    option("--tokenizer", default="bpe4096", help="gpt2, byte or bpeN; default %(default)s")
+    option("--source", help=".txt, .jsonl, .parquet, a folder of them, or a data set's id on the Hub")
+    option("--stories", type=int, help=f"the first so many; default all (of toystories {TOYS:,})")
+    option("--workers", type=int, help="threads that encode; default one for each processor")
+    option("--data_dir", default="data", help="where CORPUS/TOKENIZER/ goes; default %(default)s")
     try:
         prepare(**vars(parser.parse_args()))
         return 0
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped; nothing was changed", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError) as e:  # what was typed or given
-        error, status = e, 2
-    except (OSError, RuntimeError, ImportError) as e:  # the machine: no network, disk full
-        error, status = e, 1
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    return status
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
 
 if __name__ == "__main__":

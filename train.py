@@ -86,7 +86,7 @@ class TrainConfig:
     patience: int = 0  # stop after this many evaluations without a better one; 0 = never
     init_from: str = ""  # weights and tokenizer to begin from: a checkpoint, or hf:FOLDER_OR_ID
     logger: str = ""  # tensorboard | wandb, besides metrics.jsonl
-    threads: int = 0  # CPU threads of a process; 0 = the cores, shared fairly
+    threads: int = 0  # CPU threads of a process; 0 = OMP_NUM_THREADS or all cores, shared by the processes
     prompt: str = "Once upon a time"  # of the stories written at the end
     model: GPTConfig = field(default_factory=GPTConfig)
 
@@ -204,9 +204,8 @@ def set_up(machine: Machine, c: TrainConfig) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
-    else:
-        cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
-        torch.set_num_threads(c.threads or max(1, (cores or 1) // machine.world))
+    elif c.threads or machine.world > 1:  # torchrun would give each process one thread
+        torch.set_num_threads(c.threads or max(1, (os.cpu_count() or 1) // machine.world))
     if machine.world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
 

@@ -1,0 +1,23 @@
+"""49.9M parameters, 11% of them embeddings (also the head). Meant for one GPU."""
+
+dataset = "tinystories"
+tokenizer = "bpe8192"
+
+n_layer = 9
+n_head = 10
+n_embd = 640
+block_size = 512
+mlp = "swiglu"
+qk_norm = True
+tied = True
+
+batch_size = 32
+gradient_accumulation_steps = 4  # 4 x 32 rows x 512 tokens = 65,536 tokens a step
+max_iters = 20_000  # 1.3B tokens, about three passes over TinyStories
+eval_interval = 1000
+save_interval = 1000
+eval_tokens = 1_000_000
+learning_rate = 6e-4
+min_lr = learning_rate / 10
+warmup_iters = 500
+weight_decay = 0.1
