@@ -168,10 +168,21 @@ class Attention(nn.Module):
         return self.sdpa(q, k, v, place.bias, place.causal)
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-        bias = None if bias is None else bias.to(q.dtype)
         dropout = self.dropout if self.training else 0.0
+        short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512
+        if short and causal and not dropout:
+            return short_attention(q, k, v)
+        bias = None if bias is None else bias.to(q.dtype)
         grouped = self.heads != self.kv_heads
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, enable_gqa=grouped)
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by its formula: for short rows of bf16 on a CPU, faster than PyTorch's fused one."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
 
 
 class MLP(nn.Module):

@@ -7,8 +7,8 @@
     python prepare.py mine --source mine.txt             # .txt, .jsonl, .parquet, a folder of them, a Hub id
 
 Writes data/CORPUS/TOKENIZER/. The .bin files hold ids, little-endian uint16 (uint32 above 65,536 ids), with
-end-of-text after every story and no header; meta.json says the rest. The corpus streams through: a few batches
-of it are in memory at a time, encoded by threads.
+end-of-text after every story and no header; meta.json says the rest. The corpus streams through: a few
+batches of it are in memory at a time, encoded by threads.
 """
 
 import argparse
@@ -155,15 +155,16 @@ def find(corpus: str, source: str | None, stories: int | None) -> Source:
         files = hub_files(source, stories)
     else:
         raise FileNotFoundError(f"{source}: no such file or folder")
-    if "train" not in files or any(Path(p).suffix not in (*SUFFIXES, ".arrow") for p in chain(*files.values())):
-        raise ValueError(f"{source}: stories are read from {', '.join(SUFFIXES)} files or a folder of them, with a "
-                         f"split train if with any; here are {({k: Path(v[0]).name for k, v in files.items()})}")
+    kinds = {Path(path).suffix for paths in files.values() for path in paths}
+    if "train" not in files or not kinds <= {*SUFFIXES, ".arrow"}:
+        raise ValueError(f"{source} has splits {', '.join(files)} of {', '.join(kinds)} files: a split train is "
+                         f"needed, of {', '.join(SUFFIXES)} files")
     val = next((files[name] for name in VAL_NAMES if name in files), None)
     return {"train": partial(read_files, files["train"])} | ({"val": partial(read_files, val)} if val else {})
 
 
 def local_files(path: Path) -> dict[str, list[str]]:
-    """Splits of .txt and .jsonl are told by names (train.txt, validation/1.txt), with .parquet by `datasets`."""
+    """Splits are told by names, as in train.txt and validation/1.txt; with .parquet, by `datasets`."""
     if path.is_file():
         return {"train": [str(path)]}
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
@@ -178,7 +179,7 @@ def local_files(path: Path) -> dict[str, list[str]]:
 
 
 def ask_datasets(name: str | Path, download: bool = False) -> dict[str, list[str]]:
-    """Files of a folder or of a data set of the Hub by the rules of `datasets`, or of the download in its cache."""
+    """Files of a folder or a Hub data set by the rules of `datasets`, or of the download in its cache."""
     import logging
 
     from datasets import load_dataset, load_dataset_builder
@@ -193,7 +194,7 @@ def ask_datasets(name: str | Path, download: bool = False) -> dict[str, list[str
 
 
 def hub_files(hub_id: str, stories: int | None) -> dict[str, list[str]]:
-    """Files in the cache of `datasets` if it has them; else, if only some stories are asked for, the addresses of
+    """Files in the cache of `datasets` if it has them; else, if only some stories are asked for, addresses of
     Parquet files; else all is downloaded to that cache. Unreachable, within 5 seconds, where the Hub is."""
     if files := cached_files(hub_id):
         return files
@@ -269,8 +270,8 @@ def digest(text: str) -> bytes:
 
 
 def split(source: Source, corpus: str, n: int | None, counts: Counter) -> Iterator[tuple[str, bool]]:
-    """(story, is it for validation?); never is one story on both sides. n limits the stories that are split, or the
-    training stories of a source that has a validation split: that one is always whole."""
+    """(story, is it for validation?); never is one story on both sides. n limits the stories that are split,
+    or the training stories of a source that has a validation split: that one is always whole."""
     train = clean(source["train"](), corpus, counts)
     if "val" not in source:
         yield from split_by_hash(first(train, n, counts))
@@ -412,7 +413,7 @@ def fingerprint(source: str | None) -> list[int] | None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Waits until no other prepare is at work in `folder`. False where a system has no such locks (Windows)."""
+    """Waits until no other prepare works in `folder`. False where a system has no such locks (Windows)."""
     try:
         import fcntl
     except ImportError:
@@ -432,9 +433,9 @@ def alone(folder: Path) -> Iterator[bool]:
 
 def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, stories: int | None = None,
             workers: int | None = None, data_dir: str | Path = "data") -> Path:
-    """The folder of the prepared corpus, made if it is not there or has not what is asked: the first `stories`
-    (None: all), from `source` if that is given. ValueError and FileNotFoundError are the user's mistakes, OSError
-    and RuntimeError the machine's; Unreachable (an OSError) where only the network is missing."""
+    """The folder of the prepared corpus, made if it is not there or lacks what is asked: the first `stories`
+    (None: all), from `source` if that is given. ValueError and FileNotFoundError are the user's mistakes,
+    OSError and RuntimeError the machine's; Unreachable (an OSError) where only the network is missing."""
     if not re.fullmatch(r"\w[\w.-]*", corpus) or Path(corpus).suffix in SUFFIXES:
         raise ValueError(f"{corpus} is no name for a corpus: python prepare.py NAME --source {corpus}")
     if min(stories or 1, workers or 1) < 1 or stories == 0:
@@ -456,9 +457,9 @@ def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, 
             if corpus == "tinystories":
                 source = source or HUB_ID
             if not source and corpus != "toystories":
-                raise ValueError(f"where is {corpus}? python prepare.py {corpus} --source PATH (only tinystories "
-                                 "and toystories need none)")
-            for stale in folder.parent.glob(f".{tokenizer}-*") if locked else ():  # of a prepare that was killed
+                raise ValueError(f"where is {corpus}? python prepare.py {corpus} --source PATH "
+                                 "(only tinystories and toystories need none)")
+            for stale in folder.parent.glob(f".{tokenizer}-*") if locked else ():  # of a killed prepare
                 shutil.rmtree(stale, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=f".{tokenizer}-", dir=folder.parent))
             try:
@@ -472,11 +473,11 @@ def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, 
     finally:
         with suppress(OSError):
             folder.parent.rmdir()  # it is empty where nothing was made
-    print(f"{folder}: {meta['tokenizer']['vocab_size']:,} ids; repaired {meta['repaired_marks']:,} quotation marks; "
-          f"dropped {meta['dropped_empty']:,} empty stories and {meta['dropped_in_val']:,} of the validation's")
+    print(f"{folder}: {meta['tokenizer']['vocab_size']:,} ids; {meta['repaired_marks']:,} quotation marks repaired; "
+          f"dropped {meta['dropped_empty']:,} empty stories, {meta['dropped_in_val']:,} of the validation's")
     for name in ("train", "val"):
         n = meta[name]
-        print(f"{name:>7}: {n['stories']:,} stories, {n['tokens']:,} tokens, {n['bytes'] / 1e6:,.2f} MB of text")
+        print(f"{name:>7}: {n['stories']:,} stories, {n['tokens']:,} tokens, {n['bytes'] / 1e6:,.2f} MB")
     return folder
 
 
@@ -524,11 +525,12 @@ def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
         path = folder / f"{name}.bin"
         size = path.stat().st_size if path.exists() else 0
         if size != expected * dtype.itemsize:
-            raise ValueError(f"{path} has {size:,} bytes, not the {expected * dtype.itemsize:,} of {expected:,} "
-                             f"ids; {remedy(folder)}")
+            raise ValueError(f"{path} has {size:,} bytes, not the {expected * dtype.itemsize:,} of {expected:,} ids; "
+                             f"{remedy(folder)}")
         bins.append(np.memmap(path, dtype, "r"))
         if (top := highest(bins[-1])) >= vocab_size:
-            raise ValueError(f"{path} has an id {top:,} past the vocabulary of {vocab_size:,}; {remedy(folder)}")
+            raise ValueError(f"{path} has an id {top:,}, past the {vocab_size:,} of the vocabulary; "
+                             f"{remedy(folder)}")
     return meta, *bins
 
 

@@ -102,14 +102,14 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def state(self) -> dict:
-        """Plain data for a checkpoint, all that from_state() needs; `ranks` is the text of a .tiktoken file."""
+        """Plain data for a checkpoint, all that from_state() needs; `ranks` is a .tiktoken file's text."""
         return {"name": self.name, "ranks": self.ranks}
 
     def save(self, path) -> None:
         """Writes tokenizer.json in Hugging Face's format, which gives equal ids there.
 
-        Why equal: tiktoken merges the pair whose joined bytes have the lowest id, Hugging Face the pair that comes
-        first in a list; both the leftmost of equals. What lies between two boundaries merges as it would
+        Why equal: tiktoken merges the pair whose joined bytes have the lowest id, Hugging Face the pair that
+        comes first in a list; both the leftmost of equals. What lies between two boundaries merges as it would
         alone, so a token only ever arises from one pair: the two parts left when its own bytes are merged.
         Listed in the order of the tokens, these are all pairs that tiktoken merges, and they rank the same.
         (There, the text `<|endoftext|>` does become the id, unless `encode_special_tokens` is set.)"""
@@ -193,13 +193,13 @@ def get(name: str) -> Tokenizer:
     except OSError as error:  # urllib's and requests' errors are of this class, too
         raise Unreachable(
             f"GPT-2's vocabulary cannot be had from {GPT2_URL.split('/')[2]} ({type(error).__name__}): set "
-            "TIKTOKEN_CACHE_DIR to a copy of another machine's tiktoken cache, or take a tokenizer that needs "
-            "no download (--tokenizer bpe4096 or byte)") from None
+            "TIKTOKEN_CACHE_DIR to a copy of another machine's tiktoken cache, or take a tokenizer that "
+            "needs no download (--tokenizer bpe4096 or byte)") from None
     return Tokenizer(name, [gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token)])
 
 
 def within(seconds: float, call):
-    """call(), or TimeoutError after so many seconds, whatever it waits for (a host's look-up has no limit)."""
+    """call(), or TimeoutError after so many seconds, whatever it waits for (DNS has no limit of its own)."""
     result = []
 
     def run():

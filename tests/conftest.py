@@ -1,6 +1,7 @@
 """What all tests share. One thread: the models here are tiny, and more threads would only wait for each other."""
 
 import os
+import random
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the programs that tests start
@@ -20,6 +21,19 @@ def tinystories() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared/tinystories")
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A data_dir that holds the corpus `mini` as bytes: 40 short stories, about 3,000 ids."""
+    import prepare
+
+    folder, draw = tmp_path_factory.mktemp("corpus"), random.Random(0)
+    words = "Tom Mia Ben saw a big red dog cat ball and she was happy . He ran to the park".split()
+    stories = (" ".join(draw.choices(words, k=draw.randint(8, 30))) for _ in range(40))
+    (folder / "mini.txt").write_text("\n\n".join(stories), encoding="utf-8")
+    prepare.prepare("mini", "byte", source=folder / "mini.txt", data_dir=folder / "data")
+    return folder / "data"
 
 
 def pytest_collection_modifyitems(items):
