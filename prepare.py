@@ -157,8 +157,8 @@ def find(corpus: str, source: str | None, stories: int | None) -> Source:
         raise FileNotFoundError(f"{source}: no such file or folder")
     kinds = {Path(path).suffix for paths in files.values() for path in paths}
     if "train" not in files or not kinds <= {*SUFFIXES, ".arrow"}:
-        raise ValueError(f"{source} has splits {', '.join(files)} of {', '.join(kinds)} files: a split train is "
-                         f"needed, of {', '.join(SUFFIXES)} files")
+        raise ValueError(f"{source} has splits {', '.join(files)} of {', '.join(kinds)} files: it takes "
+                         f"a split train, of {', '.join(SUFFIXES)} files")
     val = next((files[name] for name in VAL_NAMES if name in files), None)
     return {"train": partial(read_files, files["train"])} | ({"val": partial(read_files, val)} if val else {})
 
@@ -206,7 +206,7 @@ def hub_files(hub_id: str, stories: int | None) -> dict[str, list[str]]:
     if constants.HF_HUB_OFFLINE:
         raise Unreachable(f"HF_HUB_OFFLINE is set and {hub_id} is not in the cache: unset it, {ways_out}")
     try:
-        within(4, lambda: HfApi().dataset_info(hub_id, timeout=3))
+        within(3, lambda: HfApi().dataset_info(hub_id, timeout=3))
     except RepositoryNotFoundError:
         raise ValueError(f"no file, no folder and no data set of the Hub is called {hub_id}") from None
     except Exception as error:
@@ -234,7 +234,7 @@ def cached_files(hub_id: str) -> dict[str, list[str]]:
 # Stories: cleaned, counted, split
 
 # UTF-8 that was read as Windows-1252 or Latin-1, as in parts of TinyStories. Quotation marks, dashes and the
-# ellipsis begin with the bytes E2 80, which became â€; this is what became of the third. That of ” often got lost.
+# ellipsis begin with the bytes E2 80, which became â€; these are what became of the third (” often lost it).
 THIRD = {"œ": "“", "\x9d": "”", "\ufffd": "”", "": "”", "˜": "‘", "™": "’", "ž": "„", "š": "‚",
          "“": "–", "”": "—", "¦": "…"}
 BROKEN = re.compile("â€([" + "".join(THIRD) + "]?)|â\x80[\x93\x94\x98\x99\x9a\x9c\x9d\x9e\xa6]")
@@ -283,23 +283,17 @@ def split(source: Source, corpus: str, n: int | None, counts: Counter) -> Iterat
 
 
 def split_by_hash(stories: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Each story's own hash decides: equal stories share a side, and always the same. If it sends none to
-    validation, the story of the lowest hash goes: `spare` holds it and its copies back until there is one."""
-    cut = (2**128 // VAL_SHARE).to_bytes(16, "big")
-    spare, lowest, found = [], b"\xff" * 17, False
-    for text in stories:
-        key = digest(text)
-        if found or key > lowest:
-            yield text, key < cut
-        elif key == lowest:
-            spare.append(text)
-        else:
-            yield from ((other, False) for other in spare)
-            spare, lowest, found = [text], key, key < cut
-            if found:
-                yield text, True
-    if not found:
-        yield from ((text, True) for text in spare)
+    """Each story's own hash decides, so equal stories share a side, and always the same. Where none goes to
+    validation, the lowest hash does: the first hundred or so are held until one is found."""
+    hashed = ((digest(text), text) for text in stories)
+    cut, held = (2**128 // VAL_SHARE).to_bytes(16, "big"), []
+    for key, text in hashed:
+        held.append((key, text))
+        if key < cut:
+            break
+    else:
+        cut = min(held, default=(b"",))[0] + b"\0"  # just above the lowest
+    yield from ((text, key < cut) for key, text in chain(held, hashed))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -473,8 +467,9 @@ def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, 
     finally:
         with suppress(OSError):
             folder.parent.rmdir()  # it is empty where nothing was made
-    print(f"{folder}: {meta['tokenizer']['vocab_size']:,} ids; {meta['repaired_marks']:,} quotation marks repaired; "
-          f"dropped {meta['dropped_empty']:,} empty stories, {meta['dropped_in_val']:,} of the validation's")
+    empty, twice, repaired = (meta[k] for k in ("dropped_empty", "dropped_in_val", "repaired_marks"))
+    print(f"{folder}: {meta['tokenizer']['vocab_size']:,} ids; dropped {empty:,} empty stories and {twice:,} "
+          f"that are in the validation, too; repaired {repaired:,} quotation marks")
     for name in ("train", "val"):
         n = meta[name]
         print(f"{name:>7}: {n['stories']:,} stories, {n['tokens']:,} tokens, {n['bytes'] / 1e6:,.2f} MB")
@@ -525,8 +520,8 @@ def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
         path = folder / f"{name}.bin"
         size = path.stat().st_size if path.exists() else 0
         if size != expected * dtype.itemsize:
-            raise ValueError(f"{path} has {size:,} bytes, not the {expected * dtype.itemsize:,} of {expected:,} ids; "
-                             f"{remedy(folder)}")
+            raise ValueError(f"{path} has {size:,} bytes, not {expected * dtype.itemsize:,} for "
+                             f"{expected:,} ids; {remedy(folder)}")
         bins.append(np.memmap(path, dtype, "r"))
         if (top := highest(bins[-1])) >= vocab_size:
             raise ValueError(f"{path} has an id {top:,}, past the {vocab_size:,} of the vocabulary; "

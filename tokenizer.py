@@ -109,7 +109,7 @@ class Tokenizer:
         """Writes tokenizer.json in Hugging Face's format, which gives equal ids there.
 
         Why equal: tiktoken merges the pair whose joined bytes have the lowest id, Hugging Face the pair that
-        comes first in a list; both the leftmost of equals. What lies between two boundaries merges as it would
+        comes first in a list; both the leftmost of equals. What lies between two boundaries merges as if
         alone, so a token only ever arises from one pair: the two parts left when its own bytes are merged.
         Listed in the order of the tokens, these are all pairs that tiktoken merges, and they rank the same.
         (There, the text `<|endoftext|>` does become the id, unless `encode_special_tokens` is set.)"""
@@ -242,20 +242,19 @@ def load(path, name: str | None = None) -> Tokenizer:
 def train_bpe(texts, vocab_size: int) -> Tokenizer:
     """Byte-level BPE of `vocab_size` ids in all, from an iterable of texts; ids 0 to 255 are the bytes.
 
-    Where no pair occurs twice any more it stops early and says so: fewer ids, and the name as asked."""
+    Where nothing is left to merge it stops early and says so: fewer ids, and the name as asked."""
     bpe_size(name := f"bpe{vocab_size}")
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import models, pre_tokenizers, trainers
     bpe = HuggingFace(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's split
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     byte = {char: b for b, char in byte_chars().items()}
     vocab = bpe.get_vocab()
     merged = [bytes(byte[char] for char in spelt) for spelt in sorted(vocab, key=vocab.get) if len(spelt) > 1]
     tokenizer = Tokenizer(name, [bytes([b]) for b in range(256)] + merged)
     if tokenizer.vocab_size < vocab_size:
-        print(f"note: {name} has {tokenizer.vocab_size:,} ids only: no more pairs occur twice in this corpus",
+        print(f"note: {name} has {tokenizer.vocab_size:,} ids only: this corpus has no more pairs to merge",
               file=sys.stderr)
     return tokenizer

@@ -10,9 +10,12 @@ From a notebook: trainer = Trainer(config, model, data), then trainer.train_step
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -95,7 +98,7 @@ class TrainConfig:
         positive = ("eval_interval", "log_interval", "save_interval", "batch_size",
                     "gradient_accumulation_steps")  # fmt: skip
         for name, value in asdict(self).items():
-            if isinstance(value, int | float) and not value >= (name in positive):
+            if isinstance(value, int | float) and not (name in positive) <= value < math.inf:  # or nan
                 raise ValueError(f"{name} must be at least {int(name in positive)}, not {value}")
         choices = dict(dtype=["auto", *DTYPES], compile=["auto", "True", "False"], schedule=optim.SCHEDULES,
                        optimizer=["adamw", "muon"], logger=["", "tensorboard", "wandb"])  # fmt: skip
@@ -174,6 +177,8 @@ def choose_machine(c: TrainConfig) -> Machine:
             )
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"{device} is asked for, and there are {torch.cuda.device_count()} CUDA GPUs here")
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate bf16
         name, dtype = torch.cuda.get_device_name(device), torch.bfloat16 if native else torch.float16
         why = "bf16 is native" if native else "no native bf16, so fp16 with a GradScaler"
@@ -297,6 +302,7 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.model.parameters()] if c.ema else None
         self.dropout = optim.points(c.dropout_schedule) if c.dropout_schedule else None
         self.bytes = evaluate.token_bytes(data.tokenizer)
+        self.origin = {"data": fingerprint(data), "provenance": checkpoint.provenance()}  # as they are now
         self.tokens_per_step = self.batches.per_step * c.model.block_size
         self.step = 0  # finished updates
         self.best = math.inf  # validation loss
@@ -351,7 +357,7 @@ class Trainer:
             return loss.item()
         asked = loss.new_tensor([float(self.asked == s) for s in STOPS])
         flat = torch.cat([p.grad.flatten() for p in params] + [loss[None], asked])
-        dist.all_reduce(flat)
+        all_reduce(flat)
         grads, (mean, *asked) = flat[: -1 - len(STOPS)], flat[-1 - len(STOPS) :].tolist()
         self.stop = next((int(s) for s, votes in zip(STOPS, asked, strict=True) if votes), 0)
         grads /= self.machine.world
@@ -361,17 +367,14 @@ class Trainer:
 
     def update(self, step: int, loss: float, norm: float) -> None:
         """Step the optimizers; leave out an update that is not finite, and give up after several in a row."""
-        scaled = self.machine.scales and math.isfinite(
-            loss
-        )  # then an infinite gradient is the scaler's business
-        if math.isfinite(norm) and math.isfinite(loss) or scaled:
+        if math.isfinite(norm) and math.isfinite(loss):
             self.skipped_in_a_row = 0
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-            self.scaler.update()
             if self.average is not None:
-                torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - self.config.ema)
-        else:
+                with torch.no_grad():
+                    torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - self.config.ema)
+        elif not (self.machine.scales and math.isfinite(loss)):  # else fp16 overflowed: the scaler's business
             self.skipped += 1
             self.skipped_in_a_row += 1
             say(f"update {step} left out: loss {loss}, gradient norm {norm}")
@@ -382,6 +385,7 @@ class Trainer:
                     f"gradient norm {norm}, learning rate {lr:.3g}. The last good checkpoint is kept; "
                     "a lower --learning_rate or more --warmup_iters usually helps"
                 )
+        self.scaler.update()  # after an overflow it scales by less
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -389,8 +393,9 @@ class Trainer:
         """Compile the model, with a trial on the first batch: where that fails, say so and do without."""
         if not self.machine.compile:
             return
-        began, compiled = time.perf_counter(), torch.compile(self.model)
+        began = time.perf_counter()
         try:
+            compiled = torch.compile(self.model)
             idx, targets = next(self.batches(self.step))
             segments = None if self.config.cross_stories else torch.zeros_like(idx)
             self.model.train()
@@ -416,9 +421,9 @@ class Trainer:
             sums = torch.tensor(evaluate.total_nats(self.compiled, mine, machine.device), dtype=torch.float64)
         if machine.world > 1:
             sums = sums.to(machine.device)
-            dist.all_reduce(sums)
+            all_reduce(sums)
         nats, count = sums.tolist()
-        return {"loss": nats / count, "bpb": evaluate.bits_per_byte(nats, self.bytes[ids].sum())}
+        return {"loss": nats / count, "bpb": evaluate.bits_per_byte(nats, int(self.bytes[ids].sum()))}
 
     @contextlib.contextmanager
     def averaged(self):
@@ -443,7 +448,7 @@ class Trainer:
             self.best, self.waited = result["loss"], 0
             if self.out_dir and step and self.machine.rank == 0:
                 with self.averaged():
-                    checkpoint.save(self.out_dir / "best.pt", self.portrait(step) | {"val": result})
+                    self.write("best.pt", self.portrait(step) | {"val": result})
         else:
             self.waited += 1
         return bool(self.config.patience) and self.waited >= self.config.patience
@@ -493,7 +498,7 @@ class Trainer:
         """What a model needs to be used: weights, settings, tokenizer, and where it comes from."""
         return {"model": self.model.state_dict(), "model_config": asdict(self.config.model), "step": step,
                 "train_config": asdict(self.config), "tokenizer": self.data.tokenizer.state(),
-                "provenance": checkpoint.provenance()}  # fmt: skip
+                "provenance": self.origin["provenance"]}  # fmt: skip
 
     def save_checkpoint(self, step: int) -> None:
         """latest.pt: everything to go on; the one before stays as previous.pt."""
@@ -502,35 +507,42 @@ class Trainer:
             return
         state = self.portrait(step) | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(), "average": self.average, "data": fingerprint(self.data),
+            "scaler": self.scaler.state_dict(), "average": self.average, "data": self.origin["data"],
             "best": self.best, "waited": self.waited, "evaluated": self.evaluated, "skipped": self.skipped,
             "elapsed": self.elapsed + time.perf_counter() - self.began, "recipe": self.recipe,
             "compiled": self.compiled is not self.model,
         }  # fmt: skip
+        self.write("latest.pt", state, previous=self.out_dir / "previous.pt")
+
+    def write(self, name: str, state: dict, previous: Path | None = None) -> None:
+        """Save `state` in the run's folder; where that fails, say so and try again, and in the end give up."""
         for wait in (1, 5, 0):
             try:
-                return checkpoint.save(
-                    self.out_dir / "latest.pt", state, previous=self.out_dir / "previous.pt"
-                )
+                return checkpoint.save(self.out_dir / name, state, previous)
             except (OSError, RuntimeError) as error:  # the writer inside torch raises the latter
-                say(f"WARNING: could not save at step {step}: {error}" + (", trying again" if wait else ""))
+                again = ", trying again" if wait else ""
+                say(f"WARNING: could not save {name} at step {state['step']}: {error}{again}")
                 time.sleep(wait)
         raise OSError(f"{self.out_dir} cannot be written to; the checkpoint before this one is whole")
 
     def load_checkpoint(self, state: dict) -> int:
         """Go on from what checkpoint.read returned. -> the step to make next."""
-        if state["data"] != fingerprint(self.data):
+        if state["data"] != self.origin["data"]:
             raise ValueError(f"the files in {self.data.folder} are not those that this run began with")
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, mine in zip(optimizer.param_groups, settings, strict=True):
-                group.update(mine)  # moments are those of the run, learning rates those of the settings
-        self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+                optimizer.load_state_dict(saved)
+                for group, mine in zip(optimizer.param_groups, settings, strict=True):
+                    group.update(mine)  # moments are those of the run, learning rates those of the settings
+        except (RuntimeError, ValueError) as error:  # what --override cannot take: other shapes, other groups
+            raise ValueError(f"the checkpoint does not fit these settings: {error}") from error
+        if state["scaler"]:  # else it ran in a precision that needs none
+            self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
-            for mine, saved in zip(self.average, state["average"], strict=True):
-                mine.copy_(saved)
+            now = [p.detach() for p in self.model.parameters()]  # where the run had no average so far
+            torch._foreach_copy_(self.average, state["average"] or now)
         self.step, self.best, self.waited = state["step"], state["best"], state["waited"]
         self.evaluated, self.skipped, self.elapsed = state["evaluated"], state["skipped"], state["elapsed"]
         return self.step
@@ -543,29 +555,43 @@ def open_logger(c: TrainConfig, folder: Path | None) -> Callable[[dict], None] |
     """A function that takes lines of metrics, for TensorBoard or W&B, imported only when asked for."""
     if not c.logger or folder is None:
         return None
-
-    def flat(line: dict) -> dict[str, float]:
-        return {f"{line['split']}/{key}": x for key, x in line.items() if key not in ("split", "step")}
-
     try:
         if c.logger == "wandb":
             import wandb
-
-            run = wandb.init(project="nanostlm", id=folder.name, resume="allow", dir=folder, config=asdict(c))
-            return lambda line: run.log(flat(line), step=line["step"])
-        from torch.utils.tensorboard import SummaryWriter
+        else:
+            from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError(
             f"logger={c.logger} needs a package that is not here: pip install {c.logger}"
         ) from None
-    writer = SummaryWriter(folder)
-    return lambda line: (
-        [writer.add_scalar(key, x, line["step"]) for key, x in flat(line).items()] and writer.flush()
-    )
+
+    @functools.cache
+    def opened():  # at the first line, when the folder is this run's alone
+        if c.logger == "wandb":
+            return wandb.init(project="nanostlm", id=folder.name, resume="allow", dir=folder, config=asdict(c))
+        return SummaryWriter(folder)
+
+    def report(line: dict) -> None:
+        values = {f"{line['split']}/{key}": x for key, x in line.items() if key not in ("split", "step")}
+        if c.logger == "wandb":
+            return opened().log(values, step=line["step"])
+        for key, x in values.items():
+            opened().add_scalar(key, x, line["step"])
+        opened().flush()
+
+    return report
 
 
 class Diverged(RuntimeError):
     """Training produced numbers that are not finite, again and again."""
+
+
+def all_reduce(tensor: torch.Tensor) -> None:
+    """Sum over the processes, in place."""
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise ConnectionError(f"another process of this run is gone, so this one ends too: {error}") from error
 
 
 def fingerprint(data: prepare.Data) -> dict:
@@ -613,7 +639,9 @@ def parse(argv: list[str]) -> Plan:
     if state is not None:
         before = state["train_config"] | state["train_config"]["model"]
         del before["model"]
-        changed = {k: v for k, v in recipe.items() if v != state["recipe"].get(k, default[k])} | given
+        recipe = recipe if path else state["recipe"]
+        then, edited = default | state["recipe"], default | recipe
+        changed = {k: v for k, v in edited.items() if v != then[k]} | given
         wanted = default | before | changed
         changes = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in wanted.items() if v != before.get(k)]
         rows = "batch_size", "gradient_accumulation_steps"
@@ -665,7 +693,7 @@ def run_folder(wanted: dict, name: str, flags: set[str], longer: bool) -> tuple[
 
 def runs_of(name: str) -> list[Path]:
     """The folders that runs of a recipe chose themselves, the newest first."""
-    found = [f for f in Path("out").glob(f"{name}*") if f.name.removeprefix(name).strip("-0123456789") == ""]
+    found = [f for f in Path("out").glob("*") if re.fullmatch(re.escape(name) + r"(-\d+)?", f.name)]
     return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
@@ -756,8 +784,9 @@ def take_folder(folder: Path, model: GPT, step: int) -> FileLock:
             f"checkpoints need {need >> 20:,} MB, and the disk of {folder} has {free >> 20:,} MB left"
         )
     lines = [line for line in read_metrics(folder) if step and line["step"] <= step]
-    for file in () if step else ("latest.pt", "previous.pt", "best.pt", "loss.png"):
-        (folder / file).unlink(missing_ok=True)
+    old = () if step else ("latest.pt", "previous.pt", "best.pt", "loss.png")
+    for file in [*folder.glob("*.tmp"), *(folder / name for name in old)]:  # .tmp: a kill while saving
+        file.unlink(missing_ok=True)
     temporary = folder / "metrics.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, folder / "metrics.jsonl")
@@ -887,15 +916,13 @@ def main(argv: list[str]) -> int:
         if not c.max_iters:
             return 0
         folder = agree(lambda: plan.folder)
-        lock = contextlib.nullcontext()
-        if machine.rank == 0:
-            lock = take_folder(folder, model, plan.state["step"] if plan.state else 0)
         trainer = Trainer(c, model, data, folder, machine)
         trainer.recipe = plan.recipe
-        if plan.state:
-            say(f"going on with {folder} at step {trainer.load_checkpoint(plan.state):,}")
-        else:
-            say(f"run      {folder}")
+        step = trainer.load_checkpoint(plan.state) if plan.state else 0
+        lock = contextlib.nullcontext()
+        if machine.rank == 0:  # only now, since it throws away what is after `step`
+            lock = take_folder(folder, model, step)
+        say(f"going on with {folder} at step {step:,}" if plan.state else f"run      {folder}")
     except (ValueError, FileNotFoundError) as error:
         return fail(error, 2)
     except (OSError, RuntimeError) as error:
@@ -904,21 +931,22 @@ def main(argv: list[str]) -> int:
     try:
         with trainer.signals(), lock:
             run(trainer)
+        if machine.rank == 0 and not trainer.stop:
+            report(trainer, plan.name)
     except (Diverged, OSError) as error:
         return fail(error, 1)
     except torch.OutOfMemoryError:
         return fail(f"out of memory on {machine.device}: for the same run in less of it, lower --batch_size"
                     f"={c.batch_size} and raise --gradient_accumulation_steps by as much", 1)  # fmt: skip
     if trainer.stop:
-        say(f"saved at step {trainer.step:,}; go on with: python train.py {' '.join(argv)} --resume")
+        words = [word for word in argv if word.removeprefix("--") not in FLAGS]
+        say(f"saved at step {trainer.step:,}; go on with: python train.py {shlex.join(words)} --resume")
         return 128 + trainer.stop
-    if machine.rank == 0:
-        report(trainer, plan.name)
     return 0
 
 
 def fail(error: Exception | str, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
     return status
 
 

@@ -11,6 +11,7 @@ what is wrong.
 import argparse
 import ast
 import difflib
+import functools
 import inspect
 import operator
 import re
@@ -33,6 +34,7 @@ class Setting(NamedTuple):
     nested: str  # the field that holds its dataclass; "" for the outermost
 
 
+@functools.cache  # finding a class' source takes a tenth of a second
 def settings(cls: type, nested: str = "") -> dict[str, Setting]:
     """Every setting of a dataclass by name; comments become its help, `# -- title` lines its groups."""
     found, group, comments = {}, "the model" if nested else "", {}
@@ -64,9 +66,8 @@ def convert(name: str, kind: type, value: Any) -> Any:
         if kind is bool and str(value) in ("True", "False", "true", "false"):
             return str(value).lower() == "true"
         if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            return (
-                int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(float(value))
-            )
+            exact = isinstance(value, int) or isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value)
+            return int(value if exact else float(value))  # 1e3 is a whole number, too
         if kind is float and not isinstance(value, bool):
             return float(value)
         if kind is str and isinstance(value, str | bool):
@@ -74,7 +75,7 @@ def convert(name: str, kind: type, value: Any) -> Any:
     except (ValueError, TypeError, OverflowError):
         pass
     wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[kind]
-    raise ValueError(f"{name} takes {wanted}, not {value!r}")
+    raise ValueError(f"{name} takes {wanted}, not {value!r:.60}")
 
 
 def check_key(name: str, table: dict, where: str) -> None:
@@ -104,7 +105,9 @@ def read(path: str | Path, cls: type) -> dict[str, Any]:
                 return -value_of(node.operand)
             case ast.BinOp() if type(node.op) in OPERATORS:
                 left, right = value_of(node.left), value_of(node.right)
-                if isinstance(node.op, ast.Pow) and max(abs(left), abs(right)) > 1e6:
+                if not (isinstance(left, int | float) and isinstance(right, int | float)):
+                    raise ValueError("arithmetic is for numbers")
+                if isinstance(node.op, ast.Pow) and (abs(left) > 1e9 or abs(right) > 100):
                     raise ValueError("a power of numbers that large is no setting")
                 return OPERATORS[type(node.op)](left, right)
         raise ValueError("a recipe holds only literals, arithmetic on them, and names set above")

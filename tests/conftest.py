@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the programs that tests start
@@ -32,8 +33,41 @@ def corpus(tmp_path_factory) -> Path:
     words = "Tom Mia Ben saw a big red dog cat ball and she was happy . He ran to the park".split()
     stories = (" ".join(draw.choices(words, k=draw.randint(8, 30))) for _ in range(40))
     (folder / "mini.txt").write_text("\n\n".join(stories), encoding="utf-8")
-    prepare.prepare("mini", "byte", source=folder / "mini.txt", data_dir=folder / "data")
+    prepare.prepare("mini", "byte", source=str(folder / "mini.txt"), data_dir=folder / "data")
     return folder / "data"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, corpus, capsys):
+    """
+    here(out_dir, key=value, ..., "--resume", stop_after=n) -> exit status of train.main, in this
+    process and tmp_path, on micro settings unless alone=True. Its curve and stories are left out; stop_after:
+    SIGTERM arrives in update n. here.said is what it said.
+    """
+    from test_train import MICRO
+
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "report", lambda *args: None)
+
+    def go(out_dir, *words, stop_after=0, alone=False, **changes):
+        made = {"data_dir": corpus} | (changes if alone else MICRO | changes)
+        made |= {"out_dir": out_dir} if out_dir else {}
+        step = train.Trainer.train_step
+
+        def stopping(self, n):
+            if n + 1 == stop_after:
+                self.asked = signal.SIGTERM
+            return step(self, n)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Trainer, "train_step", stopping)
+            status = train.main([f"--{key}={value}" for key, value in made.items()] + [str(w) for w in words])
+        go.said = capsys.readouterr().err
+        return status
+
+    return go
 
 
 def pytest_collection_modifyitems(items):

@@ -308,19 +308,6 @@ def test_shaw_is_the_formula(shaw_values, clip, n_kv_head, causal):
     assert error(attention(x, place), want) < 1e-12
 
 
-@torch.no_grad()
-def test_shaw_values_in_bfloat16_over_a_long_text():
-    """Hundreds of small weights fall into the bucket of the farthest distance: their sum must be exact."""
-    model, idx = tiny(position="shaw", shaw_values=True, shaw_clip=2, block_size=2048), tokens(1, 2048)
-    attention = model.core.blocks[0].attn
-    attention.qkv.weight[:32] = 0  # even attention
-    place = locate(model.config, idx, None, None)[1]
-    x = torch.randn(1, 2048, 16)
-    want = attention(x, place)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert error(attention(x, place).float(), want) < 0.02
-
-
 def slopes_of_the_paper(n: int) -> list[float]:
     """As in the authors' own description: geometric, and for other head counts every second of the next."""
     if n & (n - 1) == 0:

@@ -1,6 +1,5 @@
 """The default path of model.py: shapes, attention, start, loss, numerics; against other programs."""
 
-import io
 import math
 from dataclasses import asdict
 
@@ -9,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoint
+import tokenizer
 from model import (
     GPT,
     Attention,
@@ -24,6 +25,7 @@ from model import (
     locate,
     rope_table,
     rotate,
+    short_attention,
 )
 
 V = 40
@@ -38,8 +40,10 @@ def tiny(**settings) -> GPT:
         for name, p in model.named_parameters():
             if p.ndim == 1:
                 p += 0.2 * torch.randn_like(p)
-            else:
-                p.normal_(std=1.0 if name.startswith(("embedder", "head")) else p.shape[1] ** -0.5)
+            elif name.startswith(("embedder", "head")):
+                p.normal_()
+            else:  # without norms the values grow from layer to layer, and rounding with them
+                p.normal_(std=p.shape[1] ** -0.5 * (0.5 if model.config.norm == "none" else 1.0))
     return model
 
 
@@ -146,6 +150,18 @@ def test_dropout_of_attention_weights(settings):
     assert torch.equal(attention(x, place), attention(x, place))
 
 
+@pytest.mark.parametrize("live, dead", [("attn", "mlp"), ("mlp", "attn")])
+def test_dropout_of_both_outputs_of_a_block_and_of_the_embeddings(live, dead):
+    c, idx, x = GPTConfig(**TINY, dropout=0.5), tokens(2, 9), torch.randn(2, 9, 16)
+    block, embedder = Block(c), Embedder(c)
+    block.attn.dropout = 0.0
+    nn.init.zeros_(getattr(block, dead).proj.weight)
+    where, place = locate(c, idx, None, None)
+    moved = block(x, place) - x
+    assert 0.3 < (moved == 0).float().mean() < 0.7, f"{live} is dropped half of the time"
+    assert 0.3 < (embedder(idx, where) == 0).float().mean() < 0.7
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Rotary positions and attention, against formulas
 
@@ -184,6 +200,20 @@ def test_attention_is_the_formula():
             score = (q[:, i, None, mine] * k[:, : i + 1, group]).sum(-1) / 2
             want[:, i, mine] = (score.softmax(-1)[..., None] * v[:, : i + 1, group]).sum(1)
     assert error(got, attention.proj(want)) < 1e-12
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_short_attention_is_torchs(n_kv_head):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 19, 8, requires_grad=True) for heads in (4, n_kv_head, n_kv_head))
+    got = short_attention(q, k, v)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert error(got, want) < 1e-6
+    along = torch.randn_like(want)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), along) for y in (got, want)), strict=True):
+        assert error(a, b) < 1e-5
+    low = short_attention(*(x.detach().bfloat16() for x in (q, k, v)))
+    assert low.dtype == torch.bfloat16 and error(low.float(), want) < 0.02
 
 
 @pytest.mark.parametrize("settings", [{}, dict(window=4), dict(position="shaw"), dict(position="alibi")])
@@ -502,6 +532,16 @@ def test_bfloat16_autocast_is_close_to_float32(loss_chunk):
     assert F.cosine_similarity(grad, gradient(whole, idx, targets), dim=0) > 0.98
 
 
+@torch.no_grad()
+def test_causality_in_bfloat16():
+    model, idx = tiny(n_kv_head=2), tokens(1, 13)
+    other = idx.clone()
+    other[0, 6] = (idx[0, 6] + 1) % V
+    with torch.autocast("cpu", torch.bfloat16):
+        same = (model(idx)[0] == model(other)[0]).all(-1)[0].tolist()
+    assert same[:6] == [True] * 6 and not all(same[6:])
+
+
 def test_float16_gradient_does_not_underflow():
     torch.manual_seed(0)
     c = GPTConfig(vocab_size=4096, n_embd=24, n_head=2)
@@ -601,31 +641,29 @@ def test_inductor_computes_the_same(name):
 # Sharing, counting, scoring
 
 
-def step_and_round_trip(model: GPT) -> GPT:
-    """One optimizer step, then through a file into a new model."""
+def step_and_round_trip(model: GPT, folder) -> GPT:
+    """One optimizer step, then through a checkpoint into a new model."""
     idx = tokens(2, 9)
     model(idx, idx)[1].backward()
     torch.optim.AdamW(model.parameters(), lr=0.1).step()
-    file = io.BytesIO()
-    torch.save({"config": asdict(model.config), "model": model.state_dict()}, file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    again = GPT(GPTConfig(**state["config"])).eval()
-    again.load_state_dict(state["model"])
+    state = {"model_config": asdict(model.config), "model": model.state_dict()}
+    checkpoint.save(folder / "x.pt", state | {"tokenizer": tokenizer.get("byte").state()})
+    again, _ = checkpoint.build(checkpoint.read(folder / "x.pt"))
     assert torch.equal(again(idx)[0], model.eval()(idx)[0])
     assert again.num_params() == model.num_params()
     return again
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_weights_stay_one_tensor(tied):
-    for model in (tiny(tied=tied), step_and_round_trip(tiny(tied=tied))):
+def test_tied_weights_stay_one_tensor(tied, tmp_path):
+    for model in (tiny(tied=tied), step_and_round_trip(tiny(tied=tied), tmp_path)):
         assert (model.head.linear.weight is model.embedder.tokens.weight) == tied
 
 
 @pytest.mark.parametrize("share", ["mlp", "layers", "lora"])
-def test_shared_weights_stay_one_tensor(share):
-    for model in (tiny(share=share, n_layer=3), step_and_round_trip(tiny(share=share, n_layer=3))):
+def test_shared_weights_stay_one_tensor(share, tmp_path):
+    settings = dict(share=share, n_layer=3)
+    for model in (tiny(**settings), step_and_round_trip(tiny(**settings), tmp_path)):
         first, *others = model.core.blocks
         for block in others:
             if share == "lora":

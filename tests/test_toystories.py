@@ -133,11 +133,15 @@ def prove_different(grammar, left, right, shared):
     pairs, seen = [(left, right, shared)], set()
     while pairs:
         left, right, shared = pairs.pop()
-        for a, todo_a, own_a, shared_a in [(*left, shared)] if left[0] else heads(grammar, *left[1:], shared):
-            for b, todo_b, own_b, both in [(*right, shared_a)] if right[0] else heads(grammar, *right[1:], shared_a):
-                if a is None or b is None:
-                    assert a or b, "there are two ways to tell one story"
-                elif a.startswith(b) or b.startswith(a):
+        rights = {}                                             # memory -> first letter -> the heads of the right side
+        for a, todo_a, own_a, memory in [(*left, shared)] if left[0] else heads(grammar, *left[1:], shared):
+            if memory not in rights:
+                rights[memory] = {}
+                for head in [(*right, memory)] if right[0] else heads(grammar, *right[1:], memory):
+                    rights[memory].setdefault(head[0] and head[0][0], []).append(head)
+            for b, todo_b, own_b, both in rights[memory].get(a and a[0], []):
+                assert a is not None, "there are two ways to tell one story"
+                if a.startswith(b) or b.startswith(a):
                     n = min(len(a), len(b))
                     key = a[n:], place(todo_a), own_a, b[n:], place(todo_b), own_b, both
                     if key not in seen:

@@ -1,0 +1,561 @@
+"""The whole line as a person types it: prepare, train, resume, sample; mistakes, signals, two runs at once."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import ROOT, Program
+from test_train import MICRO, apart, kept, lines, same
+
+import checkpoint
+import train
+
+posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+
+
+def words(corpus, **changes) -> list[str]:
+    """The command line of a micro run."""
+    return [f"--{key}={value}" for key, value in ({"data_dir": corpus} | MICRO | changes).items()]
+
+
+def recipe(name: str, **values) -> str:
+    """A recipe file of micro settings."""
+    path = Path(f"{name}.py")
+    path.write_text("\n".join(f"{key} = {value!r}" for key, value in (MICRO | values).items()))
+    return str(path)
+
+
+def typed(*argv, cwd, status: int = 0) -> subprocess.CompletedProcess:
+    """A program run for real."""
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The whole line
+
+
+def test_prepare_train_resume_sample(tmp_path, corpus):
+    shutil.copy(corpus.parent / "mini.txt", tmp_path)
+    (tmp_path / "config").mkdir()
+    text = "\n".join(f"{key} = {value!r}" for key, value in MICRO.items())
+    (tmp_path / "config" / "micro.py").write_text(text)
+    typed(ROOT / "prepare.py", "mini", "--source", "mini.txt", "--tokenizer", "byte", cwd=tmp_path)
+    assert (tmp_path / "data/mini/byte/meta.json").is_file()
+    said = typed(ROOT / "train.py", "config/micro.py", "--max_iters=8", cwd=tmp_path).stderr
+    folder = tmp_path / "out/micro"
+    assert {p.name for p in folder.iterdir()} >= {"latest.pt", "previous.pt", "best.pt", "metrics.jsonl", "loss.png"}
+    assert not list(folder.glob("*.tmp"))
+    assert "in out/micro" in said and said.rstrip().splitlines()[-1].startswith("next:  python sample.py")
+    typed(ROOT / "train.py", "config/micro.py", "--resume", "--max_iters=12", cwd=tmp_path)
+    assert lines(folder, "val")[-1]["step"] == 12
+    done = typed(ROOT / "sample.py", "--prompt", "Tom", "--max_new_tokens", "9", cwd=tmp_path)
+    assert done.stdout.startswith("Tom")
+
+
+def test_a_checkpoint_needs_no_other_file(tmp_path, here):
+    assert here("run") == 0
+    shutil.copy("run/latest.pt", tmp_path / "alone.pt")
+    shutil.rmtree("run")
+    model, tok = checkpoint.load(tmp_path / "alone.pt")
+    assert tok.decode(tok.encode("Tom ☂")) == "Tom ☂" and not model.training
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Mistakes: one clear line, exit status 2, nothing lost
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def refused(here, said: str, *args, status: int = 2, **changes) -> None:
+    """`here(...)` fails with one clear line, and leaves every file as it was and no folder behind."""
+    before = contents(".")
+    folders = sorted(p for p in Path(".").rglob("*") if p.is_dir())
+    assert here(*args, **changes) == status, here.said
+    error = [line for line in here.said.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and re.search(said, error[0]), here.said
+    assert "Traceback" not in here.said and len(error[0]) < 500
+    assert contents(".") == before
+    assert sorted(p for p in Path(".").rglob("*") if p.is_dir()) == folders
+
+
+RECIPES = {
+    "n_headd = 4": "mine.py, line 1: there is no setting 'n_headd'; did you mean 'n_head'",
+    "n_layer = 'two'": "mine.py, line 1: n_layer takes a whole number, not 'two'",
+    "\nn_layer = = 2": "mine.py, line 2: invalid syntax",
+    "import os": "mine.py, line 1: .*only assignments",
+    "n_layer = print(3)": "mine.py, line 1: .*only literals",
+    "vocab_size = 300": "vocab_size comes from the tokenizer",
+}
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_mistakes_in_a_recipe(text, here):
+    Path("mine.py").write_text(text)
+    refused(here, RECIPES[text], "", "mine.py", alone=True)
+
+
+SETTINGS = {
+    ("--n_headd=4",): "no setting 'n_headd'; did you mean 'n_head'",
+    ("nope.py",): r"no recipe nope.py; there are: .*tiny.py",
+    ("--n_head=3",): "n_head=3 does not divide n_embd=16",
+    ("--n_embd=-16",): "n_embd must be at least 1, not -16",
+    ("--batch_size=-1",): "batch_size must be at least 1, not -1",
+    ("--max_iters=-1",): "max_iters must be at least 0",
+    ("--n_layer=0",): "n_layer must be at least 1",
+    ("--learning_rate=-1",): "learning_rate must be",
+    ("--block_size=100000",): "too few for one window of block_size=100000",
+    ("--dtype=int4",): "dtype must be one of",
+    ("--device=tpu",): "device must be",
+    ("--optimizer=adam",): "optimizer must be one of adamw, muon",
+    ("--tokenizer=word",): "no tokenizer 'word'",
+    ("--dataset=nowhere",): "python prepare.py nowhere --source",
+    ("--dropout_schedule=0-1",): "dropout_schedule is a list like",
+    ("--resume",): "nothing to resume: .*holds no run",
+    ("--logger=paper",): "logger must be one of",
+    ("--init_from=nowhere.pt",): "nowhere.pt",
+    ("--seed=1" + 30 * "0",): "seed",
+}
+
+
+@pytest.mark.parametrize("argv", SETTINGS, ids=" ".join)
+def test_mistakes_on_the_command_line(argv, here):
+    refused(here, SETTINGS[argv], "run", *argv)
+
+
+def test_resume_where_nothing_is(here):
+    refused(here, "no unfinished run out/run", "", "--resume")
+    assert here("") == 0
+    refused(here, "no unfinished run out/run", "", "--resume")
+
+
+def test_an_out_dir_given_by_hand_that_holds_a_run(here):
+    assert here("run") == 0
+    refused(here, "run holds a run; --resume .* --overwrite", "run")
+    old = kept("run")
+    assert here("run", "--overwrite", seed=1) == 0
+    assert not same(kept("run")["model"], old["model"]) and len(lines("run", "val")) == 5
+    for folder in ("out", "run"):  # a folder without a run is no obstacle
+        Path("empty", folder).mkdir(parents=True)
+        assert here(f"empty/{folder}", max_iters=2) == 0
+
+
+def test_what_overwrite_throws_away_is_thrown_away_only_by_a_run_that_starts(here):
+    assert here("run") == 0
+    refused(here, "too few for one window", "run", "--overwrite", block_size=100_000)
+
+
+def test_data_that_are_not_as_they_should_be(here, corpus, tmp_path):
+    def broken(name, change):
+        folder = tmp_path / name / "mini" / "byte"
+        shutil.copytree(corpus / "mini" / "byte", folder)
+        change(folder)
+        return tmp_path / name
+
+    def cut(folder):
+        os.truncate(folder / "train.bin", 999)
+
+    def strange(folder):
+        ids = np.fromfile(folder / "train.bin", "<u2")
+        ids[100] = 300
+        ids.tofile(folder / "train.bin")
+
+    def other(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["tokenizer"]["sha256"] = "0" * 64
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    def shrunk(folder):
+        os.truncate(folder / "val.bin", 10)
+
+    for change, said in {cut: "train.bin is cut off", strange: "an id 300, past the vocabulary of 257",
+                         other: "made with another byte vocabulary", shrunk: "val.bin has 5 tokens"}.items():
+        place = broken(change.__name__, change)
+        refused(here, said, "run", data_dir=place)
+
+
+def test_a_validation_file_shorter_than_one_window_works(here):
+    assert here("run", block_size=600, eval_tokens=0, batch_size=2, max_iters=2) == 0
+    assert lines("run", "val")[-1]["bpb"] > 1
+
+
+def test_more_stories_than_were_prepared(here, corpus, tmp_path):
+    import prepare
+
+    prepare.prepare("mini", "byte", source=str(corpus.parent / "mini.txt"), stories=20, data_dir=tmp_path / "few")
+    assert here("run", data_dir=tmp_path / "few", stories=20, max_iters=1) == 0
+    refused(here, r"only the first 20 stories.*python prepare.py mini", "more", data_dir=tmp_path / "few", stories=30)
+    refused(here, r"only the first 20 stories.*python prepare.py mini", "all", data_dir=tmp_path / "few", stories=0)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(here):
+    assert here("straight") == 0
+    assert here("run", stop_after=18) == 143
+    os.truncate("run/latest.pt", 5000)
+    assert here("run", "--resume") == 0
+    assert "WARNING: run/latest.pt is damaged" in here.said and "at step 15" in here.said
+    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    for name in ("latest", "previous"):
+        os.truncate(f"run/{name}.pt", 5000)
+    refused(here, "no checkpoint in run is whole", "run", "--resume")
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(here, monkeypatch):
+    usage = shutil.disk_usage(".")._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    assert here("run") == 1
+    assert "has 0 MB left" in here.said and "Traceback" not in here.said and not Path("run/metrics.jsonl").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Names, plans, notes
+
+
+def test_runs_without_out_dir_get_folders_of_their_own(here):
+    micro = recipe("micro", max_iters=2)
+    for name in ("micro", "micro-2", "micro-3"):
+        assert here("", micro, alone=True) == 0
+        assert f"run      out/{name}\n" in here.said and Path("out", name, "latest.pt").is_file()
+    assert here("", micro, "--resume", alone=True, max_iters=4) == 0 and "out/micro-3" in here.said
+    assert len(list(Path("out").iterdir())) == 3
+
+
+def test_resume_takes_the_newest_unfinished_run_of_this_recipe(here):
+    micro, other = recipe("micro"), recipe("micro2")
+    assert here("", micro, alone=True, stop_after=3) == 143
+    assert here("", micro, alone=True, stop_after=4) == 143
+    assert here("", micro, alone=True) == 0  # out/micro-3, finished
+    assert here("", other, alone=True, stop_after=2) == 143
+    assert sorted(p.name for p in Path("out").iterdir()) == ["micro", "micro-2", "micro-3", "micro2"]
+    assert here("", micro, "--resume", alone=True) == 0 and "out/micro-2 at step 4" in here.said
+    assert here("", micro, "--resume", alone=True) == 0 and "out/micro at step 3" in here.said
+    assert here("", micro, "--resume", alone=True) == 2 and "nothing to resume" in here.said
+    assert here("", other, "--resume", alone=True) == 0 and "out/micro2 at step 2" in here.said
+
+
+def test_no_steps_print_the_plan(here):
+    refused_before = contents(".")
+    assert here("", recipe("micro", max_iters=50, gradient_accumulation_steps=2), alone=True, max_iters=0) == 0
+    for said in ("parameters", "8 rows x 16 = 128 tokens a step", "50 steps", "epochs", "MB of memory", "MB of disk"):
+        assert said in here.said
+    assert not Path("out").exists() and contents(".").keys() - refused_before.keys() == {"micro.py"}
+
+
+def test_a_warmup_longer_than_the_run_is_cut_with_a_note(here):
+    assert here("run", warmup_iters=100, max_iters=10, log_interval=1) == 0
+    assert "warmup_iters=100 is cut to 5" in here.said
+    assert max(line["lr"] for line in lines("run", "train")) == pytest.approx(0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Going on with other settings
+
+
+def test_free_settings_are_taken_and_listed(here):
+    assert here("run", stop_after=4) == 143
+    free = dict(max_iters=20, eval_interval=3, save_interval=4, log_interval=5, patience=9, threads=1,
+                batch_size=2, gradient_accumulation_steps=2, prompt="Mia", loss_chunk=8)  # fmt: skip
+    assert here("run", "--resume", alone=True, **free) == 0
+    for name in free.keys() - {"threads"}:
+        assert f"changed for the rest of the run: {name}: " in here.said
+    assert "threads" not in here.said, "it did not change"
+    config = checkpoint.read("run/latest.pt")["train_config"]
+    assert all((config | config["model"])[name] == value for name, value in free.items())
+
+
+@pytest.mark.parametrize("name, value", dict(
+    learning_rate=0.02, schedule="linear", seed=2, weight_decay=0.0, optimizer="muon", dropout=0.1, ema=0.5,
+    n_embd=32, block_size=8, story_windows=True, warmup_iters=3, grad_clip=0.5, batch_size=8,
+).items())  # fmt: skip
+def test_settings_that_make_another_run_are_refused_by_name(name, value, here):
+    assert here("run", stop_after=4) == 143
+    refused(here, f"would make it another run: {name}.*--override", "run", "--resume", alone=True, **{name: value})
+    status = here("run", "--resume", "--override", alone=True, **{name: value})
+    if name in ("n_embd", "optimizer"):
+        assert status == 2 and "the checkpoint does not fit these settings" in here.said
+    else:
+        assert status == 0 and f"{name}: " in here.said and lines("run")[-1]["step"] == 24
+
+
+def test_a_recipe_that_was_edited_between(here):
+    recipe("micro", dropout=0.1)
+    assert here("", "micro.py", alone=True, stop_after=4, learning_rate=0.005) == 143
+    recipe("micro", dropout=0.1, eval_interval=2)
+    assert here("", "micro.py", "--resume", alone=True, stop_after=6) == 143
+    assert "eval_interval: 6 -> 2" in here.said, "what was edited is taken"
+    assert "learning_rate" not in here.said, "what the command line said still holds"
+    recipe("micro", dropout=0.2, eval_interval=2)
+    refused(here, "dropout: 0.1 -> 0.2", "", "micro.py", "--resume", alone=True)
+    Path("micro.py").write_text(re.sub("dropout.*", "", Path("micro.py").read_text()))
+    refused(here, "dropout: 0.1 -> 0.0", "", "micro.py", "--resume", alone=True)
+    recipe("micro", dropout=0.1, eval_interval=2)
+    assert here("out/micro", "--resume", alone=True, stop_after=8) == 143, "and without the recipe"
+    assert here("", "micro.py", "--resume", alone=True) == 0
+    assert lines("out/micro", "train")[-1]["step"] == 24
+    assert checkpoint.read("out/micro/latest.pt")["train_config"]["learning_rate"] == 0.005
+
+
+def test_changed_code_is_said(here):
+    assert here("run", stop_after=4) == 143
+    state = checkpoint.read("run/latest.pt")
+    state["provenance"]["model.py"] = "something else"
+    checkpoint.save("run/latest.pt", state)
+    assert here("run", "--resume") == 0
+    assert "model.py was changed since" in here.said and "train.py was changed" not in here.said
+
+
+def test_bins_that_changed_under_a_run_are_refused(here, corpus, tmp_path):
+    place = tmp_path / "mine"
+    shutil.copytree(corpus, place)
+    assert here("run", data_dir=place, stop_after=4) == 143
+    file = place / "mini" / "byte" / "train.bin"
+    ids = np.fromfile(file, "<u2")
+    ids[1000] ^= 1
+    ids.tofile(file)
+    refused(here, "are not those that this run began with", "run", "--resume", data_dir=place)
+    ids[1000] ^= 1
+    ids.tofile(file)
+    assert here("run", "--resume", data_dir=place) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Signals, kills, two runs at once
+
+
+LONG = dict(max_iters=100_000, eval_interval=50_000, save_interval=50_000, schedule="constant", log_interval=1)
+
+
+@posix
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str)
+def test_a_signal_saves_within_one_step(number, status, tmp_path, corpus, here):
+    run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
+    run.until("step      1")
+    run.signal(number)
+    assert run.wait() == status
+    assert "saved at step" in run.text and "--resume" in run.text and "Traceback" not in run.text
+    step = lines("run")[-1]["step"]
+    assert kept("run")["step"] == step >= 1
+    assert here("run", "--resume", alone=True, max_iters=step + 7) == 0
+    assert here("straight", **LONG | dict(max_iters=step + 7)) == 0
+    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+
+
+@posix
+def test_sigusr1_saves_and_goes_on(tmp_path, corpus):
+    run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
+    run.until("step      1")
+    run.signal(signal.SIGUSR1)
+    end = time.monotonic() + 30
+    while not (tmp_path / "run/latest.pt").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    saved = kept(tmp_path / "run")["step"]
+    while lines_so_far(tmp_path / "run")[-1]["step"] < saved + 5 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert lines_so_far(tmp_path / "run")[-1]["step"] >= saved + 5
+    run.kill()
+
+
+def lines_so_far(folder) -> list[dict]:
+    return train.read_metrics(Path(folder))
+
+
+@posix
+def test_a_second_ctrl_c_leaves_at_once_and_hurts_nothing(tmp_path, corpus, here):
+    run = Program(words(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path, hook=(slow_saves, 30))
+    run.until("saving now")
+    run.signal(signal.SIGINT)
+    run.until("once more ends at once")
+    run.signal(signal.SIGINT)
+    assert run.wait(10) == -signal.SIGINT
+    assert here("run", "--resume", alone=True, max_iters=12) == 0
+    assert "starts again at step 0" in here.said and not list(Path("run").glob("*.tmp"))
+
+
+def slow_saves(seconds: float) -> None:
+    """Each save takes its time between the writing and the renaming."""
+    real = os.fsync
+
+    def fsync(handle):
+        print("saving now", file=sys.stderr, flush=True)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        real(handle)
+
+    os.fsync = fsync
+
+
+@posix
+def test_two_runs_on_one_out_dir(tmp_path, corpus, here):
+    """The second is refused while the first lives, and the lock does not outlive a kill -9."""
+    run = Program(words(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path)
+    run.until("step      1")
+    while not Path("run/previous.pt").exists():
+        time.sleep(0.01)
+    for flag in ("--resume", "--overwrite"):
+        assert here("run", flag, **LONG) == 2 and "another run is writing to run" in here.said
+    assert run.process.is_alive()
+    run.kill()
+    step = kept("run")["step"]
+    assert step >= 10
+    assert here("run", "--resume", alone=True, max_iters=step + 2) == 0
+    assert f"at step {step:,}" in here.said
+
+
+@posix
+def test_killed_before_the_first_save(tmp_path, corpus, here):
+    run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
+    run.until("step      1")
+    run.kill()
+    assert here("run", "--resume", **LONG | dict(max_iters=10)) == 0
+    assert "ended before its first checkpoint: it starts again at step 0" in here.said
+    assert here("straight", **LONG | dict(max_iters=10)) == 0
+    assert lines("run") == lines("straight")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ranks(world: int, argv: list[str], folder, hooks: dict | None = None) -> list[Program]:
+    """The processes that torchrun would start."""
+    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [Program(argv, folder, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, (hooks or {}).get(r, ()))
+            for r in range(world)]  # fmt: skip
+
+
+def keep_gradients(file: str) -> None:
+    """Save the gradient of the first update, after it was summed over processes, before it is clipped."""
+    update = train.Trainer.update
+
+    def spy(self, step, loss, norm):
+        if step == 0:
+            torch.save([p.grad for p in self.model.parameters()], file)
+        update(self, step, loss, norm)
+
+    train.Trainer.update = spy
+
+
+@posix
+@pytest.mark.parametrize("accumulation", [2, 1], ids=["by micro-batches", "by rows"])
+def test_two_processes_are_the_same_run(accumulation, tmp_path, corpus):
+    """Also with another number of processes in the middle of it."""
+    changes = dict(gradient_accumulation_steps=accumulation, grad_clip=0.0, log_interval=1, max_iters=12)
+    one = Program(words(corpus, out_dir="one", **changes), tmp_path, hook=(keep_gradients, "one.pt"))
+    two = ranks(2, words(corpus, out_dir="two", **changes), tmp_path, {0: (keep_gradients, "two.pt")})
+    assert [p.wait() for p in (one, *two)] == [0, 0, 0], two[0].text + two[1].text
+    assert apart(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")) < 1e-6
+    a, b = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [(x["step"], x["split"], x["tokens"]) for x in a] == [(x["step"], x["split"], x["tokens"]) for x in b]
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
+    assert [x["bpb"] for x in a if "bpb" in x] == pytest.approx([x["bpb"] for x in b if "bpb" in x], rel=1e-4)
+    assert two[1].text == "", "one process speaks and writes"
+    more = words(corpus, out_dir="two", **changes | dict(max_iters=14)) + ["--resume"]
+    assert Program(more, tmp_path).wait() == 0 and lines(tmp_path / "two")[-1]["step"] == 14
+
+
+@posix
+def test_resuming_two_processes_is_exact(tmp_path, corpus):
+    """A stop that only one process was asked for rides on the all-reduce; what comes after is the same to the bit."""
+    changes = dict(gradient_accumulation_steps=2, dropout=0.1, log_interval=1, save_interval=7)
+    straight = ranks(2, words(corpus, out_dir="straight", **changes), tmp_path)
+    stopped = ranks(2, words(corpus, out_dir="stopped", **changes), tmp_path, {1: (ask, 9)})
+    assert [p.wait() for p in (*straight, *stopped)] == [0, 0, 143, 143], stopped[0].text
+    assert kept(tmp_path / "stopped")["step"] == 9
+    again = ranks(2, words(corpus, out_dir="stopped", **changes) + ["--resume"], tmp_path)
+    assert [p.wait() for p in again] == [0, 0], again[0].text
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
+    assert same(kept(tmp_path / "stopped"), kept(tmp_path / "straight"))
+
+
+def ask(after: int) -> None:
+    """SIGTERM in update `after`."""
+    step = train.Trainer.train_step
+
+    def train_step(self, n):
+        if n + 1 == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, n)
+
+    train.Trainer.train_step = train_step
+
+
+@posix
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_dies_stops_the_other(dies, tmp_path, corpus):
+    """Within seconds, with the reason and no half save; and the run goes on."""
+    changes = dict(gradient_accumulation_steps=2, log_interval=1)
+    pair = ranks(2, words(corpus, out_dir="run", **changes), tmp_path, {dies: (die, 13)})
+    assert pair[dies].wait() == -signal.SIGKILL
+    assert pair[1 - dies].wait(10) == 1
+    said = pair[1 - dies].text
+    assert "error: another process of this run is gone" in said and "Traceback" not in said
+    assert kept(tmp_path / "run")["step"] == 10 and not list((tmp_path / "run").glob("*.tmp"))
+    again = ranks(2, words(corpus, out_dir="run", **changes) + ["--resume"], tmp_path)
+    straight = ranks(2, words(corpus, out_dir="straight", **changes), tmp_path)
+    assert [p.wait() for p in (*again, *straight)] == [0] * 4
+    assert lines(tmp_path / "run") == lines(tmp_path / "straight")
+    assert same(kept(tmp_path / "run"), kept(tmp_path / "straight"))
+
+
+def die(after: int) -> None:
+    """kill -9 in update `after`."""
+    step = train.Trainer.train_step
+
+    def train_step(self, n):
+        if n + 1 == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, n)
+
+    train.Trainer.train_step = train_step
+
+
+@posix
+def test_processes_that_divide_nothing(tmp_path, corpus):
+    trio = ranks(3, words(corpus, out_dir="run", batch_size=4), tmp_path)
+    assert [p.wait() for p in trio] == [2, 2, 2]
+    assert "3 processes divide neither" in trio[0].text and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@posix
+def test_torchrun(tmp_path, corpus):
+    """The real torchrun: two processes to the end, and a SIGTERM on the way that saves."""
+    def torchrun(*extra, **changes):
+        argv = ["--standalone", "--nproc_per_node=2", ROOT / "train.py", *words(corpus, **changes), *extra]
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, argv)], cwd=tmp_path,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    changes = dict(gradient_accumulation_steps=2, log_interval=1, out_dir="run")
+    run = torchrun(**LONG | changes)
+    end = time.monotonic() + 120
+    while len(lines_so_far(tmp_path / "run")) < 10 and time.monotonic() < end:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=60)[1]
+    assert "saved at step" in said and run.returncode != 0
+    step = kept(tmp_path / "run")["step"]
+    assert step == lines(tmp_path / "run")[-1]["step"]
+    run = torchrun("--resume", **LONG | changes | dict(max_iters=step + 3))
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 0 and f"at step {step:,}" in said, said

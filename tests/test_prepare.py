@@ -1,0 +1,553 @@
+"""prepare.py: bins that say what the corpus says, made whole or not at all; one clear line for bad input."""
+
+import json
+import math
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import prepare
+import tokenizer as tokenizers
+from tokenizer import EOT, Tokenizer
+
+ROOT = Path(__file__).parents[1]
+TINYSTORIES = ROOT / ".." / "shared" / "tinystories"
+WORDS = "once upon a time little lily and tom saw the big red ball naïve “yes” 😀 said no".split()
+
+
+def stories(n: int, seed: int = 0) -> list[str]:
+    r = random.Random(seed)
+    ends = [".", "\nThe end."]
+    return [f"{i} " + " ".join(r.choices(WORDS, k=r.randint(3, 30))) + r.choice(ends) for i in range(n)]
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def txt(path: Path, texts: list[str]) -> str:
+    return write(path, "\n\n".join(texts))
+
+
+def parquet(path: Path, texts: list, field: str = "text") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({field: texts}), path)
+    return str(path)
+
+
+def made(tmp_path: Path, source, tokenizer="byte", corpus="mine", **kwargs) -> prepare.Data:
+    return prepare.load(prepare.prepare(corpus, tokenizer, source, data_dir=tmp_path / "data", **kwargs))
+
+
+def texts_of(data: prepare.Data, name: str) -> list[str]:
+    ids, tok = getattr(data, name), data.tokenizer
+    assert ids[-1] == tok.eot
+    return [tok.decode(story[:-1]) for story in np.split(ids, np.flatnonzero(ids == tok.eot) + 1)[:-1]]
+
+
+def all_texts(data: prepare.Data) -> list[str]:
+    return sorted(texts_of(data, "train") + texts_of(data, "val"))
+
+
+def leftovers(tmp_path: Path) -> list[str]:
+    return [str(p) for p in (tmp_path / "data").rglob("*") if p.name.startswith(".")]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is written
+
+@pytest.mark.parametrize("name", ["byte", "bpe300", "bpe500"])
+def test_bins_equal_a_slow_reference(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH", 5000)  # many batches
+    monkeypatch.setattr(prepare, "SAMPLE", 20_000)  # the rest of the corpus comes after the sample
+    texts = stories(1500) + [f"in the text {EOT} it is text"]
+    data = made(tmp_path, txt(tmp_path / "mine.txt", texts), name, workers=3)
+    val = [t for t in texts if prepare.digest(t) < (2**128 // prepare.VAL_SHARE).to_bytes(16, "big")]
+    assert 3 < len(val) < 40
+    for split, expected in (("train", [t for t in texts if t not in val]), ("val", val)):
+        ids = [i for text in expected for i in (*data.tokenizer.encode(text), data.tokenizer.eot)]
+        raw = (data.folder / f"{split}.bin").read_bytes()
+        assert np.frombuffer(raw, "<u2").tolist() == ids == getattr(data, split).tolist()
+        size = sum(len(t.encode()) for t in expected)
+        assert data.meta[split] == {"stories": len(expected), "tokens": len(ids), "bytes": size}
+    size = 257 if name == "byte" else int(name[3:])
+    assert data.meta["tokenizer"] == {"name": name, "kind": "byte" if name == "byte" else "bpe",
+                                      "vocab_size": size, "sha256": data.tokenizer.sha256}
+    assert (data.meta["corpus"], data.meta["limit"], data.meta["dtype"]) == ("mine", None, "uint16")
+    assert sorted(p.name for p in data.folder.iterdir()) == sorted(
+        ["meta.json", "train.bin", "val.bin"] + ["tokenizer.json"] * (name != "byte"))
+    assert leftovers(tmp_path) == []
+
+
+def test_a_bpe_is_trained_on_the_training_split_only(tmp_path):
+    texts = stories(300)
+    data = made(tmp_path, txt(tmp_path / "mine.txt", texts), "bpe400")
+    val = texts_of(data, "val")
+    assert val and data.tokenizer.sha256 == tokenizers.train_bpe([t for t in texts if t not in val], 400).sha256
+    assert data.tokenizer.sha256 != tokenizers.train_bpe(texts, 400).sha256  # so it can tell
+
+
+def test_a_vocabulary_over_65536_is_uint32(tmp_path, monkeypatch):
+    words = [f"{i:05d}".encode() for i in range(70_000)]
+    big = Tokenizer("gpt2", [bytes([b]) for b in range(256)] + words)
+    monkeypatch.setattr(tokenizers, "get", lambda name: big)
+    data = made(tmp_path, txt(tmp_path / "mine.txt", [f"69999 {i}" for i in range(10)]), "gpt2")
+    assert data.meta["dtype"] == "uint32" and data.train.dtype == np.uint32
+    assert 70_255 in data.train and data.train[-1] == big.eot == 70_256
+    assert set(all_texts(data)) == {f"69999 {i}" for i in range(10)}
+
+
+def test_ids_past_the_vocabulary_are_never_written(tmp_path, monkeypatch):
+    tok = tokenizers.get("byte")
+    tok.encode_stories = lambda texts: np.array([70_000], np.uint32)  # as uint16 it would be 4,464
+    monkeypatch.setattr(tokenizers, "get", lambda name: tok)
+    with pytest.raises(RuntimeError, match="70000"):
+        made(tmp_path, txt(tmp_path / "mine.txt", stories(9)))
+    assert not (tmp_path / "data" / "mine").exists()
+
+
+@pytest.mark.parametrize("n", [2, 3, 20, 500])
+def test_split_is_by_story_and_never_both(n):
+    texts = [f"story {i}" for i in range(n)] * 3
+    random.Random(n).shuffle(texts)
+    items = list(prepare.split_by_hash(texts))
+    train, val = ([t for t, is_val in items if is_val == side] for side in (False, True))
+    assert Counter(train) + Counter(val) == Counter(texts) and train and val and not set(train) & set(val)
+    assert set(val) == {t for t, is_val in prepare.split_by_hash(sorted(texts)) if is_val}  # whatever the order
+    if n == 500:  # with more stories, none of these changes sides
+        more = {t for t, v in prepare.split_by_hash([*texts, *(f"more {i}" for i in range(5000))]) if v}
+        assert set(val) == more & set(texts) and 20 < len(more) < 100
+
+
+def test_toystories_and_their_floor(tmp_path, monkeypatch):
+    def told(seed, start=0):
+        assert seed == 0
+        i = start
+        while True:
+            yield f"toy é {i}", -1.5 * (i % 7 + 1)
+            i += 1
+
+    monkeypatch.setitem(sys.modules, "toystories", SimpleNamespace(stories=told))
+    monkeypatch.setattr(prepare, "TOYS", 300)
+    data = made(tmp_path, None, corpus="toystories")
+    assert data.meta["limit"] == 300 and data.meta["train"]["stories"] + data.meta["val"]["stories"] == 300
+    val = texts_of(data, "val")
+    nats = sum(1.5 * (int(t.split()[2]) % 7 + 1) for t in val)
+    size = sum(len(t.encode()) + 1 for t in val)
+    assert data.meta["floor_bpb"] == pytest.approx(nats / math.log(2) / size)
+    assert made(tmp_path, None, corpus="toystories", stories=100).meta["limit"] == 300
+    assert made(tmp_path, None, corpus="toystories", stories=301).meta["limit"] == 301
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is read
+
+def test_text_files(tmp_path):
+    def read(text):
+        return list(prepare.read_txt(write(tmp_path / "x.txt", text)))
+
+    assert read("one\n  two\n\n\n \nthree") == ["one\n  two", "three"]
+    assert read("\n\none\r\ntwo\r\n\r\nthree\r\n") == ["one\ntwo", "three"]
+    assert read(f"one\n\ntwo\n{EOT}\n{EOT}\nthree {EOT} four\n{EOT}\n") == ["one\n\ntwo", f"three {EOT} four"]
+    assert read("\ufeffone\n\nдва 😀") == ["one", "два 😀"]
+    assert read("") == read("\n\n") == []
+
+
+def test_every_format_gives_the_same_stories(tmp_path):
+    texts = stories(50)
+    jsonl = "".join(json.dumps({"id": 1, "text": t}) + "\n" for t in texts)
+    sources = {
+        "txt": txt(tmp_path / "a.txt", texts), "jsonl": write(tmp_path / "a.jsonl", jsonl + "\n"),
+        "parquet": parquet(tmp_path / "a.parquet", texts),
+        "folder": os.path.dirname(txt(tmp_path / "f" / "a.txt", texts[:20])),
+        "parquets": os.path.dirname(parquet(tmp_path / "g" / "a.parquet", texts[:30])),
+    }  # fmt: skip
+    write(tmp_path / "f" / "deeper" / "b.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts[20:]))
+    parquet(tmp_path / "g" / "b.parquet", texts[30:])
+    for kind, source in sources.items():
+        data = made(tmp_path, source, corpus=kind)
+        assert all_texts(data) == sorted(texts), kind
+
+
+@pytest.mark.parametrize("kind", ["txt", "parquet"])
+def test_a_source_with_its_own_validation_keeps_it(tmp_path, kind):
+    train, val = stories(40), stories(5, seed=1)
+    put = txt if kind == "txt" else parquet
+    put(tmp_path / "s" / f"train.{kind}", [*train[:20], val[2], *train[20:], val[2], val[4]])
+    put(tmp_path / "s" / f"validation.{kind}", val)
+    data = made(tmp_path, str(tmp_path / "s"))
+    assert texts_of(data, "train") == train and texts_of(data, "val") == val
+    assert data.meta["dropped_in_val"] == 3 and data.meta["limit"] is None
+    few = made(tmp_path, str(tmp_path / "s"), corpus="few", stories=25)
+    assert texts_of(few, "train") == train[:25] and texts_of(few, "val") == val
+    assert few.meta["limit"] == 25 and few.meta["dropped_in_val"] == 1
+
+
+def test_tinystories_is_repaired_and_empty_stories_are_dropped(tmp_path):
+    quotes = "“Yes,” she said – ‘it’s’ „so‚ — …"
+    broken = "".join(c if ord(c) < 128 else c.encode().decode("cp1252", "ignore") for c in quotes)
+    assert broken.startswith("â€œYes,â€ she")
+    latin = quotes.encode().decode("latin-1")
+    fine = 'It cost 5 € in the château, "â" she said. “Good.”'
+    kept = "".join(c.encode().decode("cp1252") for c in "“’")  # in another corpus, not ours to change
+    parquet(tmp_path / "s" / "data" / "train-00000-of-00001.parquet",
+            [broken, "", latin, fine, " \n", None, "â€\x9d", kept + " ok"])
+    parquet(tmp_path / "s" / "data" / "validation-00000-of-00001.parquet", ["val â€™"])
+    data = made(tmp_path, str(tmp_path / "s"), corpus="tinystories")
+    assert texts_of(data, "train") == [quotes, quotes, fine, "”", "“’ ok"] and texts_of(data, "val") == ["val ’"]
+    assert data.meta["dropped_empty"] == 3 and data.meta["repaired_marks"] == 10 + 10 + 1 + 2 + 1
+    other = made(tmp_path, str(tmp_path / "s"), corpus="other")
+    assert kept + " ok" in texts_of(other, "train") and other.meta["repaired_marks"] == 0
+
+
+@pytest.mark.skipif(not TINYSTORIES.is_dir(), reason="needs real stories in ../shared/tinystories")
+def test_real_stories(tmp_path):
+    data = made(tmp_path, str(TINYSTORIES), "bpe4096", corpus="tinystories")
+    assert (data.meta["train"]["stories"], data.meta["val"]["stories"]) == (7690, 500)
+    assert (data.meta["train"]["bytes"], data.meta["val"]["bytes"]) == (6_483_214, 421_398)
+    assert data.tokenizer.vocab_size == 4096 and 3.8 < 6_483_214 / len(data.train) < 4.1
+    rows = pq.read_table(TINYSTORIES / "data" / "validation-00000-of-00001.parquet")["text"].to_pylist()
+    assert texts_of(data, "val") == rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Again, killed, two at once
+
+def test_what_is_there_is_kept_while_it_does(tmp_path, capsys):
+    source = txt(tmp_path / "mine.txt", stories(400))
+    first = made(tmp_path, source, stories=100)
+    assert first.meta["limit"] == 100 and len(all_texts(first)) == 100
+    stamp = os.stat(first.folder / "meta.json").st_mtime_ns
+
+    def same():
+        return os.stat(first.folder / "meta.json").st_mtime_ns == stamp
+
+    for again in ({"stories": 100}, {"stories": 7}, {"stories": 50, "source": None}):
+        made(tmp_path, **{"source": source, **again})
+        assert same() and "is ready" in capsys.readouterr().out
+    more = made(tmp_path, source, stories=101)
+    assert not same() and "has the first 100 stories, not 101" in capsys.readouterr().out
+    assert len(all_texts(more)) == 101
+    whole = made(tmp_path, source)
+    assert whole.meta["limit"] is None and len(all_texts(whole)) == 400
+    assert made(tmp_path, source, stories=10_000).meta["limit"] is None  # all there are, so it was not made again
+    assert "is ready" in capsys.readouterr().out
+    time.sleep(0.01)
+    txt(tmp_path / "mine.txt", stories(401))
+    assert len(all_texts(made(tmp_path, source))) == 401
+    assert "mine.txt has changed" in capsys.readouterr().out
+    assert len(all_texts(made(tmp_path, txt(tmp_path / "other.txt", stories(30))))) == 30
+    assert leftovers(tmp_path) == []
+
+
+def test_limits_that_ask_for_all_there_is(tmp_path):
+    source = txt(tmp_path / "mine.txt", stories(50))
+    assert made(tmp_path, source, stories=50).meta["limit"] is None
+    assert made(tmp_path, source, corpus="less", stories=49).meta["limit"] == 49
+
+
+def test_a_killed_prepare_is_done_again(tmp_path):
+    source = txt(tmp_path / "mine.txt", stories(3000))
+    killed = ("import os, signal, prepare; prepare.BATCH = 5000\n"
+              "write = prepare.Bin.write\n"
+              "def fatal(bin, *args):\n"
+              "    write(bin, *args)\n"
+              "    bin.file.flush()\n"
+              "    if bin.stories > 1000: os.kill(os.getpid(), signal.SIGKILL)\n"
+              "prepare.Bin.write = fatal\n"
+              f"prepare.prepare('mine', 'byte', {source!r}, data_dir={str(tmp_path / 'data')!r})")
+    assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True).returncode == -9
+    assert not (tmp_path / "data" / "mine" / "byte").exists()
+    assert any(p.endswith("train.bin") for p in map(str, (tmp_path / "data").rglob("*")))  # it was under way
+    with pytest.raises(ValueError, match="python prepare.py mine --tokenizer byte"):
+        prepare.load(tmp_path / "data" / "mine" / "byte")
+    assert len(all_texts(made(tmp_path, source))) == 3000
+    assert os.listdir(tmp_path / "data" / "mine") == ["byte"]  # what the first one left is gone
+
+
+def test_a_failure_leaves_the_old_data_whole(tmp_path, monkeypatch):
+    source = txt(tmp_path / "mine.txt", stories(300))
+    old = all_texts(made(tmp_path, source, stories=40))
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare.Bin, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        made(tmp_path, source)
+    assert all_texts(prepare.load(tmp_path / "data" / "mine" / "byte")) == old
+    assert os.listdir(tmp_path / "data" / "mine") == ["byte"]
+
+
+def test_two_at_once(tmp_path):
+    source = txt(tmp_path / "mine.txt", stories(4000))
+    line = [sys.executable, "prepare.py", "mine", "--tokenizer", "bpe300", "--source", source,
+            "--data_dir", str(tmp_path / "data")]
+    both = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [p.communicate(timeout=60)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert sum("is ready" in out for out in outputs) == 1  # one did the work, the other found it done
+    data = prepare.load(tmp_path / "data" / "mine" / "bpe300")
+    assert len(all_texts(data)) == 4000 and os.listdir(tmp_path / "data" / "mine") == ["bpe300"]
+
+
+@pytest.mark.slow
+def test_memory_is_flat(tmp_path):
+    code = ("import resource, prepare, sys; prepare.prepare('x', 'bpe1000', sys.argv[1], data_dir=sys.argv[2]); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    peak = []
+    for i, n in enumerate((20, 160)):
+        for kind in ("txt", "parquet"):
+            (txt if kind == "txt" else parquet)(tmp_path / f"{i}.{kind}", stories(20_000) * n)
+            args = [str(tmp_path / f"{i}.{kind}"), str(tmp_path / f"{i}{kind}")]
+            out = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
+            peak.append(int(out.stdout.split()[-1]) / 1024)
+    assert max(peak) < 600 and peak[2] < peak[0] + 60 and peak[3] < peak[1] + 60, peak
+
+
+# ------------------------------------------------------------------------------------------------------------
+# load(): what does not fit is refused, with what to type
+
+def edit(path: Path, change) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize("harm,words", [
+    (lambda f: edit(f / "train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes, not"),
+    (lambda f: edit(f / "val.bin", lambda b: b[:-2]), "val.bin has [0-9,]+ bytes, not"),
+    (lambda f: edit(f / "val.bin", lambda b: b + b"ab"), "val.bin has [0-9,]+ bytes, not"),
+    (lambda f: edit(f / "train.bin", lambda b: b"\x2c\x01" + b[2:]), "train.bin has an id 300"),
+    (lambda f: (f / "val.bin").unlink(), "val.bin has 0 bytes"),
+    (lambda f: (f / "meta.json").unlink(), "no meta.json"),
+    (lambda f: (f / "meta.json").write_text("{"), "meta.json is damaged"),
+    (lambda f: (f / "meta.json").write_text("{}"), "meta.json is damaged"),
+    (lambda f: (f / "meta.json").write_text("[]"), "meta.json is damaged"),
+    (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is not a byte-level BPE"),
+    (lambda f: tokenizers.train_bpe(["other text"], 260).save(f / "tokenizer.json"), "another vocabulary"),
+])  # fmt: skip
+def test_damaged_data_are_refused(tmp_path, harm, words):
+    source = txt(tmp_path / "mine.txt", stories(30))
+    folder = made(tmp_path, source, "bpe300").folder
+    harm(folder)
+    with pytest.raises(ValueError, match=words) as error:
+        prepare.load(folder)
+    assert "\n" not in str(error.value)
+    if "tokenizer.json is not" not in words:
+        where = re.escape(f"--data_dir {tmp_path / 'data'}")
+        assert re.search(f"python prepare.py mine --tokenizer bpe300 --source PATH {where}", str(error.value))
+    prepare.prepare("mine", "bpe300", source, data_dir=tmp_path / "data")
+    if "tokenizer.json" not in words and "another" not in words:
+        prepare.load(folder)  # prepare saw that they were damaged, and made them again
+
+
+def test_the_highest_id_is_found(monkeypatch):
+    ids = np.zeros(1000, np.uint16)
+    for place in (0, 1, 499, 998, 999):
+        ids[:] = 3
+        ids[place] = 9
+        assert prepare.highest(ids, block=64, most=100) == 9
+    ids[:] = 3
+    ids[-1] = 9
+    assert prepare.highest(ids, block=10, most=5) == 9  # of a large file the start, the end and some between
+    assert prepare.highest(np.full(1000, 7, np.uint16), block=10, most=5) == 7
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line: one clear line, exit status 2 (a mistake) or 1 (the machine), nothing left behind
+
+def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), "--data_dir", str(tmp_path / "data")])
+    status = prepare.main()
+    return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name,content,words", [
+    ("x.txt", "", "too few stories"),
+    ("x.txt", "\n \n\n", "too few stories"),
+    ("x.txt", "only one story", "too few stories"),
+    ("x.txt", "the same\n\nthe same\n\nthe same", "too few stories"),
+    ("x.txt", b"caf\xe9 au lait\n\nand more", "x.txt is not UTF-8 text"),
+    ("x.jsonl", b'{"text": "caf\xe9"}\n', "x.jsonl is not UTF-8 text"),
+    ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+    ("x.jsonl", '{"text": "a"}\n{"story": "b"}\n', 'line 2: no field "text"'),
+    ("x.jsonl", '{"text": 5}\n', 'line 1: no field "text" that holds a string'),
+    ("x.jsonl", '[1]\n', 'line 1: no field "text"'),
+    ("x.jsonl", '{"text": "\\ud83d"}\n', "line 1: half a surrogate pair"),
+    ("x.parquet", "no parquet", "x.parquet is not a Parquet file"),
+    ("x.csv", "text\na\n", "x.csv.*[.]txt, .jsonl, .parquet"),
+    ("folder/x.csv", "text\na\n", "folder holds no .txt, .jsonl, .parquet file"),
+])  # fmt: skip
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe300"])
+def test_bad_sources(tmp_path, monkeypatch, capsys, name, content, words, tokenizer):
+    write(tmp_path / name, content)
+    source = tmp_path / name.split("/")[0]
+    status, err = run(monkeypatch, capsys, tmp_path, "mine", "--source", source, "--tokenizer", tokenizer)
+    assert status == 2 and re.search(words, err), err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "data" / "mine").exists()
+
+
+def test_bad_parquet(tmp_path, monkeypatch, capsys):
+    for i, (texts, field) in enumerate([(["a", "b"], "story"), ([1, 2], "text")]):
+        source = parquet(tmp_path / f"{i}.parquet", texts, field)
+        status, err = run(monkeypatch, capsys, tmp_path, "mine", "--source", source)
+        assert status == 2 and 'no field "text" of strings' in err
+
+
+@pytest.mark.parametrize("args,words", [
+    (["mine"], "--source PATH"),
+    (["mine", "--source", "nowhere.txt"], "nowhere.txt: no such file"),
+    (["mine", "--source", "../no/where"], "no such file"),
+    (["mine.txt"], "python prepare.py NAME --source mine.txt"),
+    (["../mine", "--source", "x.txt"], "no name for a corpus"),
+    (["toystories", "--source", "x.txt"], "takes no --source"),
+    (["toystories", "--stories", "0"], "from 1 on"),
+    (["toystories", "--workers", "-1"], "from 1 on"),
+    (["toystories", "--tokenizer", "bpe200"], "257"),
+    (["toystories", "--tokenizer", "llama"], "gpt2, byte and bpeN"),
+])  # fmt: skip
+def test_bad_requests(tmp_path, monkeypatch, capsys, args, words):
+    status, err = run(monkeypatch, capsys, tmp_path, *args)
+    assert status == 2 and words in err and err.count("\n") == 1
+    assert not list((tmp_path / "data").rglob("*"))
+
+
+def test_a_story_without_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "MAX_STORY", 10_000)
+    source = write(tmp_path / "x.txt", "a line\n" * 5000)
+    status, err = run(monkeypatch, capsys, tmp_path, "mine", "--source", source)
+    assert status == 2 and "blank lines" in err
+
+
+def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
+    source = txt(tmp_path / "x.txt", stories(9))
+    for error, status in ((OSError(28, "No space left"), 1), (RuntimeError("broken"), 1), (KeyboardInterrupt, 130)):
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(prepare.Bin, "write", fail)
+        assert run(monkeypatch, capsys, tmp_path, "mine", "--source", source)[0] == status
+        assert not (tmp_path / "data" / "mine").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The Hub
+
+def cli(*args, **env):
+    env = {k: v for k, v in os.environ.items() if not re.match("HF_|(?i:https?_proxy|all_proxy)", k)} | env
+    line, start = [sys.executable, "prepare.py", *map(str, args)], time.monotonic()
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent", "offline"])
+def test_the_hub_out_of_reach(tmp_path, kind):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        port = silent.getsockname()[1]
+        if kind == "refused":
+            silent.close()
+        offline = {"HF_HUB_OFFLINE": "1"} if kind == "offline" else {}
+        status, _, err, seconds = cli("tinystories", "--data_dir", tmp_path / "data", HF_HOME=str(tmp_path),
+                                      HF_ENDPOINT=f"http://127.0.0.1:{port}", **offline)
+    assert status == 1 and seconds < 5 and err.startswith("error: ") and err.count("\n") == 1
+    assert all(way in err for way in ("--source", "python prepare.py toystories", "HF_ENDPOINT"))
+    assert not list((tmp_path / "data").rglob("*"))
+
+
+def test_out_of_reach_is_an_exception_of_its_own():
+    assert issubclass(prepare.Unreachable, OSError) and prepare.Unreachable is tokenizers.Unreachable
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as `datasets` asks for: one data set, `files` of {path: bytes}."""
+
+    files, name, sha, asked = {}, "someone/MyStories", "a" * 40, []
+
+    def log_message(self, *args):
+        pass
+
+    def listed(self, paths):
+        return [{"type": "file", "path": p, "size": len(self.files[p]), "oid": p} for p in paths if p in self.files]
+
+    def reply(self, body, status=200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for key, value in ({"Content-Length": len(body), "X-Repo-Commit": self.sha} | headers).items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        self.asked.append((self.command, path))
+        if path.startswith(f"/datasets/{self.name}/resolve/"):
+            name = path.removeprefix(f"/datasets/{self.name}/resolve/").split("/", 1)[1]
+            if name not in self.files:
+                return self.reply({}, 404, X_Error_Code="EntryNotFound")
+            body, headers = self.files[name], {"ETag": f'"{name}"', "Accept_Ranges": "bytes"}
+            wanted = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if not wanted:
+                return self.reply(body, **headers)
+            start, end = int(wanted[1]), min(int(wanted[2] or len(body)), len(body) - 1)
+            return self.reply(body[start:end + 1], 206, Content_Range=f"bytes {start}-{end}/{len(body)}", **headers)
+        if path.startswith(f"/api/datasets/{self.name}/tree/"):
+            inside = path.removeprefix(f"/api/datasets/{self.name}/tree/").partition("/")[2]
+            folder = [{"type": "directory", "path": "data", "size": 0, "oid": "d"}]
+            return self.reply(self.listed(self.files) if inside else folder)
+        if path.startswith(f"/api/datasets/{self.name}"):
+            return self.reply({"id": self.name, "sha": self.sha, "tags": [], "siblings": []})
+        self.reply({}, 404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        self.reply(self.listed(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]))
+
+
+def test_a_data_set_of_the_hub(tmp_path):
+    """Some stories are streamed; all of them are downloaded once, and then need no network."""
+    train, val = stories(200), stories(20, seed=1)
+    for name, texts in (("train", train), ("validation", val)):
+        path = parquet(tmp_path / "x.parquet", texts)
+        Hub.files[f"data/{name}-00000-of-00001.parquet"] = Path(path).read_bytes()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    args = ["mine", "--source", Hub.name, "--tokenizer", "byte", "--data_dir", tmp_path / "data"]
+    folder = tmp_path / "data" / "mine" / "byte"
+    try:
+        status, _, err, _ = cli(*args, "--stories", 50, **hub)
+        assert status == 0, err
+        data = prepare.load(folder)
+        assert texts_of(data, "train") == train[:50] and texts_of(data, "val") == val
+        assert data.meta["limit"] == 50 and data.meta["source"] == Hub.name
+        assert not list((tmp_path / "home").rglob("*.arrow"))
+        status, _, err, _ = cli(*args, **hub)
+        assert status == 0, err
+        assert texts_of(prepare.load(folder), "train") == train
+        status, _, err, _ = cli("other", "--source", "no/such", "--data_dir", tmp_path / "data", **hub)
+        assert status == 2 and "no data set of the Hub is called no/such" in err
+    finally:
+        server.shutdown()
+    args[-1] = tmp_path / "again"
+    status, _, err, _ = cli(*args, "--stories", 60, **hub)  # from the cache: there is no server any more
+    assert status == 0, err
+    assert texts_of(prepare.load(tmp_path / "again" / "mine" / "byte"), "train") == train[:60]

@@ -1,0 +1,291 @@
+"""Recipes and the command line: parsed, never executed; typed; a slip of the fingers names what was meant."""
+
+import re
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import config as recipes
+import train
+from model import GPT, GPTConfig
+from train import FLAGS, TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(path.stem for path in (ROOT / "config").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(text) -> the settings of a recipe with that text."""
+
+    def reader(text: str | bytes) -> dict:
+        path = tmp_path / "mine.py"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return recipes.read(path, TrainConfig)
+
+    return reader
+
+
+def line(*argv: str):
+    return recipes.command_line(TrainConfig, list(argv), FLAGS, "about")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def test_a_recipe_is_literals_and_arithmetic_on_names_set_above(read):
+    text = '''"""What it is."""
+
+dataset = "toystories"  # a comment
+n_head = 3
+n_embd = 64 * n_head
+mlp_hidden = (n_embd + 8) * 2 - n_head // 2
+max_iters = 1e3
+seed = 2**40 + 1
+learning_rate = 3
+min_lr = learning_rate / 10
+weight_decay = -(-0.5)
+bias = True
+story_windows = False
+compile = False
+out_dir = ""
+'''
+    assert read(text) == dict(
+        dataset="toystories", n_head=3, n_embd=192, mlp_hidden=399, max_iters=1000, seed=2**40 + 1,
+        learning_rate=3.0, min_lr=0.3, weight_decay=0.5, bias=True, story_windows=False, compile="False", out_dir="",
+    )  # fmt: skip
+    kinds = {name: type(value) for name, value in read(text).items()}
+    assert kinds["max_iters"] is int and kinds["learning_rate"] is float and kinds["bias"] is bool
+    assert read("") == {} and read("n_layer = 2\nn_layer = 3") == {"n_layer": 3}
+
+
+@pytest.mark.parametrize("name", ["seed", "max_iters"])
+def test_large_whole_numbers_keep_every_digit(read, name):
+    assert read(f"{name} = {2**60 + 1}")[name] == 2**60 + 1
+    assert line(f"--{name}={2**60 + 1}")[2][name] == 2**60 + 1
+
+
+WRONG = {
+    "import os": "only assignments",
+    "from os import path": "only assignments",
+    "n_layer = __import__('os').system('touch hacked')": "only literals",
+    "n_layer = int('3')": "only literals",
+    "dataset = open('/etc/passwd').read()": "only literals",
+    "dataset = ''.__class__": "only literals",
+    "n_layer = [1][0]": "only literals",
+    "n_layer = 1 if True else 2": "only literals",
+    "n_layer = (lambda: 3)()": "only literals",
+    "dataset = f'{1}'": "only literals",
+    "n_layer = n_head": "only literals",
+    "n_layer = 1 << 2": "only literals",
+    "exec('1')": "only assignments",
+    "n_layer: int = 3": "only assignments",
+    "n_layer += 3": "only assignments",
+    "n_layer, n_head = 1, 2": "only assignments",
+    "n_layer = n_head = 2": "only assignments",
+    "if True:\n    n_layer = 3": "only assignments",
+    "def n_layer(): pass": "only assignments",
+    "class n_layer: pass": "only assignments",
+    "del n_layer": "only assignments",
+    "n_headd = 4": "no setting 'n_headd'; did you mean 'n_head'",
+    "learning_rte = 4": "did you mean 'learning_rate'",
+    "zzzz = 4": "no setting 'zzzz'",
+    "model = 4": "no setting 'model'",
+    "resume = True": "no setting 'resume'",
+    "n_layer = 2.5": "n_layer takes a whole number, not 2.5",
+    "n_layer = 'four'": "n_layer takes a whole number, not 'four'",
+    "n_layer = True": "n_layer takes a whole number, not True",
+    "n_layer = None": "n_layer takes a whole number",
+    "n_layer = (-1) ** 0.5": "n_layer takes a whole number",
+    "n_layer = 1e400": "n_layer takes a whole number",
+    "bias = 1": "bias takes True or False, not 1",
+    "bias = 'yes'": "bias takes True or False",
+    "dataset = 4": "dataset takes text, not 4",
+    "dataset = b'x'": "dataset takes text",
+    "learning_rate = 'fast'": "learning_rate takes a number",
+    "learning_rate = False": "learning_rate takes a number",
+    "learning_rate = 1 / 0": "division by zero",
+    "n_layer = 'a' + 1": "arithmetic is for numbers",
+    "n_layer = 9**9**9": "power",
+    "n_layer = 10**1000": "power",
+    "n_layer = (": "never closed",
+    "n_layer = 3 4": "invalid syntax",
+    "n_layer 3": "invalid syntax",
+    "n_layer = 3\x00": "null bytes",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_wrong_is_one_line_that_says_where(text, read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(WRONG[text])) as caught:
+        read("dataset = 'x'\n\n" + text)
+    said = str(caught.value)
+    assert "mine.py" in said and ("line 3" in said or "\x00" in text) and "\n" not in said and len(said) < 300
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"], "nothing was executed"
+
+
+def test_the_line_of_a_mistake_further_down(read):
+    with pytest.raises(ValueError, match="line 4: n_layer takes"):
+        read("'''A\nB'''\n\nn_layer = 'x'")
+    with pytest.raises(ValueError, match="line 2: "):
+        read("n_layer = 2\nn_head = = 3\n")
+
+
+@pytest.mark.parametrize("text", ["max_iters = 999999 ** 999999", "max_iters = 10**6**10**6",
+                                  "dataset = 'a' * 10**12", "max_iters = 2**1000000 * 2**1000000"])  # fmt: skip
+def test_no_recipe_eats_the_machine(text, read):
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="line 1"):
+        read(text)
+    assert time.perf_counter() - began < 1
+
+
+def test_no_such_recipe_names_those_there_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no recipe .*nope.py; there are: .*tiny.py"):
+        recipes.read(tmp_path / "nope.py", TrainConfig)
+    with pytest.raises(FileNotFoundError, match="no recipe"):
+        recipes.read(tmp_path, TrainConfig)
+    (tmp_path / "latin.py").write_bytes(b"dataset = '\xe9'")
+    with pytest.raises(ValueError, match="latin.py"):
+        recipes.read(tmp_path / "latin.py", TrainConfig)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The recipes of the repository
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_is_what_it_says(name):
+    """It builds, validates, and states its parameters, the share of the embeddings and its batch truly."""
+    path = ROOT / "config" / f"{name}.py"
+    text, values = path.read_text(encoding="utf-8"), recipes.read(path, TrainConfig)
+    c = recipes.build(TrainConfig, values)
+    c.model.vocab_size = 50_257 if c.tokenizer == "gpt2" else int(c.tokenizer.removeprefix("bpe"))
+    c.validate()
+    assert c.warmup_iters < c.max_iters and c.eval_interval <= c.max_iters and c.max_iters % c.eval_interval == 0
+    with torch.device("meta"):
+        sizes = GPT(c.model).num_params()
+    about = text.split('"""')[1]
+    size = re.search(r"([\d.]+)M parameters", about)
+    assert size, "the recipe states its size"
+    digits = len(size[1].partition(".")[2])
+    assert float(size[1]) == round(sizes["total"] / 1e6, digits), f"it has {sizes['total']:,} parameters"
+    if share := re.search(r"(\d+)% of them embeddings", about):
+        assert int(share[1]) == round(100 * sizes["embedding"] / sizes["total"])
+    if wanted := re.fullmatch(r"stories(\d+)m", name):
+        assert sizes["total"] / 1e6 == pytest.approx(int(wanted[1]), rel=0.1), "seeds/002's sizes"
+    if name == "slm":
+        assert 50e6 <= sizes["total"] <= 60e6 and c.tokenizer == "gpt2" and c.model.norm == "layernorm"
+    if name == "tiny":
+        assert 1e6 <= sizes["total"] <= 3e6
+    tokens = c.batch_size * c.gradient_accumulation_steps * c.model.block_size
+    stated = re.search(r"(?:(\d+) x )?(\d+) rows x (\d+) tokens = ([\d,]+) tokens a step", text)
+    assert stated, "the batch's arithmetic stands in a comment"
+    assert int(stated[4].replace(",", "")) == tokens == int(stated[1] or 1) * int(stated[2]) * int(stated[3])
+    if total := re.search(r"max_iters = [\d_]+  # ([\d.]+)([MB]) tokens", text):
+        found = c.max_iters * tokens / {"M": 1e6, "B": 1e9}[total[2]]
+        assert float(total[1]) == round(found, len(total[1].partition(".")[2]))
+
+
+def test_the_recipes_that_the_project_promises():
+    assert {"tiny", "llama", "slm", "stories10m", "stories50m", "stories100m"} <= set(SHIPPED)
+    llama = recipes.build(TrainConfig, recipes.read(ROOT / "config" / "llama.py", TrainConfig)).model
+    plain = dict(norm="rmsnorm", norm_eps=1e-5, position="rope", rope_theta=10000.0, mlp="swiglu", bias=False,
+                 qk_norm=False, embed_norm=False, share="none", window=0, softcap=0.0)  # fmt: skip
+    assert {key: getattr(llama, key) for key in plain} == plain
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_every_setting_has_a_comment_a_group_and_a_type():
+    table = recipes.settings(TrainConfig)
+    names = [f.name for cls in (TrainConfig, GPTConfig) for f in fields(cls) if f.name != "model"]
+    assert sorted(table) == sorted(names), "no name twice"
+    for s in table.values():
+        assert len(s.help) > 5 and s.group, s.name
+        assert s.type in (int, float, str, bool) and type(s.default) is s.type, s.name
+    groups = list(dict.fromkeys(s.group for s in table.values()))
+    assert groups[0] == "everyday" and groups[-1] == "the model"
+
+
+@dataclass
+class Bare:
+    # -- a group
+    a: int = 1  # with a comment
+    b: int = 2
+
+
+def test_a_field_without_a_comment_is_noticed():
+    with pytest.raises(KeyError, match="b"):
+        recipes.settings(Bare)
+
+
+def test_values_on_the_command_line():
+    recipe, file, given, flags = line(
+        "--n_layer=3", "--n_head", "2", "--learning_rate=3", "--min_lr", "1e-4", "--max_iters=1e3", "--bias=True",
+        "--cross_stories", "False", "--prompt", "Once upon a time", "--prompt=", "--compile=False", "--resume",
+        "--seed=1_000", "--dropout=.5",
+    )  # fmt: skip
+    assert (recipe, file, flags) == ("", {}, {"resume"})
+    assert given == dict(n_layer=3, n_head=2, learning_rate=3.0, min_lr=1e-4, max_iters=1000, bias=True,
+                         cross_stories=False, prompt="", compile="False", seed=1000, dropout=0.5)  # fmt: skip
+    for form in (["--compile=False"], ["--compile", "False"]):
+        assert line(*form)[2] == {"compile": "False"}
+    for flag in FLAGS:
+        assert line(f"--{flag}")[3] == {flag}
+
+
+def test_the_command_line_goes_over_the_recipe(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("n_layer = 3\nn_head = 4")
+    for words in ([str(path), "--n_layer=5"], ["--n_layer=5", str(path)]):
+        recipe, file, given, _ = line(*words)
+        assert (recipe, file, given) == (str(path), {"n_layer": 3, "n_head": 4}, {"n_layer": 5})
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--n_headd=4"], "no setting 'n_headd'; did you mean 'n_head'"),
+    (["--resum"], "did you mean 'resume'"),
+    (["--batchsize", "4"], "did you mean 'batch_size'"),
+    (["--qqqq=1"], "no setting 'qqqq'"),
+    (["--model=1"], "no setting 'model'"),
+    (["--n_layer=two"], "n_layer takes a whole number, not 'two'"),
+    (["--n_layer="], "n_layer takes a whole number"),
+    (["--n_layer"], "expected one argument"),
+    (["--n_layer=2.5"], "n_layer takes a whole number"),
+    (["--n_layer=inf"], "n_layer takes a whole number"),
+    (["--bias=perhaps"], "bias takes True or False"),
+    (["--bias"], "expected one argument"),
+    (["--learning_rate=quick"], "learning_rate takes a number"),
+    (["--resume=True"], "resume"),
+    (["one.py", "two.py"], "two.py"),
+    (["-n", "4"], "-n"),
+])  # fmt: skip
+def test_slips_of_the_fingers(words, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+        line(*words)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_lists_every_setting_in_groups_the_everyday_ones_first(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    flat = " ".join(text.split())
+    for s in recipes.settings(TrainConfig).values():
+        assert f"--{s.name} " in text and " ".join(s.help.split()) in flat, s.name
+        assert f"(default: {s.default!r})" in flat
+    for flag in FLAGS:
+        assert f"--{flag}" in text
+    titles = ["everyday", "data", "optimizer", "run", "the model"]
+    places = [text.index(f"\n{title}:") for title in titles]
+    assert places == sorted(places)
+    assert max(map(len, text.splitlines())) <= 110

@@ -1,0 +1,849 @@
+"""Training: batches, schedules, the machine, one update, metrics, and going on exactly where a run stopped."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import config as recipes
+import evaluate
+import optim
+import prepare
+import tokenizer
+import train
+from model import GPT
+from train import Batches, Diverged, Machine, TrainConfig, Trainer, choose_machine
+
+ROOT = Path(__file__).resolve().parent.parent
+MICRO = dict(dataset="mini", tokenizer="byte", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
+             learning_rate=0.01, warmup_iters=2, max_iters=24, eval_interval=6, save_interval=5, log_interval=2,
+             eval_tokens=100, device="cpu", dtype="float32", compile="False", threads=1)  # fmt: skip
+
+
+def settings(**changes) -> TrainConfig:
+    c = recipes.build(TrainConfig, MICRO | changes)
+    c.model.vocab_size = changes.get("vocab_size", 257)
+    return c
+
+
+def numbers(tokens: int = 700, seed: int = 0) -> prepare.Data:
+    """Data of random ids, with an end-of-text now and then."""
+    draw = np.random.default_rng(seed)
+    bins = [np.where(draw.random(n) < 0.1, 256, draw.integers(0, 256, n)).astype("<u2") for n in (tokens, 90)]
+    meta = {"corpus": "numbers", "limit": None}
+    return prepare.Data(*bins, meta, tokenizer.get("byte"), Path("nowhere"))
+
+
+def trainer(data: prepare.Data | None = None, out_dir=None, weights=torch.float32, **changes) -> Trainer:
+    c = settings(**changes)
+    torch.manual_seed(c.seed)
+    return Trainer(c, GPT(c.model).to(weights), data or numbers(), out_dir)
+
+
+def machine(rank: int = 0, world: int = 1, dtype=torch.float32) -> Machine:
+    return Machine(torch.device("cpu"), dtype, False, "", rank, world)
+
+
+def same(a, b) -> bool:
+    """Whether nested lists, dicts and tensors are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and bytes_of(a) == bytes_of(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or a != a and b != b)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def lines(folder, split: str | None = None) -> list[dict]:
+    """metrics.jsonl without what a clock says. Every line must be whole."""
+    found = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    clocks = ("elapsed_s", "tokens_per_s")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in found
+            if split in (None, line["split"])]  # fmt: skip
+
+
+def kept(folder, name: str = "latest.pt") -> dict:
+    """What a checkpoint says of the training itself: no clocks, no settings."""
+    state = checkpoint.read(Path(folder, name))
+    return {k: v for k, v in state.items() if k not in ("elapsed", "provenance", "recipe", "train_config")}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def by_the_book(c: TrainConfig, starts: np.ndarray, step: int) -> list[int]:
+    """Row r of step s is window perm[(s*G + r) mod W] of that epoch's permutation."""
+    G, W = c.batch_size * c.gradient_accumulation_steps, len(starts)
+    places = [divmod(step * G + r, W) for r in range(G)]
+    return [int(starts[np.random.default_rng([c.seed, epoch]).permutation(W)[at]]) for epoch, at in places]
+
+
+@pytest.mark.parametrize("story_windows", [False, True])
+@pytest.mark.parametrize("rows", [(3, 2), (20, 5), (7, 1)], ids=str)
+def test_the_global_batch_is_a_pure_function_of_seed_and_step(story_windows, rows):
+    data = numbers(300)
+    c = settings(batch_size=rows[0], gradient_accumulation_steps=rows[1], story_windows=story_windows, seed=5)
+    batches = Batches(c, data, machine())
+    for step in [0, 1, 2, 30, 4, 1000, 0]:  # in any order: there is no state that matters
+        assert batches.windows(step).flatten().tolist() == by_the_book(c, batches.starts, step)
+    for start, (idx, targets) in zip(batches.windows(3), batches(3), strict=True):
+        want = np.stack([data.train[s : s + 17] for s in start]).astype(np.int64)
+        assert idx.dtype == targets.dtype == torch.int64
+        assert idx.tolist() == want[:, :-1].tolist() and targets.tolist() == want[:, 1:].tolist()
+        assert not story_windows or (idx[:, 0] == data.tokenizer.eot).all()
+    other = Batches(settings(batch_size=rows[0], gradient_accumulation_steps=rows[1], seed=6,
+                             story_windows=story_windows), data, machine())  # fmt: skip
+    assert other.windows(0).tolist() != batches.windows(0).tolist()
+
+
+@pytest.mark.parametrize("story_windows", [False, True])
+def test_an_epoch_is_every_window_once(story_windows):
+    """Also where a step straddles two epochs, or is longer than several of them."""
+    for rows in (4, 7, 100):
+        batches = Batches(settings(batch_size=rows, story_windows=story_windows), numbers(300), machine())
+        W = len(batches.starts)
+        assert W % rows, "a step must straddle two epochs"
+        seen = np.concatenate([batches.windows(step).flatten() for step in range(3 * W // rows + 2)])
+        epochs = [seen[i * W : (i + 1) * W].tolist() for i in range(3)]
+        assert all(sorted(epoch) == sorted(batches.starts.tolist()) for epoch in epochs)
+        assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_windows_cover_the_file_and_stay_inside():
+    for tokens in (17, 18, 32, 33, 34, 300):
+        starts = Batches(settings(), numbers(tokens), machine()).starts
+        assert starts[0] == 0 and starts[-1] + 17 <= tokens < starts[-1] + 2 * 17
+        assert set(np.diff(starts)) <= {16}
+    with pytest.raises(ValueError, match="16 tokens, too few for one window"):
+        Batches(settings(), numbers(16), machine())
+
+
+@pytest.mark.parametrize("batch_size, accumulation, worlds", [(4, 6, (1, 2, 3)), (6, 1, (1, 2, 3)), (4, 2, (2, 4))])
+def test_processes_take_slices_of_the_same_global_batch(batch_size, accumulation, worlds):
+    c, data = settings(batch_size=batch_size, gradient_accumulation_steps=accumulation), numbers()
+    for step in (0, 1, 5):
+        whole = sorted(by_the_book(c, Batches(c, data, machine()).starts, step))
+        for world in worlds:
+            shares = [Batches(c, data, machine(rank, world)).windows(step) for rank in range(world)]
+            assert len({share.shape for share in shares}) == 1
+            assert sorted(np.concatenate([share.flatten() for share in shares]).tolist()) == whole
+
+
+def test_processes_that_divide_nothing_are_refused():
+    with pytest.raises(ValueError, match="3 processes divide neither gradient_accumulation_steps=2 nor batch_size=4"):
+        Batches(settings(gradient_accumulation_steps=2), numbers(), machine(0, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Schedules and optimizers
+
+
+def rates(iters: int = 40, beyond: int = 5, **changes) -> list[float]:
+    c = settings(learning_rate=0.5, max_iters=iters, warmup_iters=changes.pop("warmup_iters", 4), **changes)
+    return [c.learning_rate * optim.schedule(c, step) for step in range(iters + beyond)]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
+def test_schedules_at_their_corners(name):
+    lr = rates(schedule=name, min_lr=0.05)
+    assert lr[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4]) and lr[4] == 0.5, "linear warmup, then the highest"
+    assert all(a >= b for a, b in zip(lr[4:], lr[5:], strict=False))
+    if name == "constant":
+        assert set(lr[4:]) == {0.5}
+        return
+    assert lr[38] > lr[39] == 0.05, "min_lr at the last update, not before"
+    assert set(lr[39:]) == {0.05}, "and it stays there"
+    assert rates(schedule=name)[39] == 0.0
+
+
+def test_schedules_between_their_corners():
+    half = 4 + (39 - 4) / 2  # of the way from the warmup's end to the last update
+    c = settings(learning_rate=0.5, max_iters=40, warmup_iters=4, min_lr=0.1)
+    assert 0.5 * optim.schedule(c, half) == pytest.approx(0.3)
+    want = [0.1 + 0.4 * 0.5 * (1 + math.cos(math.pi * (s - 4) / 35)) for s in range(4, 40)]
+    assert rates(min_lr=0.1)[4:40] == pytest.approx(want)
+    stable = rates(schedule="wsd", decay_share=0.25)
+    assert stable[4:31] == [0.5] * 27 and stable[31] < 0.5 and stable[39] == 0.0
+    assert rates(schedule="linear", warmup_iters=0)[0] == 0.5
+    early = rates(lr_decay_iters=20, min_lr=0.1)
+    assert early[18] > early[19] == pytest.approx(0.1) and early[39] == early[19]
+
+
+def test_points_make_triangle_linear_and_constant():
+    """stlm.md, section 18: triangle(0, 0.1, 100 iterations, 4 cycles)."""
+    peaks = [f"{12.5 * i}:{0.1 * (i % 2)}" for i in range(9)]
+    triangle = optim.points(", ".join(peaks))
+    for start in (0, 25, 50, 75):
+        found = [optim.interpolate(triangle, start + step) for step in (0, 5, 10, 15, 20, 25)]
+        assert found == pytest.approx([0, 0.04, 0.08, 0.08, 0.04, 0])
+    linear = optim.points("10:0.0,20:0.5")
+    assert [optim.interpolate(linear, s) for s in (0, 10, 15, 20, 99)] == [0, 0, 0.25, 0.5, 0.5]
+    assert [optim.interpolate(optim.points("0:0.3"), s) for s in (0, 7)] == [0.3, 0.3]
+    for wrong in ("0.1", "0:0.1,0:0.2", "5:0.1,3:0.2", "0:1.0", "0:-0.1", "a:b", "0:0.1;5:0.2", "0:nan"):
+        with pytest.raises(ValueError):
+            optim.points(wrong)
+
+
+def test_dropout_follows_its_points_in_every_layer(monkeypatch):
+    t, seen = trainer(dropout_schedule="0:0.0, 4:0.4", position="shaw"), []
+    forward = t.model.forward
+
+    def spy(*args, **kwargs):
+        ps = [m.p for m in t.model.modules() if isinstance(m, torch.nn.Dropout)]
+        seen.append(set(ps + [block.attn.dropout for block in t.model.core.blocks]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(t.model, "forward", spy)
+    for step in range(6):
+        t.train_step(step)
+    assert [round(p, 6) for ps in seen for p in ps] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.4]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_decay_and_learning_rates_by_group(name):
+    t = trainer(optimizer=name, tied=False, bias=True, norm="layernorm", position="learned", embedding_lr=0.3,
+                head_lr=0.2, muon_lr=0.1)  # fmt: skip
+    names, found = {id(p): n for n, p in t.model.named_parameters()}, {}
+    for optimizer in t.optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                assert id(p) not in found
+                found[id(p)] = group
+                assert (group["weight_decay"] > 0) == (p.ndim >= 2), "decay on matrices only"
+                kind = names[id(p)].split(".")[0] if p.ndim > 1 else "vector"
+                lr = {"embedder": 0.3, "head": 0.2, "core": 0.1 if name == "muon" else 0.01, "vector": 0.01}[kind]
+                assert group["base_lr"] == lr, names[id(p)]
+                muon = isinstance(optimizer, torch.optim.Muon)
+                assert muon == (name == "muon" and kind == "core"), "Muon takes the blocks' matrices alone"
+    assert found.keys() == names.keys()
+    t.train_step(0)
+    factor = optim.schedule(t.config, 0)
+    assert all(g["lr"] == g["base_lr"] * factor for o in t.optimizers for g in o.param_groups)
+
+
+def test_tied_and_shared_weights_are_optimized_once():
+    t = trainer(tied=True, share="layers")
+    params = [p for o in t.optimizers for g in o.param_groups for p in g["params"]]
+    assert len(params) == len({id(p) for p in params}) == len(list(t.model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_optimizer_step_works_on_meta(name):
+    """Sizes that no memory holds can be tried out."""
+    c = settings(optimizer=name, n_embd=4096, n_head=32, n_layer=2)
+    with torch.device("meta"):
+        model = GPT(c.model)
+    for optimizer in optim.build(model, c, fused=False):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.empty_like(p)
+        optimizer.step()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The machine
+
+
+class Gpu(SimpleNamespace):
+    """A mocked accelerator."""
+
+    def install(self, patch):
+        patch.setattr(torch.cuda, "is_available", lambda: self.cuda > 0)
+        patch.setattr(torch.cuda, "device_count", lambda: self.cuda)
+
+        def capability(device=None):
+            if torch.device(device).index >= self.cuda:
+                raise AssertionError("Invalid device id")
+            return self.capability
+
+        patch.setattr(torch.cuda, "get_device_capability", capability)
+        patch.setattr(torch.cuda, "get_device_name", lambda device=None: self.name)
+        patch.setattr(torch.backends.mps, "is_available", lambda: self.mps)
+        patch.setattr(torch.cpu, "get_capabilities", lambda: self.cpu)
+
+
+NONE = dict(cuda=0, capability=None, name=None, mps=False, cpu={"architecture": "x86_64"})
+MACHINES = {
+    "V100": (dict(cuda=1, capability=(7, 0)), "cuda:0", torch.float16, True),
+    "T4": (dict(cuda=1, capability=(7, 5)), "cuda:0", torch.float16, True),
+    "A100": (dict(cuda=8, capability=(8, 0)), "cuda:0", torch.bfloat16, False),
+    "H100": (dict(cuda=8, capability=(9, 0)), "cuda:0", torch.bfloat16, False),
+    "MPS": (dict(mps=True), "mps", torch.float32, False),
+    "CPU": (dict(), "cpu", torch.float32, False),
+    "CPU with AMX": (dict(cpu={"amx_bf16": True, "avx512_bf16": True}), "cpu", torch.bfloat16, False),
+    "CPU of a phone": (dict(cpu={"architecture": "aarch64", "bf16": True}), "cpu", torch.bfloat16, False),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_machine_is_chosen_by_what_it_can_do(name, monkeypatch):
+    can, device, dtype, scales = MACHINES[name]
+    Gpu(**NONE | {"name": name} | can).install(monkeypatch)
+    chosen = choose_machine(settings(device="auto", dtype="auto", compile="auto", max_iters=10_000))
+    assert (str(chosen.device), chosen.dtype, chosen.scales) == (device, dtype, scales)
+    assert chosen.compile == device.startswith("cuda"), "compile where it pays"
+    assert str(dtype).removeprefix("torch.") in chosen.why
+    assert name in chosen.why or "cuda" not in device
+    short = choose_machine(settings(device="auto", dtype="auto", compile="auto", max_iters=20))
+    assert not short.compile, "a short run does not win the compiling back"
+    asked = choose_machine(settings(device="cpu", dtype="float16", compile="True"))
+    assert (str(asked.device), asked.dtype, asked.compile) == ("cpu", torch.float16, True)
+    assert asked.scales and "as asked" in asked.why
+
+
+def test_what_the_machine_cannot_do_is_refused(monkeypatch):
+    Gpu(**NONE).install(monkeypatch)
+    for device, words in {"cuda": "no CUDA GPU", "cuda:1": "no CUDA GPU", "mps": "no Mac", "tpu": "device must be",
+                          "meta": "device must be", "cuda:x": "device must be", "xpu": "device must be"}.items():
+        with pytest.raises(ValueError, match=words):
+            choose_machine(settings(device=device))
+    Gpu(**NONE | dict(cuda=2, capability=(9, 0))).install(monkeypatch)
+    assert choose_machine(settings(device="cuda:1")).device.index == 1
+    with pytest.raises(ValueError, match="2 CUDA GPUs"):
+        choose_machine(settings(device="cuda:2"))
+    for field, value in dict(dtype="int8", compile="yes", schedule="cosin", optimizer="sgd", logger="x").items():
+        with pytest.raises(ValueError, match=f"{field} must be one of .*; not '{value}'"):
+            settings(**{field: value}).validate()
+
+
+def test_torchrun_gives_each_process_its_gpu(monkeypatch):
+    Gpu(**NONE | dict(cuda=2, capability=(9, 0), mps=True)).install(monkeypatch)
+    for key, value in dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1).items():
+        monkeypatch.setenv(key, str(value))
+    chosen = choose_machine(settings(device="auto"))
+    assert (chosen.device.index, chosen.rank, chosen.world) == (1, 3, 4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="2 CUDA GPUs"):
+        choose_machine(settings(device="auto"))
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(batch_size=0), "batch_size must be at least 1, not 0"),
+    (dict(max_iters=-1), "max_iters must be at least 0"),
+    (dict(learning_rate=0.0), "learning_rate must be more than 0"),
+    (dict(learning_rate=math.nan), "learning_rate"),
+    (dict(learning_rate=math.inf), "learning_rate"),
+    (dict(min_lr=0.02), "min_lr=0.02 is above learning_rate=0.01"),
+    (dict(beta2=1.0), "must be less than 1"),
+    (dict(ema=1.0), "must be less than 1"),
+    (dict(n_head=3), "n_head=3 does not divide n_embd=16"),
+    (dict(n_embd=-16), "n_embd must be at least 1"),
+    (dict(dropout=1.0), "dropout must be less than 1"),
+    (dict(dropout_schedule="0:2"), "dropout must be"),
+])  # fmt: skip
+def test_settings_that_make_no_run_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        settings(**changes).validate()
+    assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One update
+
+
+def gradients(t: Trainer, step: int = 0) -> list[torch.Tensor]:
+    """The gradient of the batch of `step`, with no update made of it."""
+    found, t.update = [], lambda *args: None
+    t.train_step(step)
+    found = [p.grad.clone() for p in t.model.parameters()]
+    del t.update
+    t.model.zero_grad()
+    return found
+
+
+def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """Largest difference, as a share of the largest |element|."""
+    most = max(x.abs().max().item() for x in a)
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True)) / most
+
+
+@pytest.mark.parametrize("changes, tolerance", [
+    (dict(), 1e-6), (dict(optimizer="muon"), 1e-2), (dict(dtype="bfloat16"), 1e-2),
+    (dict(cross_stories=False, tied=False), 1e-6),
+], ids=["adamw", "muon", "bf16", "stories"])  # fmt: skip
+def test_accumulation_gives_the_gradient_of_one_large_batch(changes, tolerance):
+    pair = [trainer(batch_size=2, gradient_accumulation_steps=4, grad_clip=0.0, **changes),
+            trainer(batch_size=8, grad_clip=0.0, **changes)]  # fmt: skip
+    first = [gradients(t) for t in pair]
+    assert apart(*first) < tolerance and apart(first[0], gradients(pair[0], 1)) > 0.05, "no empty claim"
+    if "optimizer" in changes:  # after some updates of its own
+        for step in range(3):
+            losses = [t.train_step(step)["loss"] for t in pair]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        assert apart(*(gradients(t, 3) for t in pair)) < tolerance
+
+
+def test_accumulation_makes_the_same_weights_in_float64():
+    pair = [trainer(weights=torch.float64, batch_size=2, gradient_accumulation_steps=4),
+            trainer(weights=torch.float64, batch_size=8)]  # fmt: skip
+    before = [p.detach().clone() for p in pair[0].model.parameters()]
+    for step in range(20):
+        for t in pair:
+            t.train_step(step)
+    one, other = ([p.detach() for p in t.model.parameters()] for t in pair)
+    assert max((a - b).abs().max().item() for a, b in zip(one, other, strict=True)) < 1e-12
+    assert apart(one, before) > 0.01
+
+
+def test_an_update_is_adamw_by_the_book():
+    t = trainer(weights=torch.float64, grad_clip=0.5, weight_decay=0.1, beta1=0.9, beta2=0.99)
+    params = dict(t.model.named_parameters())
+    mine = {name: p.detach().clone() for name, p in params.items()}
+    m, v = ({name: torch.zeros_like(p) for name, p in mine.items()} for _ in "mv")
+    for step in range(4):
+        (idx, targets), *_ = t.batches(step)
+        _, loss = torch.func.functional_call(t.model, {n: p.requires_grad_() for n, p in mine.items()}, (idx, targets))
+        grads = dict(zip(mine, torch.autograd.grad(loss, mine.values()), strict=True))
+        norm = sum(g.square().sum() for g in grads.values()).sqrt()
+        result = t.train_step(step)
+        assert result["loss"] == pytest.approx(loss.item(), rel=1e-6) and result["grad_norm"] == pytest.approx(norm.item())
+        assert norm > 0.5
+        lr = 0.01 * (min(step + 1, 3) / 3 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 21)))
+        assert result["lr"] == pytest.approx(lr)
+        for name, g in grads.items():
+            g = g * 0.5 / (norm + 1e-6)
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.99 * v[name] + 0.01 * g * g
+            decay = 0.1 if g.ndim > 1 else 0.0
+            step_ = m[name] / (1 - 0.9 ** (step + 1)) / ((v[name] / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
+            mine[name] = (mine[name] * (1 - lr * decay) - lr * step_).detach()
+    assert all(torch.allclose(params[n], mine[n], rtol=1e-9, atol=1e-12) for n in mine)
+
+
+def poisoned(t: Trainer, steps: dict[int, str]) -> None:
+    """Make the loss ("loss") or only the gradient ("gradient") of these steps infinite."""
+    forward = t.model.forward
+
+    def broken(idx, targets=None, **kwargs):
+        logits, loss = forward(idx, targets, **kwargs)
+        match steps.get(t.now) if t.model.training else None:
+            case "loss":
+                loss = loss * math.inf
+            case "gradient":
+                loss.register_hook(lambda grad: grad * math.inf)
+        return logits, loss
+
+    step = t.train_step
+    t.model.forward = broken
+    t.train_step = lambda n: (setattr(t, "now", n), step(n))[1]
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("changes", [dict(), dict(dtype="float16"), dict(dtype="float16", optimizer="muon"),
+                                     dict(ema=0.9, dtype="float16")], ids=str)  # fmt: skip
+def test_an_update_that_is_not_finite_is_left_out(kind, changes, capsys):
+    t = trainer(**changes)
+    poisoned(t, {2: kind, 3: kind, 5: kind})
+    scale = t.scaler.get_scale()
+    for step in range(8):
+        before = [p.detach().clone() for p in [*t.model.parameters(), *(t.average or [])]]
+        moments = [s.copy() for o in t.optimizers for s in o.state.values()]
+        moments = [{k: v.clone() for k, v in s.items()} for s in moments]
+        result = t.train_step(step)
+        after = [p.detach() for p in [*t.model.parameters(), *(t.average or [])]]
+        assert all(p.isfinite().all() for p in after)
+        assert same(before, after) == (step in (2, 3, 5)), f"step {step}"
+        if step in (2, 3, 5):
+            assert same(moments, [dict(s) for o in t.optimizers for s in o.state.values()])
+            assert not math.isfinite(result["loss"] if kind == "loss" else result["grad_norm"])
+    scaled = t.machine.scales
+    assert t.skipped == (0 if scaled and kind == "gradient" else 3)
+    if scaled:
+        assert t.scaler.get_scale() < scale, "an overflow lowers the scale"
+    said = capsys.readouterr().err
+    assert t.skipped == 0 or "update 2 left out" in said and "update 5 left out" in said
+
+
+def test_several_in_a_row_end_the_run_with_the_last_good_checkpoint_kept(tmp_path, capsys):
+    t = trainer(out_dir=tmp_path, grad_clip=0.0)
+    poisoned(t, dict.fromkeys(range(7, 24), "loss") | {3: "loss"})
+    with pytest.raises(Diverged, match="5 updates in a row .* step 11, .*gradient norm .*, learning rate 0.00"):
+        train.run(t)
+    assert checkpoint.read(tmp_path / "latest.pt")["step"] == 10
+    assert t.skipped == 6
+
+
+def test_the_scaler_recovers_on_a_cpu():
+    """fp16 on a CPU, from a scale that must overflow at first; it goes down until the gradients fit."""
+    t = trainer(dtype="float16", max_iters=40)
+    t.data.train[:] = 7
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    losses = [t.train_step(step)["loss"] for step in range(40)]
+    assert t.scaler.get_scale() < 2.0**30 and t.skipped == 0
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    assert all(p.dtype == torch.float32 for p in t.model.parameters())
+
+
+def test_the_average_of_the_weights(tmp_path):
+    """EMA by the book, evaluated and kept as the best, and no part of any graph."""
+    t = trainer(out_dir=tmp_path, ema=0.8, max_iters=12, learning_rate=0.05)
+    mine = [p.detach().clone() for p in t.model.parameters()]
+    for step in range(12):
+        t.train_step(step)
+        mine = [0.8 * a + 0.2 * p.detach() for a, p in zip(mine, t.model.parameters(), strict=True)]
+    assert not any(a.requires_grad for a in t.average), "else each step would add to a graph"
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, t.average, strict=True))
+    raw = {k: v.clone() for k, v in t.model.state_dict().items()}
+    result = t.val_step()
+    assert same(raw, dict(t.model.state_dict())), "the weights are back"
+    plain, t.average = t.average, None
+    assert t.val_step()["loss"] != result["loss"]
+    t.average = plain
+    t.judge(12, result)
+    best = checkpoint.read(tmp_path / "best.pt")
+    with t.averaged():
+        assert same(best["model"], dict(t.model.state_dict()))
+    assert best["val"] == result and best["step"] == 12
+    model, _ = checkpoint.load(tmp_path)
+    data = t.data
+    nats, n = evaluate.total_nats(model, evaluate.windows(data.val, 256, 16, 4))
+    assert nats / n == pytest.approx(result["loss"], rel=1e-6)
+
+
+def test_early_stopping(tmp_path, capsys):
+    t = trainer(out_dir=tmp_path, max_iters=100, eval_interval=1, patience=3, learning_rate=1e-3, save_interval=50)
+    losses = iter([5.0, 4.0, 3.0, 3.5, 3.0, 3.1, 2.0])
+    t.val_step = lambda: {"loss": next(losses), "bpb": 1.0}
+    train.run(t)
+    assert t.step == 5 and t.best == 3.0, "3.0 again is no better one"
+    assert checkpoint.read(tmp_path / "best.pt")["step"] == 2
+    assert checkpoint.read(tmp_path / "latest.pt")["step"] == 5
+
+
+def test_segments_keep_stories_apart():
+    t, crossing = trainer(cross_stories=False), trainer()
+    assert apart(gradients(t), gradients(crossing)) > 1e-4
+    # by hand: a window of two stories has the loss of both stories alone (RoPE knows distances only)
+    t.model.eval()
+    window = torch.tensor([[256, 1, 2, 3, 256, 4, 5, 6]])
+    with torch.no_grad():
+        together, _ = t.model(window, segments=(window == 256).cumsum(1))
+        alone = torch.cat([t.model(part)[0] for part in window.split(4, dim=1)], dim=1)
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Whole runs in this process
+
+
+VARIANTS = {
+    "plain": dict(),
+    "dropout": dict(dropout=0.2, batch_size=3),
+    "accumulation": dict(gradient_accumulation_steps=3, batch_size=3, dropout=0.1),
+    "fp16": dict(dtype="float16"),
+    "bf16": dict(dtype="bfloat16"),
+    "linear": dict(schedule="linear", tied="False", embedding_lr=0.02, head_lr=0.003),
+    "wsd": dict(schedule="wsd", grad_clip=0.0, share="layers"),
+    "constant": dict(schedule="constant", weight_decay=0.0, share="lora"),
+    "muon": dict(optimizer="muon", min_lr=0.001),
+    "ema": dict(ema=0.9),
+    "points": dict(dropout_schedule="0:0.0,10:0.3,20:0.1"),
+    "stories": dict(story_windows="True", cross_stories="False"),
+    "patience": dict(patience=2, eval_interval=2, learning_rate=0.5),
+    "everything": dict(optimizer="muon", dtype="float16", ema=0.8, dropout_schedule="0:0.1,12:0.4", schedule="wsd",
+                       gradient_accumulation_steps=2, story_windows="True", cross_stories="False", tied="False",
+                       norm="layernorm", bias="True", position="learned", min_lr=0.001, patience=20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(name, here):
+    """Twice stopped, in the middle of epochs, of intervals, at their ends, and before the first of them."""
+    changes = VARIANTS[name]
+    assert here("straight", **changes) == 0
+    places = list(VARIANTS).index(name)
+    stops = [1, 5, 6, 13, 23] if name == "everything" else [1 + places % 3, 5 + places]
+    stops = [1, 4, 7] if name == "patience" else stops
+    for i, stop in enumerate(stops):
+        assert here("stopped", *["--resume"][:i], stop_after=stop, **changes) == 143
+        assert f"saved at step {stop}" in here.said
+    assert here("stopped", "--resume", alone=True) == 0 and f"at step {stops[-1]}" in here.said
+    assert lines("stopped") == lines("straight")
+    assert same(kept("stopped"), kept("straight"))
+    assert same(kept("stopped", "best.pt"), kept("straight", "best.pt"))
+    assert len(lines("straight")) > 12 or name == "patience" and 7 < kept("straight")["step"] < 24
+
+
+@pytest.mark.parametrize("half", [2, 6, 12])
+def test_n_steps_and_n_more_are_2n_steps(half, here):
+    """The literal promise, the length of the run given anew."""
+    same_end = dict(lr_decay_iters=2 * half, eval_interval=2, save_interval=3, dropout=0.1, warmup_iters=1)
+    assert here("straight", max_iters=2 * half, **same_end) == 0
+    assert here("halves", max_iters=half, **same_end) == 0
+    assert here("halves", "--resume", alone=True, max_iters=2 * half) == 0
+    assert f"max_iters: {half} -> {2 * half}" in here.said
+    assert lines("halves") == lines("straight")
+    assert same(kept("halves"), kept("straight"))
+
+
+def test_the_intervals_change_no_training_loss(here):
+    everything = dict(dropout=0.2, dtype="bfloat16", log_interval=1)
+    assert here("a", eval_interval=24, save_interval=24, **everything) == 0
+    assert here("b", eval_interval=1, save_interval=3, **everything) == 0
+    assert here("c", eval_interval=5, eval_tokens=17, ema=0.9, **everything) == 0
+    a, b, c = (lines(run, "train") for run in "abc")
+    assert len(a) == 24 and a == b == c
+    assert same(kept("a")["model"], kept("b")["model"]) and same(kept("a")["model"], kept("c")["model"])
+    assert here("d", eval_interval=24, save_interval=24, **everything | dict(seed=1)) == 0
+    assert lines("d", "train") != a, "no empty claim"
+
+
+def test_resuming_on_another_split_of_the_batch(here):
+    """The split between accumulation and batch_size may change: the same global batch, nearly the same numbers."""
+    changes = dict(batch_size=6, gradient_accumulation_steps=2, log_interval=1)
+    assert here("a", **changes) == 0
+    assert here("b", stop_after=10, **changes) == 143
+    assert here("b", "--resume", alone=True, batch_size=3, gradient_accumulation_steps=4) == 0
+    assert "batch_size: 6 -> 3" in here.said and "gradient_accumulation_steps: 2 -> 4" in here.said
+    a, b = lines("a", "train"), lines("b", "train")
+    assert [x["step"] for x in a] == [x["step"] for x in b] and a[:10] == b[:10]
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
+
+
+@pytest.mark.parametrize("before, after", [("float32", "float16"), ("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_resuming_in_another_precision(before, after, here):
+    """A run of one machine goes on on another, whose precision may need a scaler, or none."""
+    assert here("run", dtype=before, stop_after=4) == 143
+    assert here("run", "--resume", alone=True, dtype=after) == 0
+    assert f"dtype: '{before}' -> '{after}'" in here.said
+    assert lines("run", "train")[-1]["step"] == 24
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def slow_bpb(model: GPT, ids: list[int], tok) -> tuple[float, float]:
+    """(nats a token, bits per byte), one token at a time: fixed windows, end-of-text before the first."""
+    T, nats, size = model.config.block_size, 0.0, 0
+    stream = [tok.eot, *ids]
+    for i, target in enumerate(ids):
+        start = i - i % T  # of this token's window
+        with torch.no_grad():
+            logits, _ = model.eval()(torch.tensor([stream[start : i + 1]]))
+        nats -= F.log_softmax(logits[0, -1].double(), -1)[target].item()
+        size += 1 if target == tok.eot else len(tok.tokens[target])
+    return nats / len(ids), nats / math.log(2) / size
+
+
+@pytest.mark.parametrize("eval_tokens", [0, 1, 16, 37, 10_000])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_bits_per_byte_against_a_slow_formula(eval_tokens, batch_size):
+    data = numbers()
+    t = trainer(data, eval_tokens=eval_tokens, batch_size=batch_size)
+    for step in range(3):
+        t.train_step(step)
+    state = torch.get_rng_state()
+    result = t.val_step()
+    assert torch.equal(state, torch.get_rng_state()), "draws on no random state"
+    loss, bpb = slow_bpb(t.model, data.val[: eval_tokens or None].tolist(), data.tokenizer)
+    assert result["loss"] == pytest.approx(loss, rel=1e-5) and result["bpb"] == pytest.approx(bpb, rel=1e-5)
+
+
+def test_bits_per_byte_of_a_bpe_counts_the_bytes_of_its_tokens():
+    tok = tokenizer.train_bpe(["the cat sat on the mat, the cat sat on the hat " * 5] * 20, 270)
+    assert tok.vocab_size > 260
+    ids = np.array([*tok.encode("the cat sat on the hat"), tok.eot, *tok.encode("the mat"), tok.eot], dtype="<u2")
+    data = prepare.Data(np.tile(ids, 20), ids, {"limit": None}, tok, Path("nowhere"))
+    c = settings(vocab_size=tok.vocab_size, eval_tokens=0)
+    result = Trainer(c, GPT(c.model), data).val_step()
+    assert result["bpb"] == pytest.approx(result["loss"] * len(ids) / math.log(2) / (22 + 1 + 7 + 1))
+
+
+def test_the_contract_of_metrics(here):
+    assert here("run", max_iters=17, eval_interval=6, log_interval=4, gradient_accumulation_steps=2) == 0
+    found = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    val = [line for line in found if line["split"] == "val"]
+    logged = [line for line in found if line["split"] == "train"]
+    assert [line["step"] for line in val] == [0, 6, 12, 17], "at 0, each eval_interval, the end"
+    assert [line["step"] for line in logged] == [1, 4, 8, 12, 16, 17]
+    common = {"step", "split", "loss", "tokens", "elapsed_s"}
+    assert all(line.keys() == common | {"bpb"} for line in val)
+    assert all(line.keys() == common | {"lr", "grad_norm", "tokens_per_s"} for line in logged)
+    assert all(line["tokens"] == line["step"] * 16 * 4 * 2 for line in found)
+    assert [line["step"] for line in found] == sorted(line["step"] for line in found)
+    assert [line["elapsed_s"] for line in found] == sorted(line["elapsed_s"] for line in found)
+    assert val[0]["loss"] == pytest.approx(math.log(257), abs=0.1), "nats a token"
+    t = trainer(prepare.load(Path(kept_config("run")["data_dir"], "mini", "byte")), max_iters=17, batch_size=8)
+    assert t.train_step(0)["loss"] == pytest.approx(logged[0]["loss"], rel=1e-6), "over all micro-batches"
+
+
+def kept_config(run) -> dict:
+    return checkpoint.read(Path(run, "latest.pt"))["train_config"]
+
+
+def test_elapsed_goes_on_over_a_resume(here):
+    assert here("run", stop_after=8) == 143
+    state = checkpoint.read("run/latest.pt")
+    state["elapsed"] += 1000
+    checkpoint.save("run/latest.pt", state)
+    assert here("run", "--resume") == 0
+    assert 1000 < json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["elapsed_s"] < 1100
+
+
+def test_the_curve_and_the_report(tmp_path, monkeypatch, corpus, capsys):
+    """The end of a real run: curve, summary beside the run before, stories, the next command."""
+    monkeypatch.chdir(tmp_path)
+    argv = [f"--{k}={v}" for k, v in MICRO.items()] + [f"--data_dir={corpus}", "--prompt=Tom", "--max_iters=4"]
+    for _ in range(2):
+        assert train.main(argv) == 0
+    said = capsys.readouterr().err
+    assert "in out/run\n" in said and "in out/run-2\n" in said and "bits per byte" in said
+    assert Path("out/run-2/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert said.count("\nTom") == 6 and "next:  python sample.py --out_dir out/run-2" in said
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The notebook, loggers, compiling
+
+
+def test_ten_lines_train_a_model_in_a_notebook(corpus, tmp_path):
+    """The sketch that the project began with (seeds/002)."""
+    data = prepare.load(corpus / "mini" / "byte")
+    config = settings(max_iters=20)
+    config.model.vocab_size = data.tokenizer.vocab_size
+    model = GPT(config.model)
+    trainer = Trainer(config, model, data, out_dir=tmp_path)
+    for step in range(config.max_iters):
+        train_loss = trainer.train_step(step)
+        if step % config.log_interval == 0:
+            trainer.log(step, train_loss)
+        if step % config.eval_interval == 0:
+            val_loss = trainer.val_step()
+            trainer.log(step, val_loss, split="val")
+        if step % config.save_interval == 0:
+            trainer.save_checkpoint(step + 1)
+
+    val = lines(tmp_path, "val")
+    assert val[-1]["loss"] < val[0]["loss"] - 0.3
+    assert len(lines(tmp_path, "train")) == 10
+    again = Trainer(config, GPT(config.model), data, out_dir=tmp_path)
+    assert again.load_checkpoint(checkpoint.read(tmp_path / "latest.pt")) == 16
+    model, tok = checkpoint.load(tmp_path)
+    assert tok.vocab_size == 257 and not model.training
+
+
+def test_a_notebook_needs_no_folder():
+    t = trainer()
+    t.log(1, t.train_step(0))
+    t.judge(1, t.val_step())
+    t.save_checkpoint(1)
+
+
+def test_loggers_are_imported_only_when_asked_for(tmp_path):
+    code = """if 1:
+        import sys, train
+        loaded = {name.split(".")[0] for name in sys.modules}
+        unwanted = {"wandb", "tensorboard", "matplotlib", "datasets", "transformers", "tokenizers", "tiktoken"}
+        assert not loaded & unwanted, loaded & unwanted"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_tensorboard(here):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert here("run", logger="tensorboard", max_iters=6) == 0
+    found = events.EventAccumulator("run").Reload()
+    assert set(found.Tags()["scalars"]) >= {"train/loss", "val/loss", "val/bpb", "train/lr"}
+    mine = {line["step"]: line["loss"] for line in lines("run", "val")}
+    assert {e.step: e.value for e in found.Scalars("val/loss")} == pytest.approx(mine)
+
+
+def test_a_logger_that_is_not_installed(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert here("run", logger="wandb") == 2
+    assert "pip install wandb" in here.said and "Traceback" not in here.said
+
+
+def test_weights_and_biases(here, monkeypatch):
+    wrote, asked = [], {}
+    run = SimpleNamespace(log=lambda line, step: wrote.append((step, line)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: asked.update(kwargs) or run))
+    assert here("run", logger="wandb", max_iters=6) == 0
+    assert asked["config"]["max_iters"] == 6
+    assert [step for step, _ in wrote] == [line["step"] for line in lines("run")]
+
+
+def test_compiling_that_fails_is_loud_and_the_run_goes_on(here, monkeypatch):
+    def broken(model):
+        raise RuntimeError("no compiler found\nwith a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert here("run", compile="True", dropout=0.1) == 0
+    warning = next(line for line in here.said.splitlines() if "WARNING" in line)
+    assert "torch.compile failed" in warning and "no compiler found" in warning
+    monkeypatch.undo()
+
+
+def test_compiling_changes_no_weights_and_no_losses(here, monkeypatch):
+    """A compiler that works (here: one that does nothing) leaves nothing behind of its trial."""
+    assert here("plain", dropout=0.1) == 0
+    monkeypatch.setattr(torch, "compile", lambda model: lambda *args, **kwargs: model(*args, **kwargs))
+    assert here("compiled", dropout=0.1, compile="True") == 0
+    assert "compiled in" in here.said
+    assert lines("plain") == lines("compiled") and same(kept("plain")["model"], kept("compiled")["model"])
+    assert not any(k.startswith("_orig") for k in kept("compiled")["model"])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Where there is a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_training_on_a_gpu(here, dtype):
+    changes = dict(device="cuda", dtype=dtype, optimizer="muon", dropout=0.1, ema=0.9)
+    assert here("run", stop_after=10, **changes) == 143
+    assert here("run", "--resume") == 0
+    val = lines("run", "val")
+    assert val[-1]["loss"] < val[0]["loss"] - 0.1
+
+
+@pytest.mark.cuda
+def test_compiled_on_a_gpu(here):
+    assert here("run", device="cuda", dtype="auto", compile="True") == 0
+    assert "WARNING" not in here.said and "compiled in" in here.said
+
+
+@pytest.mark.cuda
+def test_out_of_memory_names_the_setting_to_lower(here):
+    assert here("run", device="cuda", batch_size=50_000_000, block_size=1000, n_embd=1024) == 1
+    assert "--batch_size" in here.said and "Traceback" not in here.said
+
+
+def test_out_of_memory_is_one_clear_line(here, monkeypatch):
+    def full(self, step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    assert here("run") == 1
+    assert "lower --batch_size=4" in here.said.splitlines()[-1] and "Traceback" not in here.said
+
+
+def test_threads_are_shared_fairly(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    with contextlib.suppress(AttributeError):
+        monkeypatch.setattr(os, "process_cpu_count", lambda: 8)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    train.set_up(machine(), settings(threads=0))  # PyTorch knows best
+    train.set_up(machine(1, 4), settings(threads=0))
+    train.set_up(machine(), settings(threads=3))
+    assert asked == [2, 3]
