@@ -77,8 +77,9 @@ def read_txt(path: str) -> Iterator[str]:
                 lines.append(line)
                 if (size := size + len(line)) > MAX_STORY:
                     raise ValueError(f"{path}: a story of over {MAX_STORY:,} characters; blank lines end one")
-            elif lines:
-                yield "".join(lines).strip("\n")
+            else:
+                if story := "".join(lines).strip("\n"):
+                    yield story
                 lines, size = [], 0
 
 
@@ -89,7 +90,7 @@ def read_jsonl(path: str) -> Iterator[str | None]:
                 continue
             try:
                 text = json.loads(line)["text"]
-                (text or "").encode()
+                _ = text is None or text.encode()
             except UnicodeEncodeError:  # an escape such as \ud83d alone
                 raise ValueError(f"{path}, line {i}: half a surrogate pair is not valid Unicode") from None
             except json.JSONDecodeError as error:
@@ -407,20 +408,22 @@ def fingerprint(source: str | None) -> list[int] | None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Waits until no other prepare works in `folder`. False where a system has no such locks (Windows)."""
+    """Waits until no other prepare works in `folder`. False where no such locks are (Windows, some NFS)."""
     try:
         import fcntl
     except ImportError:
         yield False
         return
-    fd = os.open(folder, os.O_RDONLY)
+    fd, locked = os.open(folder, os.O_RDONLY), True
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"another prepare is at work in {folder}: waiting for it", flush=True)
             fcntl.flock(fd, fcntl.LOCK_EX)
-        yield True
+        except OSError:
+            locked = False
+        yield locked
     finally:
         os.close(fd)
 
@@ -439,6 +442,7 @@ def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, 
             raise ValueError("toystories is built in and takes no --source")
         stories = stories or TOYS
     tokenizers.bpe_size(tokenizer)
+    source = str(source) if source else None
     folder = Path(data_dir, corpus, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -455,6 +459,7 @@ def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, 
                                  "(only tinystories and toystories need none)")
             for stale in folder.parent.glob(f".{tokenizer}-*") if locked else ():  # of a killed prepare
                 shutil.rmtree(stale, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)  # another that failed may have removed it
             work = Path(tempfile.mkdtemp(prefix=f".{tokenizer}-", dir=folder.parent))
             try:
                 (work / "new").mkdir()
@@ -548,6 +553,8 @@ def remedy(folder: Path) -> str:
 def lacking(folder: Path, source: str | None, stories: int | None) -> str | None:
     """Why the data in `folder` do not do for what is asked; None where they do."""
     try:
+        meta = load(folder).meta
+    except Unreachable:  # only gpt2's vocabulary is
         meta = open_bins(folder)[0]
     except ValueError as error:
         return str(error).split(";")[0]

@@ -285,436 +285,450 @@ RULES = """
 story: <lost> | <earn> | <quarrel> | <mend> | <animal> | <fear> | <trip> | <surprise> | <storm> | <race> | <share> |
     <grow> | <honest> | <newcomer> | <night> | <fable>
 
-trait: cheerful | curious | clever | gentle | kind | quiet | silly | playful | lively | funny | sweet | friendly |
-    busy | dreamy | thoughtful | bright | polite | merry | smart | helpful
-trait2: brave | honest | patient | lucky | messy | noisy | careful | hungry | stubborn | shy | proud | quick
-outdoors: climb trees | jump over puddles | chase butterflies | watch the clouds | ride a bike | skip rope | fly paper planes |
-    collect stones | pick flowers | look for bugs | feed the birds | dig holes | catch frogs | follow snails | play tag |
-    roll down hills | play hide and seek | run barefoot | throw sticks | build dams
-indoors: draw pictures | sing songs | read stories | bake cookies | build towers | tell jokes | dance | paint |
-    count the stars | make up games | do puzzles | write letters | dress up | fold paper boats | play cards | knit
-loved: loved | liked
-fine: sunny | bright | warm | clear | breezy | cool | lovely | quiet | golden | mild | windy | fresh | calm | hot | hazy | busy
+trait: cheerful | curious | clever | gentle | kind | quiet | silly | playful | lively | funny | sweet |
+    friendly | busy | dreamy | thoughtful | bright | polite | merry | smart | helpful | brave | honest |
+    lucky | messy | noisy | careful | stubborn | shy | proud | quick | tidy | wild | bold | patient |
+    generous | sleepy | calm | serious | cautious | talkative
+outdoors: climb trees | jump over puddles | chase butterflies | watch the clouds | ride a bike | skip rope |
+    fly kites | collect stones | pick flowers | look for bugs | feed the birds | dig holes | catch frogs |
+    follow snails | play tag | roll down hills | play hide and seek | run barefoot | throw sticks |
+    build dams | make mud pies | hop on one leg | whistle at birds | count ants | row boats |
+    walk on stilts | rake leaves | catch raindrops | swing up high | wade in the creek | gather acorns |
+    play soccer
+indoors: draw pictures | sing songs | read stories | bake cookies | build towers | tell jokes | dance |
+    paint | count the stars | make up games | do puzzles | write letters | dress up | fold paper boats |
+    play cards | knit | juggle | play the piano | blow bubbles | cut out stars | look at maps | make masks |
+    play chess | act like a pirate | sew buttons | carve wood | learn magic tricks | write poems |
+    sort buttons | cook soup | invent machines | listen to the radio
+likes: loved | liked
+fine: sunny | bright | warm | clear | breezy | cool | lovely | quiet | golden | mild | windy | fresh |
+    calm | hot | hazy | busy | pleasant | lazy | glorious | ordinary
 season: spring | summer | autumn
 daytime: morning | afternoon | day
 weekday: Monday | Tuesday | Wednesday | Thursday | Friday | Saturday | Sunday
-few: two | three | four | five | six | seven | eight | nine
-oneday: One day, | (6) One <fine> <daytime>, | (4) On <weekday> [morning | afternoon | evening], | (2) One <season> <daytime>, |
-    (2) After [breakfast | lunch | school | church] one day,
-thenext: The next [morning | afternoon | day] | On <weekday> | Exactly <few> days later | A week later
+few: two | three | four | five | six | seven | eight | nine | ten | eleven | twelve
+oneday: (4) One <fine> <weekday> [morning | afternoon | evening], | (2) One <fine> <season> <daytime>, |
+    After [breakfast | lunch | school | church] one <weekday>,
+thenext: The next [morning | afternoon | day] | On <weekday> | <Few> days later | After <few> days
 soon: Soon | After a while | Before long | A little later | At last | In the end | By and by | Then
-ran: ran | hurried | walked | raced | skipped | hopped | marched | rushed | dashed | trotted | strolled | went
-cried: cried | shouted | called | yelled | exclaimed | sang out
-said: (3) said | whispered | murmured | mumbled | declared
-softly: softly | gently | slowly | quietly | kindly | calmly | warmly | brightly | cheerfully | with a smile | with a wink | with a nod
-happy: happy | glad | proud | pleased | thankful | cheerful | merry | delighted | excited | joyful | lucky | content
-sad: sad | unhappy | upset | gloomy | miserable | lonely | hopeless | sorry | lost | down
-weeping: a tear ran down {his} [nose | cheek | chin] | {his} [lip | chin | voice] began to shake | {he} could hardly [speak | eat | sleep | swallow]
+ran: ran | hurried | walked | raced | skipped | hopped | marched | rushed | dashed | trotted | strolled |
+    went | jogged | tiptoed | galloped | wandered | bounced | scurried | zoomed | danced
+cried: cried | shouted | called | yelled | exclaimed | sang out | squealed | gasped | screamed | roared |
+    cheered | bellowed
+said: said | whispered | murmured | mumbled | declared | announced | explained | muttered | remarked |
+    said again | stated | breathed
+softly: softly | gently | slowly | quietly | kindly | calmly | warmly | brightly | cheerfully | sweetly |
+    proudly | wisely | gladly | shyly | firmly | happily | tenderly | politely | with a smile |
+    with a wink | with a nod | with a grin | with a laugh | with a sigh
+happy: happy | glad | proud | pleased | thankful | cheerful | merry | delighted | excited | joyful | lucky |
+    content | grateful | jolly | thrilled | hopeful
+sad: sad | unhappy | upset | gloomy | miserable | lonely | hopeless | sorry | lost | down | terrible |
+    awful | sick | empty | bitter | helpless
+weep: a tear ran down {his} [nose | cheek | chin] | {his} [lip | chin | voice] began to shake | {he} could hardly [speak | eat | sleep | swallow]
 joy: <smiled> | was so <happy> that {he} <danced> | felt <happy> from head to toe | felt as <light> as <a feather>
-smiled: smiled | grinned | laughed | clapped {his} hands | jumped up and down | giggled | beamed | did a little dance
-danced: danced | sang | skipped | hummed | whistled | twirled | cheered | wanted to shout
+smiled: smiled | grinned | laughed | clapped {his} hands | jumped up and down | giggled | beamed | did a little dance |
+    turned a somersault | threw {his} <clothes> into the air
+danced: danced | sang | skipped | hummed | whistled | twirled | cheered | yodeled
 light: light | free | merry | airy
-feather: feather | bird | cloud | balloon | butterfly | soap bubble | leaf | lark
-color: red | blue | green | yellow | gray | brown | white | black | purple | pink | orange | golden
-clothes: hat | cap | coat | scarf | sweater | jacket | cape | shirt | vest | raincoat
-cute: little | fat | tiny | sleepy | shy | noisy | curious | hungry | lazy | clever | pretty | funny | brave | busy | wet | cheeky
-creature: snail | bee | robin | cat | beetle | moth | sparrow | spider | ladybug | caterpillar | grasshopper | crow |
-    butterfly | lizard | blackbird | dove
-old: old | tall | broken | dusty | wobbly | crooked | wooden | rusty | mossy | painted | narrow | heavy
-perch: gate | wall | fence | roof | stone | bench | post | stump | bridge | barrel | ladder | signpost
-mood: tall | old | young | jolly | thin | round | kind | sleepy | grumpy | busy | lonely | polite
-folk: baker | mailman | nurse | painter | fisherman | soldier | fiddler | clown | gardener | sailor | policeman | shepherd |
-    teacher | carpenter | cook | tailor
-luggage: hat | coat | tie | umbrella | bag | bike | suitcase | beard
-smell: hay | rain | bread | roses | pine | apples | mint | smoke | honey | soup | grass | cinnamon
-tasty: sweet | tasty | fresh | big | tiny | warm | soft | lovely | yummy | round | golden | fine
-fruit: plums | apples | pears | cookies | peaches | buns | carrots | cherries | nuts | rolls | pancakes | muffins
-filling: cheese | ham | jam | honey | butter | egg | tomato | fish
-drink: lemonade | milk | tea | cocoa | apple juice | water | ginger ale | berry juice
-sound: a dog barked | a bell rang | a train whistled | a rooster crowed | a horn blew | a clock struck | a door slammed | somebody sang |
-    an owl hooted | a cow mooed | a fiddle played | a gate creaked
-furniture: table | chair | sofa | bed | shelf | stove | door | curtain | piano | rug | cupboard | window
-cozy: small | little | white | cozy | crooked | yellow | tidy | noisy | old | warm | narrow | pretty
-home: house | cottage | cabin | hut | farmhouse | brick house | wooden house | tower
-homeland: by the sea | at the edge of town | on a green hill | near the woods | in a busy street | beside a mill |
-    behind the church | under tall trees | in a quiet village | across from the school | by the railroad | over a bakery
-giver: uncle | aunt | cousin | godmother | sister | brother | neighbor | teacher
-toyfriend: pillow | doll | teddy bear | cat | dog | diary | goldfish | rabbit
-dream: dragon | whale | castle | rocket | snowman | giant | ship | mermaid | unicorn | circus | garden | pirate
+feather: feather | bird | cloud | balloon | butterfly | soap bubble | leaf | lark | snowflake | kite |
+    petal | moth | breeze | ribbon | bumblebee | sunbeam
+color: red | blue | green | yellow | gray | brown | white | black | purple | pink | orange | golden |
+    silver | violet | plaid | checkered | striped | spotted | turquoise | rosy
+clothes: hat | cap | coat | scarf | sweater | jacket | cape | shirt | vest | raincoat | belt | hood |
+    apron | shawl | bow | robe | collar | poncho | blouse | bonnet
+cute: little | fat | tiny | sleepy | shy | noisy | curious | hungry | lazy | clever | pretty | funny |
+    brave | busy | wet | cheeky | fluffy | nervous | young | old | proud | quiet | grumpy | merry | lonely |
+    jolly | dusty | friendly | plump | hasty | dreamy | bold | thirsty | muddy | gentle | cross
+creature: snail | bee | robin | cat | beetle | moth | sparrow | spider | ladybug | caterpillar |
+    grasshopper | crow | butterfly | lizard | blackbird | dove | owl | magpie | toad | wasp | starling |
+    cricket | pigeon | mouse | raven | weasel | squirrel | dragonfly | worm | chipmunk | woodpecker |
+    finch | slug | hamster | parrot | swallow
+old: old | tall | broken | dusty | wobbly | crooked | wooden | rusty | mossy | painted | narrow | heavy |
+    shiny | round | muddy | iron | tiny | huge | cracked | slippery | warm | cold | empty | sandy | lonely |
+    famous | plain | hollow
+perch: gate | wall | fence | roof | stone | bench | post | stump | bridge | barrel | ladder | signpost |
+    bucket | cart | pump | log | crate | wagon | statue | well | haystack | doorstep | lamppost | mailbox |
+    chimney | rock | tent | boat
+mood: tall | old | young | jolly | thin | round | kind | sleepy | grumpy | busy | lonely | polite |
+    cheerful | shy | strange | famous | tired | happy | worried | elegant | clumsy | wise | rich | poor |
+    gentle | bald | silent | noisy
+folk: baker | mailman | nurse | painter | fisherman | soldier | fiddler | clown | gardener | sailor |
+    policeman | shepherd | teacher | carpenter | cook | tailor | doctor | farmer | singer | juggler |
+    hunter | wizard | captain | mayor | pilot | butcher | miller | knight | dancer | writer | plumber |
+    florist | grocer | barber | beggar | king
+luggage: hat | coat | tie | umbrella | bag | bike | suitcase | beard | scarf | parrot | lantern | basket |
+    violin | flag | cart | drum | cane | trumpet | bundle | sack | wig | briefcase | feather | newspaper |
+    rose | bucket | harp | kite
+passed: walked by | hurried past | came along | rode by | waved | nodded | stopped | sang a song
+smell: hay | rain | bread | roses | pine | apples | mint | smoke | honey | soup | grass | cinnamon |
+    flowers | fish | moss | coffee | lemons | onions | chocolate | lavender | earth | oranges | popcorn |
+    vanilla
+sound: a dog barked | a bell rang | a train whistled | a rooster crowed | a horn blew | a clock struck |
+    a door slammed | somebody sang | an owl hooted | a cow mooed | a fiddle played | a gate creaked |
+    a baby laughed | a drum beat | a donkey brayed | thunder grumbled | a frog croaked | a flute played |
+    a cat purred | somebody sneezed
+far: far away | somewhere | nearby | next door
+tasty: sweet | tasty | fresh | big | tiny | warm | soft | lovely | yummy | round | golden | fine | little |
+    sticky | crisp | juicy | crunchy | delicious | tender | ripe | huge | perfect | salty | crumbly
+fruit: plums | apples | pears | cookies | peaches | buns | carrots | cherries | nuts | rolls | pancakes |
+    muffins | grapes | dates | waffles | tomatoes | biscuits | berries | figs | pretzels | dumplings |
+    radishes | candies | chestnuts | melons | crackers | noodles | potatoes
+filling: cheese | ham | jam | honey | butter | egg | tomato | fish | chicken | banana | cucumber | salad |
+    peanut | mushroom | pepper | olive
+drink: lemonade | milk | tea | cocoa | apple juice | water | ginger ale | berry juice | orange juice |
+    cider | soda | grape juice
+animals: ducks | goats | ponies | geese | puppies | sheep | rabbits | donkeys | hens | kittens | cows |
+    pigeons | swans | turkeys | piglets | calves | foxes | squirrels | horses | dogs | frogs | monkeys |
+    mice | peacocks
+furniture: table | chair | sofa | bed | shelf | stove | door | curtain | piano | rug | cupboard | window |
+    armchair | desk | mirror | closet | fireplace | wardrobe | dresser | lamp | bathtub | sink | stairs |
+    bookcase
+giver: uncle | aunt | cousin | godmother | sister | brother | neighbor | teacher | godfather | friend
+toyfriend: pillow | doll | teddy bear | cat | dog | diary | goldfish | rabbit | hamster | parrot | robot |
+    puppet
+dream: dragon | whale | castle | rocket | snowman | giant | ship | mermaid | unicorn | circus | garden |
+    pirate | volcano | comet | treasure | palace | balloon | princess | monster | rainbow | elephant |
+    island | train | fairy
 mud: bushes | mud | sand | leaves | grass | weeds | straw | stones
-puddles: puddles | trash cans | shadows | holes | corners | flowers | ditches | branches
-mice: mice | bats | ladders | wasps | snakes | moths | high towers | geese | elevators | frogs
-milk: milk | snow | chalk | a sheet | flour | a goose | a lily | salt
-sadbeast: sad lion | sad clown | gray cloud | lonely whale | broken heart | dark storm | blue fish | wet cat
+home: house | cottage | cabin | hut | farmhouse | tower | tent | mill | palace | barn | wagon | inn
+homeland: by the sea | at the edge of town | on a green hill | near the woods | in a busy street |
+    beside a mill | behind the church | under tall trees | in a quiet village | across from the school |
+    by the railroad | over a bakery | at the end of the road | on the market square | near the harbor |
+    between two lakes | behind the station | next to a pond | at the foot of a mountain | on a small island
+cozy: small | little | white | cozy | crooked | yellow | tidy | noisy | old | warm | narrow | pretty | red |
+    wooden | funny | quiet | tall | blue | drafty | pink
 
-meet: Once upon a time, there was <a trait> [little | young] <girl hero=kid> named {hero}. {He} <loved> to <outdoors>.
-    | Once there was <a trait> <girl hero=kid> [named | called] {hero} who <loved> to <outdoors> and <indoors>.
-    | In <a cozy> <home> <homeland>, there lived <a trait> <girl hero=kid> named {hero}.
-    | <hero=kid> was <a trait> {girl} who lived in <a cozy> <home> <homeland>.
-    | <hero=kid> <loved> to <outdoors>, and when it rained {he} <loved> to <indoors>.
-    | Everybody <homeland> knew <hero=kid>. {He} was <a trait> and <trait2> {girl} who <loved> to <indoors>.
 bug: <a cute> <creature> on <a old> <perch>
 person: <a mood> <folk> with <a color> <luggage>
-sights: <bug> and <person> | <few> <cute> <animals> and <bug> | <person> and <few> <cute> <animals>
-animals: ducks | goats | ponies | geese | puppies | sheep | rabbits | donkeys | hens | kittens | cows | pigeons
 treats: <few> <tasty> <fruit>
-snack: <treats> and <a filling> sandwich | <treats> and a bottle of <drink> | <a filling> sandwich and a cup of <drink>
-air: The air smelled of <smell>, and [far away | somewhere | nearby] <sound>. | It smelled of <smell>. | [Far away | Somewhere | Nearby], <sound>.
-    | <A cute> <creature> sat on <a old> <perch>. | <A mood> <folk> walked by with <a color> <luggage>.
-outfit: {He} put on {his} <color> <clothes>. | {He} put <snack> into {his} <color> bag. | {He} took {his} <color> <clothes> and <treats>.
+snack: <treats> and <a filling> sandwich | <treats> and a bottle of <drink>
+sights: <bug> and <person> | <few> <cute> <animals> and <bug> | <person> and <few> <cute> <animals>
+scene: <A cute> <creature> sat on <a old> <perch>. | <A mood> <folk> <passed> with <a color> <luggage>.
+    | It smelled of <smell>, and <far> <sound>. | <Few> <cute> <animals> ran past <a old> <perch>.
+    | One cloud looked like <a cute> <creature>, and one like <a color> <dream>. | Somebody had painted <a color> <dream> on <a old> <perch>.
+    | <A color> <clothes> hung on <a old> <perch>. | From <a cozy> <home> came the smell of <smell>.
+outfit: {He} put on {his} <color> <clothes> and packed <snack>. | {He} wore <a color> <clothes> and carried <treats>.
+meet: Once upon a time, there was <a trait> [little | young] <girl hero=kid> named {hero}. {He} lived <homeland> and <likes> to <outdoors>.
+    | Once there was <a trait> <girl hero=kid> [named | called] {hero} who <likes> to <outdoors> and <indoors>.
+    | In <a cozy> <home> <homeland>, there lived <a trait> <girl hero=kid> named {hero}. {He} <likes> to <indoors>.
+    | <hero=kid> was <a trait> {girl} who lived in <a cozy> <home> <homeland>.
+    | <hero=kid> <likes> to <outdoors>, and when it rained {he} <likes> to <indoors>.
 
-lost: <lost_open>¶ <lost_gone> [<lost_ask> | ]¶ <lost_look> <found> {hero} <lost_joy>¶ <lost_end>
-lost_open: <meet> {His} favorite thing in the whole world was <a look=look> <thing=toy>. [{He} took it everywhere, even to [bed | school | the table | the bath]. | {His} <giver> had given it to {him}. | {He} had found it behind the <furniture>.]
-    | There was once <a look=look> <thing=toy> that belonged to <a trait> <girl hero=kid> named {hero}.
-      [It was not big and it was not fancy, but {he} loved it more than anything. | {He} talked to it, and {he} was sure that it listened. | Each night it lay [beside | under | on] {his} pillow.]
-    | <hero=kid> had many things, but {he} loved only one of them with all {his} heart. It was <a look=look> <thing=toy>, a present from {his} <giver>.
-    | "Look what I have!" <cried> <hero=kid>, and {he} held up <a look=look> <thing=toy>. {His} <giver> had made it just for {him}, and {he} [would not let go of it | showed it to everybody | could not stop looking at it | felt like the luckiest {girl} in town].
-lost_gone: <oneday> {hero} and {his} <elder=elder> <ran> to <place=place>. {hero} took the {thing} along.
-      They saw <place.see> and <sights>. But when it was time to go home, the {thing} was gone.
-    | <oneday> {hero} played with the {thing} <at place=place> while {his} <elder=elder> [read a book | drank some <drink> | talked to <person> | took a nap | ate <snack>]. <air>
-      Then [a wind came up | it began to get dark | a bell rang | the sun went down | clouds came up], and in the rush {he} left the {thing} behind. {He} noticed it only [at supper | at bedtime | at the front door | in the bath].
-    | <oneday> {hero} carried the {thing} to <place=place> to show it to {his} <elder=elder>. On the way {he} stopped to look at <sights>. {He} stopped again to [tie {his} shoe | smell a flower | drink some water | pick up a leaf | eat <treats>]. And when {he} got there, {his} hands were empty.
-lost_ask: "Do not cry," said {his} {elder} <softly>. "[A thing that is lost wants to be found | Let us go back and look | We will look until we find it | Two pairs of eyes are better than one]."
-    | "My {thing}!" <cried> {hero}. {He} felt so <sad> that <weeping>.
-    | {He} asked <person>, but [nobody had seen it | that was no help at all].
-lost_look: {hero} <ran> back to {place}. {He} searched in the <mud> and in the <puddles>, and {he} looked under <a color> [cart | bench | box | boat | tent | blanket].
-    | They went back to {place} with a [lamp | torch | candle | dog | map | rope]. They looked [high and low | here and there | up and down | near and far]. They found <a color> <junk> and <a old> <junk2>, but that was all.
-    | "Think," said {his} {elder} <softly>. "Where were you when you had it last?" {hero} closed {his} eyes. {He} remembered <bug>. Then {he} <ran> [straight | all the way | as fast as {he} could] to {place}.
-junk: button | shoe | feather | glove | coin | spoon | sock | marble
-junk2: bottle | wheel | bucket | pipe | kettle | comb | shovel | watch
+lost: <lost_open>¶ <lost_gone> <lost_ask>¶ <lost_look> <found> {hero} <joy>. <lost_end>
+lost_open: <meet> {He} owned <a look=look> <thing=toy>, and {he} took it everywhere, even to [bed | school | the table | the bath].
+    | There was once <a look=look> <thing=toy> that belonged to <a trait> <girl hero=kid> named {hero}. {His} <giver> had found it behind <a old> <perch>.
+    | "Look what I have!" <cried> <hero=kid>, and {he} held up <a look=look> <thing=toy>. {His} <giver> had made it just for {him}.
+lost_gone: <oneday> {hero} and {his} <elder=elder> <ran> to <place=place>. They saw <place.see> and <sights>. But when it was time to go home, the {thing} was gone.
+    | <oneday> {hero} played <at place=place> while {his} <elder=elder> talked to <person>. <scene> Then it began to rain, and in the rush {he} left the {thing} behind.
+    | <oneday> {hero} carried the {thing} to <place=place> to show it to {his} <elder=elder>. On the way {he} stopped to look at <sights>. When {he} got there, {his} hands were empty.
+lost_ask: "Do not cry," said {his} {elder} <softly>. "[Lost things want to be found | Let us go back and look | Two pairs of eyes are better than one]."
+    | "My {thing}!" <cried> {hero}. {He} felt so <sad> that <weep>.
+    | {He} asked <person>, but nobody had seen it.
+lost_look: {hero} <ran> back to {place}. {He} searched in the <mud> and behind <a old> <perch>. <scene>
+    | They went back to {place} and looked high and low. They found <a color> <junk> and <a old> <junk2>, but that was all.
+    | "Where were you when you had it last?" asked {his} {elder}. {hero} remembered <bug>. {He} <ran> all the way to {place}.
+junk: button | shoe | feather | mitten | coin | spoon | sock | marble
+junk2: bottle | wheel | pipe | kettle | comb | shovel | watch | key
 found: And there, <place.spot>, lay the {look} {thing}!
     | Then {he} saw something {look} <place.spot>. It was {his} {thing}!
     | <A cute> <creature> sat <place.spot>, and next to it lay the {look} {thing}.
-    | <soon> {he} found the {look} {thing} <place.spot>, [a bit wet | a bit dusty | covered with dew | with a snail on it] but safe.
-lost_joy: hugged it [tight | for a long time | and kissed it]. | picked it up and [would not let it go | wiped it clean | danced around with it]. | <joy>.
-lost_end: From that day on, {hero} tied <a color> ribbon to the {thing} [before {he} went out | so that it could not get lost | and never lost it again].
-    | That night, {hero} slept with the {look} {thing} in {his} arms. {He} dreamed of <a color> <dream> and of {place}.
-    | "Next time," <said> {hero}, "[I will look after you better | I will count my things before I leave | you will stay in my bag]." And {he} kept {his} word each time {he} went to {place}.
-    | {hero} learned [to take good care of the things {he} loved | that it helps to stay calm and think | never to give up too soon]. And the {thing} [never got lost again | was never left behind again | always came home from {place}].
+lost_end: From that day on, {he} tied <a color> ribbon to the {thing} whenever {he} went to {place}.
+    | That night, {he} held the {look} {thing} in {his} arms and dreamed of <a color> <dream>.
+    | "Next time," {he} <said>, "I will take better care of you." And the {look} {thing} always came home from {place}.
 
-earn: <earn_open>¶ "<price> <num=number> coins," <said> {boss}. <earn_poor>¶ <earn_work> <earn_more> [<earn_tired> | ]¶ <earn_turn> <earn_end>
-price: It costs | You may have it for | That will be | The price is | It is yours for
-earn_open: <meet> <oneday> {he} saw <a look=look> <thing=toy> in the [window | corner | doorway] of <a cozy> shop. The shop belonged to <boss=neighbor>. [{hero} could not stop looking at it. | {hero} wanted it more than anything. | {hero} pressed {his} nose against the glass.]
+earn: <earn_open> "It costs <num=number> coins," <said> {boss}. But {hero} had only <few>. ¶ <earn_work> <scene> <earn_more>¶ <earn_turn> <earn_end>
+earn_open: <meet> <oneday> {he} saw <a look=look> <thing=toy> in the window of <boss=neighbor>. {He} wanted it more than anything.
     | In the shop of <boss=neighbor>, between <a color> <jar> and <a old> <lamp>, stood <a look=look> <thing=toy>. Each day after school, <a trait> <girl hero=kid> named {hero} came in to look at it.
-    | "Please, how much is the <look=look> <thing=toy>?" asked <hero=kid>. {He} had seen it in the shop of <boss=neighbor>, between <a color> <jar> and <a old> <lamp>, and {he} had [dreamed of | thought of | talked about] nothing else.
+    | "How much is the <look=look> <thing=toy>?" asked <hero=kid>. {He} had seen it in the shop of <boss=neighbor>, between <a color> <jar> and <a old> <lamp>.
 jar: book | jar | hat | box | cup | pencil | globe | broom
 lamp: clock | lamp | drawer | chest | trunk | mirror | violin | statue
-earn_poor: {hero} [counted {his} money. {He} had only | looked into {his} piggy bank. There were only | turned out {his} pockets and found only] <few> [pennies | pennies and <a color> button | pennies and some string]. [That was not enough. But {hero} did not give up. | {hero} went home and thought hard. | "Then I will earn it," {he} <said>.]
 earn_work: So {he} went to work. {He} <jobhome>, {he} <jobyard>, and {he} <jobtown>.
-    | "I will work for it," {he} said. {He} <jobhome> for {his} <giver>. {He} <jobyard> for <a mood> <folk>. And {he} <jobtown>.
-    | On <weekday>, {he} <jobhome>. The next day, {he} <jobyard>. On the day after that, {he} <jobtown>.
-jobhome: swept the floor | washed the dishes | polished the shoes | folded the laundry | dusted the shelves | set the table | made the beds | peeled the potatoes | cleaned the windows | fed the cat
-jobyard: raked the leaves | watered the garden | pulled the weeds | picked the berries | stacked the wood | painted the fence | fed the chickens | swept the path | mowed the lawn | cleaned the stable
-jobtown: walked <few> dogs | carried bags at the market | sold <drink> on the corner | washed <few> cars | sold <fruit> at the gate | brought the milk | delivered newspapers | looked after the baby next door
-earn_more: Each coin went into <a color> <purse>. | Coin by coin, the <color> <purse> got heavier. | It was hard work, but {he} [never gave up | <danced> | thought of the {thing}].
+    | "I will work for it," {he} <said>. {He} <jobhome> for {his} <giver>. {He} <jobyard> for <person>. And {he} <jobtown>.
+    | On <weekday>, {he} <jobhome>. Then {he} <jobyard>, and after that {he} <jobtown>.
+jobhome: swept the floor | washed the dishes | polished the shoes | folded the laundry | dusted the shelves | set the table |
+    made the beds | peeled the potatoes | cleaned the windows | fed the cat | baked the bread | ironed the shirts
+jobyard: raked the leaves | watered the garden | pulled the weeds | picked the berries | stacked the wood | painted the fence |
+    fed the chickens | swept the path | mowed the lawn | cleaned the stable | milked the goat | washed the dog
+jobtown: walked <few> dogs | sold <drink> on the corner | washed <few> cars | sold <tasty> <fruit> at the gate | carried <few> bags | caught <few> mice
+earn_more: Each coin went into <a color> <purse>. | It was hard work, and {his} <arms> ached, but {he} thought of the {thing}. | Sometimes {he} wanted to buy <treats> instead, but {he} did not.
 purse: jar | box | sock | can | purse | mug | bag | tin
-earn_tired: {His} <arms> ached and {his} <feet> hurt. | Sometimes {he} wanted to buy <treats> instead, but {he} did not. | "You work like an ant," said <a mood> <folk>.
-arms: arms | hands | fingers | shoulders
-feet: feet | legs | knees | toes
-earn_turn: <soon> {hero} had {num} coins and <ran> to the shop. [{boss} took the {thing} down and put it into {his} hands. | But the {thing} was not there! "Do not worry," said {boss} <softly>. "I hid it under the counter, so that nobody else could buy it."]
-    | When {he} had {num} coins, {he} put them on the counter in a row. {boss} counted them <softly>. "[Well done | You earned it | It is yours | Good work], {hero}."
-    | But the day before {he} had {num} coins, {boss} stopped {him} in the street. "I saw how hard you worked," said {boss} <softly>. "Here is the {thing}. [Keep the coins. | Bring the rest when you can. | Will you help me in the shop sometimes?]"
-earn_end: {hero} carried the {look} {thing} home [like a treasure | under {his} <clothes> | with both arms | on tiptoe]. [It was worth every coin. | Nothing had ever felt so good. | A thing that you earn is sweeter than a gift.]
+arms: arms | hands | fingers | shoulders | feet | legs | knees | toes
+earn_turn: <soon> {hero} had {num} coins and <ran> to the shop. But the {thing} was not there! "Do not worry," said {boss} <softly>. "I hid it for you behind the <furniture>."
+    | When {he} had {num} coins, {he} put them down in a row. <scene> {boss} counted the coins <softly> and gave {him} the {thing}.
+    | But the day before {he} had {num} coins, {boss} stopped {him}. "I saw how hard you worked," said {boss} <softly>. "Here is the {thing}. Keep the coins."
+earn_end: {hero} <ran> home with the {look} {thing} and <joy>. A thing that you earn is sweeter than a gift.
     | {hero} <joy>. No {thing} in the world was as fine as the {look} {thing} that {he} had earned.
-    | That evening, the {look} {thing} [stood next to the <furniture> | lay on {his} bed | sat in {his} lap], and {hero} could not stop smiling. {He} had [worked for it all by {himself} | waited for it so long | paid for it with {his} own hands].
+    | That evening, {hero} put the {look} {thing} next to the <furniture>. {He} had paid for it with {his} own hands.
 
 quarrel: <q_open>¶ <q_pull> <q_apart>¶ <q_sorry> <q_end>
-q_open: <hero=kid> and <friend=kid> were best friends. They [lived next door to each other | sat side by side at school | walked to school together | shared a tree house] and <loved> to <outdoors>. <q_start>
-    | "It is mine!" <cried> <hero=kid>. "No, it is mine!" <cried> <friend=kid>. They had been best friends for <few> years. But then they had found <a look=look> <thing=toy> <at place=place>, [and now the whole street could hear them | and now nobody could stop them | and even <bug> could hear them now].
-    | <meet> {His} best friend was <friend=kid>, who <loved> to <indoors>. <q_start>
-q_start: <oneday> they found <a look=look> <thing=toy> <at place=place>. [Nobody knew whose it was, and both of them wanted to keep it. | "I saw it first," <cried> {hero}. "But I touched it first," <cried> {friend}.]
-    | <oneday> they sat <at place=place> with <a look=look> <thing=toy>. <air> {hero} wanted to have the {thing} all day. [So did {friend}. | {friend} wanted a turn. | {friend} said it was not fair.]
-q_pull: {hero} pulled on one side, and {friend} pulled on the other. <rip>! The {thing} [fell into the <mud> | slipped out of their hands | flew through the air and landed in the <puddles>].
-    | {friend} grabbed the {thing} and ran. {hero} ran after {friend.him}, past <person>, until they fell down in the <mud>.
-    | "You are <mean>!" <cried> {hero}. "And you are <selfish>!" <cried> {friend}. {hero} stamped {his} foot, and {friend} turned [red | pale | away | purple].
+q_open: <hero=kid> and <friend=kid> were best friends. They <likes> to <outdoors> and to <indoors>. <q_start>
+    | "It is mine!" <cried> <hero=kid>. "No, it is mine!" <cried> <friend=kid>. They had been best friends for <few> years. But then they had found <a look=look> <thing=toy> <at place=place>, next to <bug>.
+    | <meet> {His} best friend was <friend=kid>, who <likes> to <indoors>. <q_start>
+q_start: <oneday> they found <a look=look> <thing=toy> <at place=place>. "I saw it first!" <cried> {hero}. "But I touched it first!" <cried> {friend}.
+    | <oneday> they sat <at place=place> with <a look=look> <thing=toy>. <scene> {hero} wanted to have the {thing} all day. So did {friend}.
+q_pull: {hero} pulled on one side, and {friend} pulled on the other. <rip>! The {thing} flew over <a old> <perch> and landed in the <mud>.
+    | {friend} grabbed the {thing} and ran. {hero} ran after {friend.him}, past <sights>, until they fell down in the <mud>.
+    | "You are <mean>!" <cried> {hero}. "And you are <selfish>!" <cried> {friend}. They threw <treats> at each other.
 rip: Rip | Crack | Plop | Bang | Snap | Crash
-mean: mean | rude | greedy | bossy | silly
-selfish: selfish | nasty | unfair | stubborn | a bully
-q_apart: Then they went home, each one alone. {hero} ate <treats> without a word. It was so <dull> and <dull2> without {friend}.
-    | For <few> days, they did not speak. {hero} [played alone | sat by the <furniture> | kicked stones down the road | drew <a sadbeast>] and missed {friend}.
-    | {hero} [stuck out {his} tongue | crossed {his} arms | turned {his} back], and {friend} went away. The {look} {thing} lay in the <mud>, and nobody wanted it anymore.
+mean: mean | rude | greedy | bossy | silly | horrible
+selfish: selfish | nasty | unfair | rotten | stubborn | spoiled
+q_apart: Then they went home, each one alone. {hero} sat behind the <furniture> and ate <treats>. But it was <dull> and <dull2> without {friend}.
+    | For <few> days, they did not speak. {hero} tried to <indoors>, but it was <dull> and <dull2> without {friend}.
 dull: quiet | boring | dull | empty | gray | cold
 dull2: lonely | slow | strange | sad | sleepy | dark
-sorry: "I am sorry," <said> {hero}. "[You are more important than any {thing} | I was <mean> | A friend is better than a {thing} | I miss you]." "I am sorry, too," <said> {friend}.
+sorry: "I am sorry," <said> {hero}. "A friend is better than any {thing}." "I am sorry, too," <said> {friend}.
     | Then both of them said "I am sorry" at the very same time, and they <friends>.
-    | {hero} held out <treats>. "I am sorry," {he} <said>. {friend} [ate one | took them | nodded | smiled]. "Me too."
+    | {hero} held out <treats>. "I am sorry," {he} <said>. "Me too," <said> {friend}.
 friends: had to laugh | hugged | shook hands | began to giggle | felt much better | both turned red
-q_sorry: <thenext>, {hero} went to find {friend}. {friend} was already [at the gate | on the way | on the steps | at the corner]. <sorry>
-    | <thenext>, it began to rain, and both of them <ran> under the same [roof | tree | bridge | umbrella]. They looked at each other. <sorry>
-    | <thenext>, {hero} <ran> back to {place}. {friend} was there, all alone. <sorry>
-q_end: From then on, they [took turns with | shared | both looked after] the {look} {thing}. {hero} had it [in the morning | on Mondays | on sunny days], and {friend} had it [in the afternoon | on Tuesdays | on rainy days]. [It is more fun to share than to win. | Sharing made it twice as nice. | ]
-    | They gave the {look} {thing} to <a cute> child {place.at}, and they went off to <outdoors>. [A friend is worth more than a toy. | Nothing could come between them now. | ]
-    | They [made up a game for two | thought of a plan | laughed about it], and the {look} {thing} belonged to both of them. {hero} and {friend} never fought about it again.
+q_sorry: <thenext>, {hero} <ran> to find {friend}. {friend} was already waiting next to <a old> <perch>. <sorry>
+    | <thenext>, {hero} <ran> back to {place}. There was {friend} with <a cute> <creature>. <sorry>
+q_end: After that, they shared the {look} {thing}. {hero} had it on <weekday2>, and {friend} had it on <weekday>. It is more fun to share than to win.
+    | They gave the {look} {thing} to <person>, and they went off to <outdoors>. A friend is worth more than a toy.
+    | They sat down {place.at} with <treats>, and the {look} {thing} belonged to both of them.
+weekday2: rainy days | sunny days | Mondays | Sundays | most days | good days
 
-mend: <mend_open>¶ <mend_try>¶ <mended> <mend_end>
-mend_open: <meet> {He} had <a look=look> <thing=broken> that {his} <elder=elder> had [made | bought | painted | built] [for {his} birthday | long ago | on a trip]. <mend_oops>
-    | There once stood <a look=look> <thing=broken> next to <a color> <furniture> in the <home> of <a trait> <girl hero=kid> named {hero}. {His} <elder=elder> had [made | bought | painted | built] it for {him}. <mend_oops>
-    | <rip>! <hero=kid> looked down and held {his} breath. On the floor lay {his} <look=look> <thing=broken>, the one that {his} <elder=elder> had given {him}. [The cat had jumped on it | {hero} had leaned on it too hard | It had fallen off the <furniture>], and <thing.broke>.
-mend_oops: <oneday> [{hero} was careless | {he} ran too fast | {he} tripped over <a color> <clothes> | {he} bumped into the <furniture>], and <thing.broke>. "Oh no!" <cried> {hero}.
-mend_try: "It is [broken | ruined | done for]," <said> {hero}, and {he} felt so <sad> that <weeping>. "Nothing is too broken for [two pairs of hands | a good idea | a little patience]," said {his} {elder} <softly>. "All we need is <fix=thing.mend>."
-    | First, {hero} tried to mend it with <gum>. That only made a mess. Then {he} tried it with <a color> <lace>, but it did not hold. "Why not try <fix=thing.mend>?" asked {his} {elder} <softly>.
-    | {hero} wanted to throw it away. But {his} {elder} [looked at it closely | put on a pair of glasses | put down a cup of <drink>]. "Wait," said {his} {elder} <softly>. "I think that <fix=thing.mend> will do it."
-gum: mud | gum | honey | jam | soap | butter | tape | jelly | dough | syrup
+mend: <mend_open>¶ <mend_try>¶ <scene> <mended> <mend_end>
+mend_open: <meet> {He} had <a look=look> <thing=broken> that {his} <elder=elder> had made for {him}. <mend_oops>
+    | There once stood <a look=look> <thing=broken> next to <a color> <furniture> in the <home> of <a trait> <girl hero=kid> named {hero}. It came from {his} <elder=elder>. <mend_oops>
+    | <rip>! On the floor, next to <a color> <furniture>, lay the <look=look> <thing=broken> of <hero=kid>. {He} had got it from {his} <elder=elder>. <A cute> <creature> had jumped on it, and <thing.broke>.
+mend_oops: <oneday> {he} tripped over <a color> <clothes>, and <thing.broke>. | <oneday> {he} bumped into the <furniture>, and <thing.broke>.
+mend_try: "It is ruined," <said> {hero}, and {he} felt so <sad> that <weep>. "Nothing is too broken for two pairs of hands," said {his} {elder} <softly>. "All we need is <fix=thing.mend>."
+    | First, {hero} tried to mend it with <gum>. Then {he} tried it with <a color> <lace>. It only made a mess. "Why not try <fix=thing.mend>?" asked {his} {elder} <softly>.
+    | {hero} wanted to hide it behind the <furniture>. But {his} {elder} put down <a color> cup of <drink> and looked at it. "Wait," said {his} {elder} <softly>. "I think that <fix=thing.mend> will do it."
+gum: mud | gum | honey | jam | soap | butter | tape | jelly | dough | syrup | toothpaste | snow
 lace: shoelace | hair clip | leaf | straw | sock | candy wrapper | rubber band | sticker
-mended: They worked [all afternoon | until supper | by the light of a lamp | side by side], and with {fix} they made the {thing} whole again.
-    | {hero} found {fix} in [a kitchen drawer | the attic | <a old> box | the shed | <a color> tin | the cellar], and {he} fixed the {thing} [<softly> | with {his} tongue between {his} teeth | all by {himself}].
-    | It took <few> tries and [a whole hour | steady hands | much patience | a lot of <drink>], but thanks to {fix} the {thing} was as good as new.
-mend_end: "Now it has a story," said {his} {elder} <softly>. {hero} [ran a finger over the crack | nodded | smiled], and {he} loved the {look} {thing} even more than before.
-    | {hero} <joy>. After that, whenever something broke, {he} did not cry. {He} remembered the {look} {thing} and [went to find {his} {elder} | looked for the tools | rolled up {his} sleeves].
-    | The {look} {thing} was not perfect, but [that did not matter | it was stronger than before | it was loved]. {hero} learned that [broken things can be mended | it is better to fix a thing than to throw it away | patience can mend almost anything].
+mended: They worked for <few> hours, and with {fix} they made the {thing} whole again. {hero} <joy>.
+    | {hero} found {fix} in <a old> <chest>, and {he} fixed the {thing} <softly>.
+    | It took <few> tries and <few> cups of <drink>, but thanks to {fix} the {thing} was as good as new.
+chest: chest | drawer | trunk | basket | box | crate | tin | bag
+mend_end: "Now it has a story," said {his} {elder} <softly>. And {hero} loved the {look} {thing} even more than before.
+    | {hero} put the {look} {thing} back next to the <furniture> and ate <treats> with {his} {elder}.
+    | The {look} {thing} was not perfect, but it was loved. {hero} learned that patience can mend almost anything.
 
 animal: <a_open> <a_what>¶ <a_help> <a_wait>¶ <a_home> <a_end>
-a_open: <meet> <oneday> {he} was on the way to <place=place> when {he} heard a sound. Something <noise pet=animal> behind <a old> <hedge>.
-    | Something <noise pet=animal> in the <mud>. <hero=kid> stopped to listen. {He} was on the way to <place=place> with <snack>, but [that could wait | now {he} forgot all about it | this was more important].
-    | It was [cold | cool | windy | damp | late] <at place=place>, and almost everybody had gone home. Only <hero=kid> was still there, in {his} <color> <clothes>. Then something <noise pet=animal> behind <a old> <hedge>.
-hedge: shed | hedge | barrel | wall | fence | tree | door | cart
-a_what: It was a <baby> {pet}, [and it was lost | and one leg was hurt | and it was shaking with cold | and it was all alone].
-    | {He} bent down and saw a <baby> {pet} that was [stuck in a fence | stuck in a hole | caught in some string | too weak to walk].
-baby: small | tiny | baby | wet | young | thin | scared | shy
+a_open: <meet> <oneday> {he} was on the way to <place=place> when something <noise pet=animal> behind <a old> <perch>.
+    | Something <noise pet=animal> behind <a old> <perch>. <hero=kid> stopped to listen. {He} was on the way to <place=place> with <snack>, but that could wait.
+    | It was late <at place=place>. Only <hero=kid> was still there, in {his} <color> <clothes>. <scene> Then something <noise pet=animal>.
+a_what: It was a <baby> {pet}, all alone in the <mud>. | It was a <baby> {pet}, shaking with cold. | {He} saw a <baby> {pet} that was stuck under <a old> <perch>.
+baby: small | tiny | baby | wet | young | thin | scared | shy | gray | lost | lonely | hungry
 a_help: "Do not be afraid," <said> {hero}. {He} wrapped the {pet} in {his} <color> <clothes> and gave it <pet.food>.
-    | {hero} moved [softly | gently | slowly | quietly | carefully | without a sound], so that the {pet} would not be scared. {He} offered it <pet.food>. First it [sniffed | looked away | backed off | hid its face], but then it began to eat.
-    | "You poor <baby> thing," <said> {hero}. {He} <ran> home and came back with <pet.food> and <a color> [blanket | towel | pillow | sock].
-a_wait: The {pet} [looked up at {him} | closed its eyes | stopped shaking | put its head in {his} hand]. {He} named it <petname>. | For <few> days, {hero} took care of it, and each day it grew [stronger | braver | rounder | livelier]. {He} named it <petname>. | {His} <giver> brought <a color> [box | basket | bucket | crate] full of <straw>, and soon the {pet} [felt better | was dry and warm | could stand up again].
-straw: hay | straw | leaves | moss | wool | feathers | rags | paper
-petname: Button | Pepper | Biscuit | Pickle | Muffin | Sunny | Cloud | Lucky | Star | Pip | Ginger | Bean
-a_home: Then {hero} took the {pet} back to {pet.home}. [It turned around once, as if to say thank you. | It was hard to say goodbye. | "Goodbye, little one," {he} <said>.]
-    | But {he} knew that a {pet} needs its own home. So {he} carried it back to {pet.home}, [waved | smiled | sniffed a little | kissed its head], and let it go.
-a_end: After that, each time {hero} came to {place}, the {pet} [came out to greet {him} | waited for {him} | sat nearby and watched {him} <outdoors>].
-    | And when {hero} went to {place} the next [week | spring | summer | month], there was the {pet}, [fat and happy | twice as big | with <few> little ones].
-    | {hero} <ran> home from {place} with a warm heart. [Even a small hand can help a lot. | It feels good to help someone smaller. | It takes only a little to be kind.] And somewhere, a {pet} {pet.noise} [happily | for joy | in its sleep].
+    | {hero} moved <softly> and offered the {pet} <pet.food>. First it hid behind <a old> <perch>, but then it began to eat.
+    | {He} <ran> home and came back with <pet.food> and <a color> <clothes> to keep the {pet} warm.
+a_wait: <scene> The {pet} stopped shaking. {He} named it <petname>.
+    | For <few> days, it slept next to the <furniture> and ate <treats>. {He} named it <petname>.
+    | {His} <giver> brought <a color> <purse> full of <straw>, and soon the {pet} felt better.
+straw: hay | straw | leaves | moss | wool | feathers | rags | paper | cotton | ferns
+petname: Button | Pepper | Biscuit | Pickle | Muffin | Sunny | Cloud | Lucky | Star | Pip | Ginger | Bean | Olive | Pumpkin | Cookie | Dot
+a_home: Then {hero} took the {pet} back to {pet.home}. "Goodbye, little one," {he} <said> <softly>.
+    | But {hero} knew that a {pet} needs its own home. So {he} carried it back to {pet.home} and waved <softly>.
+a_end: After that, each time {hero} came to {place}, the {pet} sat on <a old> <perch> and watched {him} <outdoors>.
+    | And when {hero} came to {place} <few> weeks later, there was the {pet} with <few> little ones.
+    | {hero} <ran> home from {place} and felt <happy>. Even a small hand can help a lot.
 
 fear: <fear_open>¶ <fear_day> <fear_told>¶ <fear_step> <fear_end>
 fear_open: <meet> {He} was not afraid of <lions> or <ghosts>. But {he} was afraid of <fear=fear>, because <fear.why>.
-    | "I am not afraid of <lions> or <ghosts>," said <hero=kid> to {his} <toyfriend>. That was true. But {he} was afraid of <fear=fear>, because <fear.why>. [Nobody knew it but {his} <giver>. | {He} had never told anybody.]
-    | There was one thing that <hero=kid> did not like, and that was <fear=fear>. "I know that it is silly," {he} told {his} <color> <toyfriend>. But {he} could not help it, because <fear.why>.
-lions: lions | bulls | storms | pirates | wolves | snakes | mice | bees
+    | "I am not afraid of <lions> or <ghosts>," said <hero=kid> to {his} <color> <toyfriend>. But {he} was afraid of <fear=fear>, because <fear.why>.
+    | Only a <color> <toyfriend> knew the secret of <hero=kid>. {He} was afraid of <fear=fear>, because <fear.why>.
+lions: lions | bulls | storms | pirates | wolves | snakes | mice | bees | bats | ladders | wasps | geese
 ghosts: ghosts | witches | dragons | bears | goblins | giants | monsters | crocodiles
-fear_day: <oneday> {fear.see}. {hero} wanted to <hide>. {His} <heart> [knocked like a drum | shook like a leaf | would not keep still].
+fear_day: <oneday> {fear.see}. {hero} wanted to <hide>. {His} <heart> shook like <a feather>.
     | <oneday> {fear.see}. {hero} turned as white as <milk> and wanted to <hide>.
-hide: hide under the <furniture> | hide behind the <furniture> | run away | crawl into a hole | fly to the moon | be a mouse | become invisible | sleep for <few> days
+milk: milk | snow | chalk | a sheet | flour | a goose | a lily | salt
+hide: hide under the <furniture> | hide behind the <furniture> | run away | crawl into <a old> <chest> | fly to the moon | be <a creature> | become invisible | sleep for <few> days
 heart: heart | knees | teeth | hands | lips | legs
-fear_told: "I was afraid of {fear} too, when I was little," said {his} <elder=elder> <softly>. "[Being brave does not mean that you are not scared. | You do not have to like it. | A fear gets smaller when you look at it.] [Just take one small step. | Let us do it together. | Try it just once.]"
-    | {His} <elder=elder> sat down beside {him} with <treats>. "Everybody is afraid of something," said {his} {elder} <softly>. "I am afraid of <mice>. [But I do not let that stop me. | Shall we be brave together? | But I hum a song, and then it is not so bad.]"
-fear_step: So {hero} took a deep breath. {He} <fear.step>. {He} waited. [Nothing bad happened. | It was not so bad after all. | {His} <heart> grew calm.]
-    | {hero} thought of <a color> <dream> and counted to <few>. Then {he} <fear.step>. {His} {elder} [cheered | clapped | nodded | smiled at {him}].
-    | "I can do it," <said> {hero}. {He} <fear.step>. The next time it was [easier | almost easy | better | nearly fun].
-fear_end: After that, {hero} was no longer afraid of {fear}. {He} <joy>, and {he} told {his} {elder} about it [<few> times | all evening | over <treats>].
-    | {Fear} did not seem so terrible now. "I was scared, but I did it anyway," <said> {hero}, and {he} ate <treats> with {his} {elder}.
-    | From then on, when somebody was afraid of {fear}, {hero} [took their hand | sat with them | told them how it went]. "[One small step | A deep breath | A friend beside you], that is all you need," {he} said, just like {his} {elder}.
+fear_told: "I was afraid of {fear} too, when I was little," said {his} <elder=elder> <softly>. "A fear gets smaller when you look at it."
+    | {His} <elder=elder> sat down beside {him} with <treats>. "Everybody is afraid of something," said {his} {elder} <softly>. "I am afraid of <lions>."
+    | "[Just take one small step | Try it just once | You do not have to like it]," said {his} <elder=elder> <softly>. "I will sit here next to <bug> and wait for you."
+fear_step: So {hero} put on {his} <color> <clothes> and took <few> deep breaths. {He} <fear.step>. And nothing bad happened!
+    | {hero} thought of <a color> <dream> and counted to <few>. Then {he} <fear.step>. <scene>
+    | "I can do it," <said> {hero} <softly>. {He} <fear.step>. <scene> The next time it was almost easy.
+fear_end: After that, {hero} was no longer afraid of {fear}. {He} <joy>, and {he} told {his} {elder} about it [<few> times | over <treats>].
+    | "I was scared of {fear}, but I did it anyway," <said> {hero}, and {he} ate <treats> with {his} {elder}.
+    | {Fear} did not seem so terrible now. {hero} <joy>, and {his} {elder} <smiled2>.
+smiled2: smiled | nodded | cheered | clapped | winked | laughed
 
-trip: <t_open> <t_pack>¶ <t_there> [<t_night> | ]¶ <t_find> <t_home>
-t_open: "Pack your bag, <hero=kid>!" <cried> {his} <elder=elder>. "<weekday> is the big day. We are going to <trip=trip>!" {hero} <smiled>.
-    | <meet> {He} had never been to <trip=trip>, but {he} had [read <few> books | asked <few> questions | dreamed <few> times] about it. <oneday> {his} <elder=elder> came in with <few> tickets.
-    | For <few> nights, <hero=kid> had been too excited to sleep. {His} <elder=elder> wanted to take {him} to <trip=trip>!
-t_pack: {He} packed <treats>, <a color> <clothes>, and <a old> [map | camera | compass | notebook]. They traveled <trip.ride> for <few> hours, and {he} counted [cows | trees | bridges | clouds | birds | towers] on the way.
-    | {hero} took {his} <color> <clothes> and <snack>. They traveled <trip.ride>, next to <person> who told <few> jokes.
+trip: <t_open> <t_pack>¶ <t_there>¶ <t_find> <t_home>
+t_open: "Pack your bag, <hero=kid>!" <cried> {his} <elder=elder>. "On <weekday> we are going to <trip=trip>!" {hero} <joy>.
+    | <meet> {He} had read <few> books about <trip=trip>. <oneday> {his} <elder=elder> came in with <few> tickets.
+    | For <few> nights, <hero=kid> had been too <happy> to sleep. {His} <elder=elder> wanted to take {him} to <trip=trip>!
+t_pack: {He} packed <treats>, <a color> <clothes>, and <a old> <camera>. They traveled <trip.ride> for <few> hours.
+    | {hero} took {his} <color> <clothes> and <snack>. They traveled <trip.ride>, next to <person>.
+camera: map | camera | compass | notebook | telescope | pen | whistle | lamp
 t_there: What a place it was! {hero} saw <trip.see> and <sights>. Then they <trip.do>. {He} <joy>.
-    | "Is it real?" asked {hero}. In front of them lay <trip.see>. It smelled of <smell>, and nearby <sound>. Before lunch, they ate <treats>. After lunch, they <trip.do>.
-    | They met <person> who showed them <trip.see>. "[You will never see anything like this at home | Not many people know this place | Come with me]!" Then they <trip.do>.
-t_night: In the evening, {hero} missed {his} <color> <toyfriend>. "[Home is only a few hours away | Look, it is the same moon as at home | Tell it all about today in your dreams]," said {his} {elder} <softly>.
-    | That night, {hero} [lay awake | looked up at the moon | listened to the wind]. {He} did not want to forget anything, so {he} drew <sights> in a little book.
-t_find: On the last day, {hero} found <a thing=trip.bring>. [{He} put it into {his} pocket. | "This comes home with me," {he} <said>. | It was just the right size for {his} hand.]
-    | Before they left, {his} {elder} bought {him} <a thing=trip.bring> from <a mood> <folk>.
-t_home: At home, the {thing} [stood on | lay on | got a place next to] the <furniture>. Whenever {hero} looked at it, {he} thought of {trip} and [<smiled> | made plans for the next trip | told the story again].
-    | {hero} showed the {thing} to {his} <giver> and talked about {trip} for <few> hours. [The world is big, and there is so much to see. | It is good to go away, and it is good to come home.]
-    | That night, {hero} put the {thing} under {his} pillow. {He} was glad to be home, and in {his} dreams {he} went back to {trip}.
+    | "Is it real?" <said> {hero}. In front of them lay <trip.see>. It smelled of <smell>, and <far> <sound>. After <treats>, they <trip.do>.
+    | They met <person> who showed them <trip.see>. "[You will never see this at home | Not many people know this place | Come with me]!" Then they <trip.do>. <scene>
+t_find: On the last day, {hero} found <a thing=trip.bring> next to <a old> <perch>.
+    | Before they left, {his} {elder} bought {him} <a thing=trip.bring> from <person>.
+t_home: At home, the {thing} got a place next to the <furniture>. Whenever {hero} looked at it, {he} thought of {trip} and <smiled>.
+    | {hero} showed the {thing} to {his} <giver> and talked about {trip} for <few> hours. The world is big, and there is so much to see.
+    | That night, {hero} put the {thing} under {his} <color> pillow and dreamed of {trip}.
 
 surprise: <s_open>¶ <s_work> <s_oops>¶ <s_day> <s_end>
-s_open: "Shh!" whispered <hero=kid> to {his} <color> <toyfriend>. "<weekday> is <Elder=elder>'s birthday. I want to make <a look=look> <thing=gift>, but it must be a secret."
+s_open: "Shh!" <said> <hero=kid> to {his} <color> <toyfriend>. "On <weekday> it is <Elder=elder>'s birthday. I want to make <a look=look> <thing=gift>, but it must be a secret."
     | <meet> {His} <elder=elder> had a birthday on <weekday>. "I will make <a look=look> <thing=gift>," {he} thought, "and nobody must know."
-    | <oneday> <hero=kid> counted the days and got a shock. {His} <elder=elder> had a birthday in <few> days! {He} had no money for a present. "But I have two hands," {he} <said>. "I can make <a look=look> <thing=gift>."
-s_work: {hero} got <thing.need> from {his} <giver> and hid [in the attic | in the shed | in the cellar | behind the <furniture> | under the <furniture>]. {He} worked for <few> [hours | evenings].
-    | {He} looked for <thing.need> in <a old> <chest>, in <a color> bag, and behind the <furniture>. Then {he} locked the door and began.
-    | First, {he} needed <thing.need>. <A mood> <folk> gave {him} some in return for <treats>. Then {he} sat down and worked [all day | all night | until {his} <arms> hurt].
-chest: chest | drawer | trunk | basket | box | crate
-s_oops: The first {thing} looked like <a sadbeast>. {He} felt <sad>, but {he} began again, and the second one was [much better | just right | really pretty].
-    | Just then, the door opened. "What are you doing there?" asked {his} {elder}. {hero} [sat down on the {thing} | hid the {thing} behind {his} back | put {his} <clothes> over the {thing}]. "Nothing," {he} <said>, and {he} turned [red | pink | pale].
-    | {His} {elder} called {him} to supper <few> times. "In a minute," {hero} called back, and {he} worked a little faster. There was <fluff> on {his} nose and <fluff2> in {his} hair.
+    | <oneday> <hero=kid> counted the days. {His} <elder=elder> had a birthday in <few> days! {He} had no money for a present. "But I can make <a look=look> <thing=gift>," {he} <said>.
+s_work: {hero} got <thing.need> from {his} <giver> and hid behind the <furniture> for <few> hours. <scene>
+    | {He} found <thing.need> in <a old> <chest> and in <a color> <purse>. Then {he} locked the door and began. <scene>
+    | First, {he} needed <thing.need>. <A mood> <folk> gave {him} some in return for <treats>. <scene>
+s_oops: The first {thing} looked like <a cute> <creature>. {He} felt <sad>, but {he} began again, and the second one was just right.
+    | "What are you doing there?" asked {his} {elder}. {hero} hid the {thing} under {his} <color> <clothes>. "Nothing," {he} <said>.
+    | {His} {elder} called {him} <few> times. But {hero} only worked faster. There was <fluff> on {his} nose and <fluff2> in {his} hair.
 fluff: paint | flour | glue | dust | ink | soot
 fluff2: thread | wool | paper | straw | sugar | soap
-s_day: When the day came, {hero} brought the {thing} on <a color> [tray | pillow | plate | cloth]. "Happy birthday, {Elder}!" {he} <cried>. {His} {elder} <gasped>.
-    | On the birthday, {hero} put the {thing} next to the <furniture> and hid. {His} {elder} came in and stopped. "[Who | What good fairy | What busy elf] has made me such a {look} {thing}?" {hero} jumped out and <smiled>.
-    | Early in the morning, {hero} <ran> into the bedroom with the {thing}. "It is for you, {Elder}. I made it [all by myself | in secret | with my own hands]," {he} <said>. {His} {elder} <gasped>.
-gasped: laughed out loud | clapped and clapped | looked at it for a long time | could not speak | sat down with surprise | hugged {him} tight
-s_end: "It is the best present I ever got," said {his} {elder} <softly>. [And they ate <treats> together. | And {hero} <joy>. | And nobody was as <happy> as {hero}.]
-    | {His} {elder} talked about the {look} {thing} for many years. [A gift that you make yourself is worth more than gold. | A gift made with love is the finest of all.]
-    | They sat down with <snack>, and {his} {elder} looked at the {look} {thing} again and again. {hero} learned that [giving is even nicer than getting | the best presents cannot be bought | love is in the little things].
+s_day: When the day came, {hero} brought the {thing} and <treats>. "Happy birthday, {Elder}!" {he} <cried>. {His} {elder} <gasped>.
+    | {hero} put the {thing} next to the <furniture> and hid. {His} {elder} came in and <gasped>. Then {hero} jumped out in <a color> <clothes>.
+    | Early in the morning, {hero} <ran> into the bedroom with the {thing}. "It is for you, {Elder}," {he} <said> <softly>. {His} {elder} <gasped>.
+gasped: laughed out loud | clapped and clapped | could not speak | sat down with surprise | cried for joy | danced around
+s_end: "This {look} {thing} is the best present I ever got," said {his} {elder} <softly>. And {hero} <joy>.
+    | {His} {elder} talked about the {look} {thing} for <few> years. A gift made with love is the finest of all.
+    | They sat down with <snack>, and {his} {elder} looked at the {look} {thing} again and again.
 
 storm: <w_open>¶ <w_rain> <w_sad>¶ <w_idea> <w_end>
 w_open: <meet> {His} <elder=elder> had promised {him} <a plan=plan> <at place=place> on <weekday>. <outfit>
-    | "Is it <weekday> yet?" asked <hero=kid>. {His} <elder=elder> laughed. They had planned <a plan=plan> <at place=place>, and {hero} could hardly wait. <outfit>
-    | For <few> days, <hero=kid> had looked forward to <a plan=plan> <at place=place>. {He} wanted to go there with {his} <elder=elder>. <outfit>
-w_rain: But on the morning of the {plan}, {he} woke up and heard <a rumble>. [Rain ran down the window | Hail jumped on the roof | The wind shook the trees | Lightning lit up the sky], and the sky was as gray as <a mouse>.
-    | They were already at the door when <a rumble> came from above. <plink>! One drop fell on {his} nose. <plink2>! Another one fell on {his} <arms>. Then it poured.
+    | "Is it <weekday> yet?" asked <hero=kid>. {His} <elder=elder> laughed. They had planned <a plan=plan> <at place=place>. <outfit>
+    | For <few> days, <hero=kid> had looked forward to <a plan=plan> <at place=place> with {his} <elder=elder>. <outfit>
+w_rain: But then <a rumble> came from above, and the sky turned as gray as <a mouse>. It began to pour on <bug>.
+    | They were already at the door when <a rumble> came from above. <plink>! One drop fell on {his} nose. <plink2>! Another one fell on {his} <color> <clothes>.
 rumble: rumble | roar | crash | growl | howl | hiss
 mouse: mouse | stone | donkey | wolf | whale | wet sock
 plink: Plink | Plop | Splash | Splat | Pling | Drip
 plink2: Plonk | Splosh | Pitter | Patter | Drop | Spat
-w_sad: "Our {plan} is ruined!" <cried> {hero}. {He} felt so <sad> that <weeping>.
-    | {hero} stamped {his} foot. "Go away, rain!" {he} <cried>. But the rain did not listen, and {he} sat down beside the <furniture>.
-    | {hero} pressed {his} nose against the glass. Outside there was only <bug>. "No {plan} today," {he} <said>.
-w_idea: "Who says so?" asked {his} {elder} <softly>. "We will have the {plan} right here." They <plan.instead>. They had <snack>, and the <furniture> was {place}.
-    | {His} {elder} looked at the <furniture> and had an idea. "If we cannot go to {place}, then {place} must come to us!" So they moved the <furniture2> and <plan.instead>.
-    | Then {hero} looked at {his} <toyfriend> and had an idea. "Let us do it here!" {he} <cried>. They called the kitchen {place}, and they <plan.instead>. {His} {elder} brought <treats>.
-furniture2: table | chairs | sofa | lamps | boxes | carpet
-w_end: When the sun came out at last, they did not even notice. It was the [best | funniest | finest | wildest] {plan} of {his} life. {hero} <joy>.
-    | <soon> there was a rainbow over {place}. "We can go now," said {his} {elder} <softly>. "[Can we finish our {plan} first | Must we | Only if it rains there, too]?" asked {hero}.
-    | {hero} learned that [rain cannot spoil a good mood | a good idea is better than good weather | you can have fun anywhere]. And on the next rainy day, {he} asked {his} {elder} for <a plan2> {plan} again.
-plan2: big | little | long | wild | real | secret
+w_sad: "Our {plan} is ruined!" <cried> {hero}. {He} felt so <sad> that <weep>.
+    | "Go away, rain!" {he} <cried>. But the rain did not listen, and {he} sat down beside the <furniture>.
+    | {hero} looked out. There was only <bug>. "No {plan} today," {he} <said>.
+w_idea: "Who says so?" asked {his} {elder} <softly>. "We will have the {plan} right here." They <plan.instead>. The <furniture> was {place}, and <a color> <clothes> was the sky.
+    | {His} {elder} looked at the <furniture> and had an idea. "If we cannot go to {place}, then {place} must come to us!" So they <plan.instead> and ate <treats>.
+    | Then {hero} looked at {his} <color> <toyfriend> and had an idea. They called the kitchen {place}, and they <plan.instead>. {His} {elder} brought <treats>.
+w_end: When the sun came out, they did not even notice. <scene> It was the <best> {plan} of {his} life. {hero} <joy>.
+    | <soon> there was a rainbow over {place}. But {hero} and {his} {elder} had <treats> and did not want to end their {plan}.
+    | {hero} <joy>. And on the next rainy day, {he} asked {his} {elder} for <a fine2> {plan} again.
+best: best | funniest | finest | wildest | longest | nicest
+fine2: big | little | long | wild | real | secret
 
 race: <r_open>¶ <r_train> <r_start>¶ <r_turn> <r_end>
-r_open: Every <season>, there was <a contest=contest> <at place=place>. The prize was <a look=look> <thing=prize>, and <hero=kid> wanted to win it. So did <friend=kid>, [the fastest | the strongest | the proudest] child in town.
+r_open: Every <season>, there was <a contest=contest> <at place=place>. The prize was <a look=look> <thing=prize>. <hero=kid> wanted to win it, and so did <friend=kid>.
     | <meet> {He} dreamed of <a look=look> <thing=prize>. It was the prize of the <contest=contest> <at place=place>. But <friend=kid> had won it <few> times already.
-    | "I will win the <contest=contest>," said <hero=kid> to {his} <toyfriend>. {He} had seen the prize <at place=place>. It was <a look=look> <thing=prize>. "No, I will win it," <cried> <friend=kid> over the fence.
-r_train: Each [morning | evening | afternoon], {hero} <contest.did>. {He} ate <treats> a day and went to bed at [six | seven | eight]. {friend} only laughed and lay in the <mud>.
-    | For <few> days, {hero} <contest.did>. {His} <arms> ached, and {he} had <few> blisters. <A mood> <folk> cheered {him} on.
-    | {His} <giver> helped {him}. Each day, {he} <contest.did>, and each day, {he} was a little [faster | better | stronger]. {friend} trained just as hard.
-r_start: On <weekday>, everybody came to {place}. There were <person> and <few> <cute> <animals>. "Ready, set, go!"
-    | Then it was <weekday>. {Place} smelled of <smell>, and there were flags on <few> <poles>. {hero} put on {his} <color> <clothes>. "Ready, set, go!"
-    | On the big day, {hero} stood next to {friend}. {He} felt as <light> as <a feather>. "[Good luck | May the best one win | See you at the end]," <said> {friend}. "Ready, set, go!"
-poles: poles | posts | tents | wagons | ladders | trees
-r_turn: {friend} was fast, but then {friend.he} stopped to [wave to <person> | eat <treats> | look at <bug>]. {hero} kept going, bit by bit, and came in first. [Slow and steady wins. | Hard work is faster than luck. | ] So the {look} {thing} went to {hero}.
-    | {hero} was in front. Then {he} heard a cry. {friend} had fallen behind! {friend} held {friend.his} <knee>. {hero} turned around and helped {friend.him}, and they came in last, side by side. But the judge gave the {look} {thing} to {hero}. "[This is for a good heart | A friend is worth more than a race]."
-    | {hero} gave all {he} had, but {friend} was faster. So the {look} {thing} went to {friend}. {hero} felt <sad>. Then {he} shook {friend.his} hand. "[You were great | Well done | That was a good race]," {he} said.
+    | "I will win the <contest=contest> <at place=place>," said <hero=kid> to {his} <color> <toyfriend>. The prize was <a look=look> <thing=prize>. "No, I will win it," <cried> <friend=kid> over the fence.
+r_train: For <few> days, {hero} <contest.did>. {He} ate <treats> a day. But {friend} only <likes> to lie in the <mud>.
+    | For <few> days, {hero} <contest.did>. {His} <arms> ached. <A mood> <folk> cheered {him} on. But {friend} trained just as hard.
+r_start: On <weekday>, everybody came to {place}. There were <sights>. "Ready, set, go!"
+    | Then it was <weekday>. <scene> {hero} put on {his} <color> <clothes>. "Ready, set, go!"
+    | On the big day, {hero} felt as <light> as <a feather>. {friend} wore <a color> <clothes>. "Ready, set, go!"
+r_turn: {friend} was fast, but then {friend.he} stopped to look at <sights>. {hero} kept going, bit by bit, and won the {look} {thing}.
+    | {hero} was in front. But then {friend} fell and hurt {friend.his} <knee>. {hero} turned around to help {friend.him}. They came in last, but the judge gave the {look} {thing} to {hero}.
+    | {hero} gave all {he} had, but {friend} was faster and won the {look} {thing}. {hero} felt <sad>. Then {he} said "Well done" to {friend} and shook {friend.his} hand.
 knee: knee | foot | ankle | arm | elbow | toe
-r_end: After the {contest}, {hero} and {friend} sat down {place.at} and shared <snack>. They <outdoing> until it was dark.
-    | "[Let us train together | You are really good | Show me how you do it]," said {friend}. And from then on, {hero} and {friend} met every <weekday> {place.at}.
-    | That night, {hero} dreamed of the {contest}. {He} had learned that [it is fine to win, but finer to have a friend | to do your best is better than to be the best | a good race needs good friends].
-outdoing: <danced> | talked | laughed | played | told jokes
+r_end: After the {contest}, {hero} and {friend} sat down {place.at} and shared <snack>.
+    | From then on, {hero} and {friend} met every <weekday> {place.at} to <outdoors>. A good race needs good friends.
+    | That night, {hero} dreamed of the {contest} and of <a color> <dream>. To do your best is better than to be the best.
 
 share: <h_open>¶ <h_meet> <h_doubt>¶ <h_give> <h_end>
 h_open: <meet> <oneday> {he} got <a tasty> <treat=food> from {his} <giver>. {He} <ran> to <place=place> to eat it all alone.
-    | There was only one <treat=food> left in the shop of <boss=neighbor>, and <hero=kid> had bought it. {He} <ran> with it to <place=place>. It was still warm, and it smelled of <smell>.
-    | "This is the finest <treat=food> in the world," <said> <hero=kid>, "and it is all for me." {He} sat down with it <at place=place>. <air>
-h_meet: But there sat <friend=kid>, who looked <sad>. "[I forgot my lunch | A dog ate my lunch | My lunch fell into the <mud> | I gave my lunch to <a cute> cat]," {friend.he} <said>.
-    | Then <friend=kid> came by in <a color> <clothes>. "[I have not eaten since <yesterday> | I am so hungry | My stomach growls like <a beast2>]," <said> {friend}.
-    | Not far away, <friend=kid> was looking for berries. There were none. There was only <bug>. "[No lunch today | My bag is empty | I am so hungry]," <said> {friend}.
-yesterday: yesterday | breakfast | last night | six o'clock
+    | There was only one <treat=food> left in the shop of <boss=neighbor>, and <hero=kid> had bought it. {He} <ran> with it to <place=place>. It smelled of <smell>, and <far> <sound>.
+    | "This is the finest <treat=food> in the world," <said> <hero=kid>, "and it is all for me." {He} sat down with it <at place=place>. <scene>
+h_meet: But there sat <friend=kid> in <a color> <clothes>. "<A cute> <creature> ate my lunch," {friend.he} <said> <softly>.
+    | Then <friend=kid> came by in <a color> <clothes>. "My stomach growls like <a beast2>," <said> {friend} <softly>.
+    | Not far away, <friend=kid> was looking for berries. But there was only <bug>. "I am so hungry," <said> {friend}.
 beast2: bear | lion | tiger | wolf | dragon | motor
-h_doubt: {hero} looked at the {treat}. It was [not very big | so round and so brown | just enough for one]. {He} thought of <treats>, but {he} had nothing else.
-    | {hero} [hid the {treat} behind {his} back | held the {treat} a little tighter | looked the other way]. But then {he} could not enjoy it.
-    | {hero} thought hard. A whole {treat} is nice. [But it is not nice to eat while somebody watches. | But who can eat when a friend is hungry?]
-h_give: So {he} broke the {treat} in two. "[Half of it is for you | Eat with me | Here, take the bigger half]," {he} said to {friend} <softly>. They sat side by side and watched <place.see>.
-    | "One for you and one for me," <said> {hero}, and {he} broke the {treat} in two. {friend} took a bite and <friendly>. Even <bug> got a crumb.
-    | "Come here," <said> {hero}. They shared the {treat} down to the last crumb, and {friend} told {him} about <sights>.
-friendly: smiled | grinned | laughed | nodded | beamed | closed both eyes
-h_end: <thenext>, it was {hero} who had nothing to eat. But {friend} came to {place} with <snack>. "[Today it is my turn | I did not forget | Half of it is for you]," <said> {friend}.
-    | Half of a {treat} is less than a whole one. But {hero} <joy>, because half of a {treat} with {friend} [tastes twice as good | is better than a whole one alone].
-    | After that, {hero} and {friend} met {place.at} every <weekday>. Each time they brought <treats>, and each time they shared. [What you give comes back to you. | Food tastes best with a friend. | ]
+h_doubt: {hero} thought of <treats>, but {he} had nothing but the {treat}.
+    | {hero} hid the {treat} under {his} <color> <clothes>. But then {he} could not enjoy it.
+    | {hero} looked at <bug>. But {he} could not eat while a friend was hungry.
+h_give: So {he} broke the {treat} in two and gave one half to {friend} <softly>. They sat side by side and watched <place.see>.
+    | "One for you and one for me," <said> {hero}, and {he} broke the {treat} in two. Even <bug> got a crumb.
+    | "Come here," <said> {hero} <softly>. They shared the {treat}, and {friend} told {him} about <sights>.
+h_end: <thenext>, it was {hero} who had nothing to eat. But {friend} came to {place} with <snack>. "Today it is my turn," <said> {friend}.
+    | {hero} <joy>, because half of a {treat} with {friend} tastes better than a whole one alone.
+    | After that, {hero} and {friend} met {place.at} every <weekday> and shared <treats>. What you give comes back to you.
 
 grow: <g_open>¶ <g_sow> <g_wait>¶ <g_sprout> <g_end>
-g_open: <meet> On {his} birthday, {he} got <a color> bag from {his} <elder=elder>. There was only one [tiny | round | brown | flat] seed in it. "[A surprise sleeps in there | Be good to it | Just you wait]," said {his} {elder} <softly>.
-    | "What is that?" asked <hero=kid>. {His} <elder=elder> held up a [tiny | round | brown | flat] seed. "If you are patient," said {his} {elder} <softly>, "it will make you <happy>."
-    | On the windowsill of <hero=kid> stood <a color> pot, and in the pot there was nothing but earth. {His} <elder=elder> had given {him} one [tiny | round | brown | flat] seed for it.
-g_sow: {hero} put the seed into the earth next to <a old> <perch>. {He} gave it water from <a color> <can>. Then {he} sat down with <treats> and waited.
-    | {hero} made a hole with {his} <finger> and laid the seed into it. {He} sang it a song about <a color> <dream>. {He} watered it <softly>.
-can: can | cup | bottle | jug | mug | teapot
-finger: finger | thumb | spoon | pencil
-g_wait: On <weekday>, there was nothing to see. <few> days later, there was still nothing to see but <bug>. "It does not like me," <said> {hero}. "Seeds have their own clock," said {his} {elder} <softly>.
-    | {hero} wanted to dig it up and look. "[Do not wake it | Good things take time | Give it one more week]," said {his} {elder} <softly>. So {hero} <passed> instead.
-    | {He} waited for <few> days. {He} waited for <few> weeks. [It rained, and the sun shone. | The wind blew, and the sun shone.] {He} felt <sad>, but {he} did not give up.
-passed: counted the clouds | read <few> books | painted the fence | learned a song | swept the path | knitted a sock | built a tower | fed the birds
+g_open: <meet> On {his} birthday, {he} got <a color> <purse> from {his} <elder=elder>. There was only one <seed> seed in it. "Just you wait," said {his} {elder} <softly>.
+    | "What is that?" asked <hero=kid>. {His} <elder=elder> held up a <seed> seed. "If you are patient," said {his} {elder} <softly>, "it will make you <happy>."
+    | On the windowsill of <hero=kid> stood <a color> pot full of earth. {His} <elder=elder> had put a <seed> seed into it. <scene>
+seed: tiny | round | brown | flat | black | striped
+g_sow: {hero} gave it water from <a color> <purse>. Then {he} sat down with <treats> and waited.
+    | {hero} sang it a song about <a color> <dream> and watered it <softly>.
+g_wait: On <weekday>, there was nothing to see. After <few> days, there was still nothing to see but <bug>. "Seeds have their own clock," said {his} {elder} <softly>.
+    | {hero} wanted to dig it up. "Good things take time," said {his} {elder} <softly>. So {hero} <jobhome> and <jobyard> instead.
+    | {He} waited for <few> days and <few> nights. <scene> {He} felt <sad>, but {he} did not give up.
 g_sprout: Then, on <a fine> <daytime>, there was something green! "<oh>!" <cried> {hero}. It grew and grew, and by the end of <season> it was <a plant=plant>, <plant.grew>.
-    | <thenext>, {hero} saw a small green tip. {He} <joy>. It got <few> leaves, and then <few> more. It was <a plant=plant>, and in the end it was <plant.grew>.
-    | And then the earth broke open. "<oh>!" <cried> {hero}. "I have <a plant=plant>!" Week after week it grew, until it was <plant.grew>.
-oh: Oh | Look | Hooray | At last | There it is | It is alive
-g_end: {hero} showed the {plant} to everybody, to <person> and to <person2>. "[I only had to wait | It just needed time | Patience made it grow]," {he} told {his} {elder}.
-    | When somebody said, "I cannot wait," {hero} told them about the {plant}. [All big things begin small. | The best things grow slowly.] And {his} {elder} [nodded | smiled | winked].
-    | That evening, {hero} sat next to the {plant} with {his} {elder} and ate <treats>. "Next year I will plant <few> of them," {he} <said>.
-person2: the <mood> doctor | the <mood> neighbors | the <mood> twins | the whole school
+    | <thenext>, {hero} saw a green tip and <joy>. It got <few> leaves, and then <few> more. It was <a plant=plant>, <plant.grew>.
+oh: Oh | Look | Hooray | At last | Hello | It is alive
+g_end: {hero} showed the {plant} to <person>. "I only had to wait," {he} told {his} {elder}.
+    | All big things begin small, and {his} {elder} was as <happy> about the {plant} as {hero}.
+    | That evening, {hero} sat next to the {plant} with {his} {elder} and ate <treats>.
 
 honest: <c_open>¶ <c_hide> <c_worry>¶ <c_tell> <c_end>
-c_open: <meet> {His} <elder=elder> had <a look=look> <thing=vase> from <far>, and nobody was allowed to touch it. But <oneday2> {hero} was <playing> in the house, and <rip2>! It lay on the floor in <few> pieces.
-    | <rip>! On the floor lay <few> pieces of <a look=look> <thing=vase>, and next to them stood <hero=kid>. {He} had been <playing> in the house. The {thing} belonged to {his} <elder=elder>, who had brought it from <far>.
-    | <hero=kid> knew that {he} must not <play> in the house. {His} <elder=elder> had said so <few> times. But {he} did it anyway, and <rip2>! There went the <look=look> <thing=vase> from <far>. It broke into <few> pieces.
-oneday2: on <weekday> | on <a fine> <daytime> | after lunch
+c_open: <meet> {His} <elder=elder> had <a look=look> <thing=vase> from <abroad>. But on <weekday> {hero} was <playing> in the house, and <rip2>! It lay next to the <furniture> in <few> pieces. <scene>
+    | <rip>! On the floor lay <few> pieces of <a look=look> <thing=vase>, and next to them stood <hero=kid>. {He} had been <playing> in the house. The {thing} belonged to {his} <elder=elder>, who had brought it from <abroad>.
+    | <hero=kid> was <playing> in the house, though {his} <elder=elder> had said no. And <rip2>! There went the <look=look> <thing=vase> from <abroad>. It broke into <few> pieces.
 playing: playing ball | skipping rope | riding a bike | throwing apples | dancing | chasing the cat | juggling | jumping around
 rip2: crash | bang | crack
-far: a far country | across the sea | the old days | the king's palace | a long trip | a famous shop
-play: play ball | ride a bike | skip rope | throw apples
-c_hide: {hero} swept up the pieces and hid them [behind | under] the <furniture>. When {his} {elder} asked about the {thing}, {he} said, "It must have been <blame>."
-    | "Nobody saw it," {he} thought, and {he} put the pieces into <a old> <chest>. At supper, there were <treats>, but {he} could not eat. "Are you ill?" asked {his} {elder}. "No," {he} <said>.
-    | Quickly {he} threw the pieces into the <puddles2> and <ran> away. "Who broke my {thing}?" called {his} {elder}. "I think it was <blame>," {he} <said>.
-blame: the cat | the dog | the wind | <a cute> <mouse2> | <a mood> <folk>
-mouse2: mouse | goat | monkey | crow | parrot | puppy
-puddles2: bushes | weeds | pond | well | trash | ditch
-c_worry: But that night, {he} could not sleep. {His} <heart2> felt as heavy as <stone>.
-    | But the lie sat in {his} <heart2> like <stone>. Even <a creature> on <a old> <perch> seemed to look at {him} and know.
-    | After that, nothing was fun. {He} wanted to <indoors>, but {he} could only think of the {look} {thing}.
-heart2: heart | stomach | head | chest
-stone: a stone | a brick | lead | a wet coat | an anchor | a cannon ball
-c_tell: <thenext>, {hero} went to {his} {elder}. "I broke the {look} {thing}," {he} <said>. "[I am so sorry | It was not <blame2> | I was afraid to tell you]." {His} {elder} <listened>.
-    | In the end, {he} could not stand it anymore. "It was me," {he} <said>. "I broke your {look} {thing}, [and I lied | and I am sorry | and then I hid it]." {His} {elder} <listened>.
-blame2: the cat | the dog | the wind
-listened: was silent for a while | nodded <softly> | put down a cup of <drink> | took {him} in both arms | looked at {him} for a long time
-c_end: "[Thank you for telling me | That was brave | I am glad that you told the truth]," said {his} {elder} <softly>. "A {thing} can be broken, but I want to trust you." Then they glued the {look} {thing} together, piece by piece.
-    | "I was sad about the {thing}," said {his} {elder} <softly>, "but a lie makes me sadder." To make up for it, {hero} <jobhome> and <jobyard>. And {he} <joy>, because the truth was out.
-    | "I knew it all along," said {his} {elder} <softly>. "I was waiting for you." They ate <treats>, and {hero} felt as <light> as <a feather>. [The truth is easier to carry than a lie. | It takes courage to tell the truth.]
+abroad: a far country | the mountains | the city | an island | the desert | the north | the south | a big ship
+c_hide: {hero} hid the pieces behind the <furniture>. When {his} {elder} asked about the {thing}, {he} said, "It was <blame>."
+    | {He} put the pieces into <a old> <chest>. At supper, there were <treats>, but {he} could not eat. "Are you ill?" asked {his} {elder}. "No," {he} <said>.
+blame: the cat | the dog | the wind | <a cute> <creature> | <a mood> <folk>
+c_worry: But the lie felt as heavy as <stone>. {hero} could not sleep and could not <indoors>.
+    | But the lie felt as heavy as <stone>. Even <bug> seemed to look at {him} and know.
+stone: a stone | a brick | lead | an anchor | a cannon ball | a piano | an elephant | wet sand
+c_tell: <thenext>, {hero} went to {his} {elder}, past <bug>. "I broke the {look} {thing}," {he} <said> <softly>. {His} {elder} <listened>.
+    | Outside, <few> <cute> <animals> ran past <a old> <perch>, but {he} did not even look. "It was me," {he} <said>. "I broke your {look} {thing}." {His} {elder} <listened>.
+listened: was silent for a while | nodded <softly> | put down a cup of <drink> | took {him} in both arms
+c_end: "Thank you for telling me," said {his} {elder} <softly>. Then they glued the {look} {thing} together on the <furniture>, piece by piece.
+    | "I was sad about the {thing}," said {his} {elder} <softly>, "but a lie makes me sadder." To make up for it, {hero} <jobhome> and <jobyard>.
+    | "I knew it all along," said {his} {elder} <softly>. They ate <treats>, and {hero} felt as <light> as <a feather>. The truth is easier to carry than a lie.
 
 newcomer: <n_open>¶ <n_alone> <n_ask>¶ <n_can> <n_end>
-n_open: <oneday> there was a new child at school. "This is <friend=kid>," said the teacher. "{Friend.he} comes from <far2> and does not know anybody yet." <hero=kid> turned around to look.
-    | <hero=kid> looked out of the window. <A color> truck had stopped across the street. Out came <few> boxes, <a color> <furniture>, and a <mood2> <girl friend=kid> named {friend}, who had come from <far2>.
-    | <meet> <oneday> somebody new came to {his} street. It was a <mood2> <girl friend=kid> named {friend}, who had just come from <far2>.
-far2: the mountains | the city | an island | a far country | a ship | the desert | the north | the south
-mood2: small | quiet | shy | pale | thin | serious | lonely | tall
-n_alone: {friend} sat all alone on <a old> <seat> and <ate> <treats>. The other children <stared>.
-    | Nobody talked to {friend}. {Friend.he} looked at <bug> and <ate> <treats>. [The others had their own games. | The others only whispered.]
-    | {friend} did not say a word all day. {Friend.he} wore <a color> <clothes>, and somebody laughed at it. {Friend.he} <ate> <treats> without a smile.
+n_open: <oneday> there was a new child at school. "This is <friend=kid> from <abroad>," said the teacher <softly>. <hero=kid> turned around to look.
+    | <hero=kid> looked out of the window. <A color> truck had stopped next to <a old> <perch>. Out came <few> chairs, <a color> <furniture>, and a <baby> <girl friend=kid> named {friend}, who had come from <abroad>.
+    | <meet> <oneday> somebody new came to {his} street. It was a <baby> <girl friend=kid> named {friend}, who had come from <abroad>.
+n_alone: {friend} sat all alone on <a old> <seat> and ate <treats>. The other children <stared>.
+    | Nobody talked to {friend}. {Friend.he} looked at <bug> and ate <treats>.
+    | {friend} wore <a color> <clothes>, and somebody laughed at it. {friend} sat down next to <a old> <perch> and felt <sad>.
 seat: wall | bench | post | stump | barrel | swing
-ate: ate | counted | nibbled
-stared: stared | whispered | ran past | looked away | played without {friend.him}
-n_ask: {hero} thought, "[How lonely that must be | I was new once, too | It is hard to know nobody]." So {he} went over and <said>, "Hello, I am {hero}. Do you want to <outdoors>?"
-    | {hero} was a bit shy, too. But {he} took {his} <tasty> <apple> and held it out. "[Half of it is for you | Are you hungry | Do you like it]?" {he} asked. "And then, shall we <outdoors>?"
-    | <thenext>, {hero} sat down next to {friend.him} <softly>. "Shall we <outdoors>?" {he} asked. "[I know a good place | It is more fun with two | I will show you how]."
-apple: apple | pear | bun | muffin | cookie | roll
-n_can: {friend} [nodded | looked up | turned red] and <said>, "I can <talent=talent>." And so {friend.he} could! {hero} had never seen anything like it. "<oh2>!" {he} <cried>.
-    | At first {friend} was too shy. But {hero} <smiled>, and soon {friend} showed {him} how to <talent=talent>. It took {hero} <few> tries. Then {he} <joy>.
-    | "[Yes | Gladly | All right]," <said> {friend}. And while they played, it came out that {friend.he} could <talent=talent>! "<oh2>!" <cried> {hero}. "Can you teach me?"
-oh2: Oh | Look | Hooray | Bravo | Fantastic | Again
-n_end: Soon all the children wanted to {talent}, and {friend} was never alone again. But the first friend {friend.he} had made was {hero}. [A kind word can open a door. | One friend is enough to begin with.]
-    | A week later, {hero} could {talent}, too, and {friend} knew how to <indoors>. They <danced2> until it was dark, and the street did not look strange anymore.
-    | "I was afraid that nobody would like me," <said> {friend}. "I like you," <said> {hero}, "even if you could not {talent}." And they shared <snack>.
-danced2: danced | laughed | talked | played | sang | practiced
+stared: stared | whispered | ran past | looked away | laughed | played tag
+n_ask: "How lonely that must be," {hero} thought. So {he} went over and <said>, "Hello, I am {hero}. Do you want to <outdoors>?"
+    | {hero} went over and held out <treats>. "Do you want some?" {he} asked <softly>. "And then, shall we <outdoors>?"
+n_can: {friend} turned red and <said>, "I can <talent=talent>." And so {friend.he} could! "<oh>!" <cried> {hero}.
+    | {friend} was shy at first. But then {friend.he} showed {hero} how to <talent=talent>. It took {hero} <few> tries. Then {he} <joy>.
+n_end: Soon all the children wanted to {talent}, and {friend} was never alone again. But the first friend {friend.he} had made was {hero}.
+    | After <few> days, {hero} could {talent}, too, and {friend} knew how to <indoors>.
+    | "I like you," <said> {hero} to {friend}, "even if you could not {talent}." And they shared <snack>.
 
 night: <i_open>¶ <i_go>¶ <i_see> <i_end>
-i_open: "<Noise=noise>." <hero=kid> sat up in bed. It was the middle of the night, and something had made a noise. {He} was <a trait> {girl}, but {he} pulled the <color> blanket up to {his} nose. <i_guess>
-    | <meet> One night, {he} could not sleep. The clock struck [ten | eleven | twelve | one]. And then {he} heard it: "<Noise=noise>." <i_guess>
+i_open: "<Noise=noise>." <hero=kid> sat up in bed. It was the middle of the night. {He} was <a trait> {girl}, but {he} pulled the <color> blanket up to {his} nose. <i_guess>
+    | <meet> One <dark> night, {he} could not sleep. And then {he} heard it: "<Noise=noise>." <i_guess>
     | It was a <dark> night <homeland>. Everybody was asleep but <hero=kid>, who heard a strange noise: "<Noise=noise>." <i_guess>
 dark: dark | cold | windy | long | still | foggy | black | stormy
-i_guess: Was it <a ghost>, or was it <a dream>? | "It is <a ghost>," {he} thought, "or <few> of them!" | {He} thought of <few> <ghosts>, and {his} <heart> shook.
+i_guess: Was it <a cute> <ghost>, or was it <a color> <dream>? | "It is <a cute> <ghost>," {he} thought, "or <few> of them!" | {He} thought of <few> <cute> <ghosts>, and {his} <heart> shook.
 ghost: ghost | witch | bear | goblin | monster | crocodile | wolf | thief
-i_go: {hero} took {his} <color> <toyfriend> in one arm and a <lamp3> in the other hand. {He} <crept> past the <old> <furniture>. "{Noise}," it went again, [a little louder | much closer | and then it was quiet].
-    | "[Be brave | One step at a time | Monsters are afraid of light]" is what {his} <giver> always said. So {hero} put on {his} <color> <clothes> and <crept> into the hall. "{Noise}," it went.
-lamp3: lamp | candle | broom | torch | slipper | pan
+i_go: {hero} took {his} <color> <toyfriend> in one arm and <a color> <lamp3> in the other hand. {He} <crept> past <a old> <furniture> and <a color> <furniture2>. "{Noise}," it went again.
+    | {hero} put on {his} <color> <clothes>, took <a old> <lamp3>, and <crept> past the <furniture>. Outside, <bug> listened, too. "{Noise}," it went, a little louder.
+furniture2: coat rack | vase | umbrella stand | doll house | clock | broom | toy chest | bird cage | flower pot | basket
+lamp3: lamp | candle | broom | torch | slipper | pan | umbrella | spoon
 crept: crept | tiptoed | walked | crawled | slid | sneaked
 i_see: {He} counted to <few> and looked. It was only <cause=noise.cause>! {hero} <joy>.
-    | Then {he} saw it, and {he} had to laugh. There was no <ghost> at all. It was only <cause=noise.cause>!
-    | "Who is there?" {he} <cried>. Nobody answered. {He} took <few> more steps, and what did {he} find? It was nothing but <cause=noise.cause>!
-i_end: "Why are you up?" asked {his} <elder=elder> <softly>. {hero} told everything, and they had <treats> and a cup of <drink> in the middle of the night. [Most monsters are quite small in the light. | It is good to look before you run.]
-    | Back in bed, {he} heard it again: "{Noise}." But now it sounded like a [song | lullaby | friend], and {hero} dreamed of <a color> <dream>.
-    | <thenext>, {he} told {his} <giver> about {cause}. "{Noise}," {he} said in a deep voice, and both of them laughed. [Things look bigger in the dark. | A noise is only a noise.] {hero} slept well after that.
+    | Then {he} saw it. There was no <ghost> at all. It was only <cause=noise.cause>! {hero} <joy>.
+i_end: "Why are you up?" asked {his} <elder=elder> <softly>. {hero} told about {cause}, and they had <treats> in the middle of the night.
+    | Back in bed, {he} heard it again: "{Noise}." But now it was like a song, and {hero} dreamed of <a color> <dream>.
+    | <thenext>, {he} told {his} <giver> about {cause}. "{Noise}," {hero} <said> in a deep voice, and both of them laughed. Things look bigger in the dark.
 
 fable: <b_open>¶ <b_trap> <b_pass>¶ <b_help> <b_end>
-b_open: Once upon a time, <a big> <giant=giant> and <a cute> <beast=beast> lived in the same <forest>. "[You are so small | You are no bigger than my toe | Watch out, or I will step on you]," the {giant} always said. "What are you good for?" The {beast} <bore>.
-    | <A big> <giant=giant> lay in the sun and <ate2> <treats>. Along came <a cute> <beast=beast> with <a color> <feather2> on its head. "Give me one," said the {beast} <softly>, "and one day I will help you." The {giant} laughed so hard that <few> birds flew up. "You? Help me?" [But it gave the {beast} one. | But it was in a good mood, and it let the {beast} eat.]
-    | There was once <a cute> <beast=beast> who lived under <a old> <perch>. Its neighbor was <a big> <giant=giant>. All the animals of the <forest> were afraid of the {giant}, but the {beast} <bore>.
+b_open: Once upon a time, <a big> <giant=giant> and <a cute> <beast=beast> lived in the same <forest>. "You are so small," the {giant} always said. "What are you good for?" But the {beast} only <danced>.
+    | <A big> <giant=giant> lay in the sun and ate <treats>. Along came <a cute> <beast=beast> with <a color> <clothes>. "Give me one," it said <softly>, "and one day I will help you." The {giant} laughed so hard that <few> birds flew up.
+    | There was once <a cute> <beast=beast> who lived under <a old> <perch>. Its neighbor was <a big> <giant=giant>. Everybody was afraid of the {giant}, but the {beast} only <danced>.
 big: big | huge | strong | proud | mighty | loud | grumpy | wild
 forest: forest | valley | jungle | land | woods | swamp
-bore: only smiled | said nothing | was not angry | looked up without fear | hummed a song | thought, "We will see"
-ate2: ate | counted | shared | guarded
-feather2: feather | leaf | flower | cap | ribbon | berry
-b_trap: <oneday> the {giant} <beast.trap>. "Help!" it <roared>, so that <a old> <perch> fell over.
-    | Then came <a fine> <season> day when the {giant} <beast.trap>. It <roared> for <few> hours.
+b_trap: <oneday> the {giant} <beast.trap>. It <roared> so loudly that <a old> <perch> fell over.
+    | On <a fine> <season> <daytime>, the {giant} <beast.trap>. It <roared> for <few> hours.
 roared: roared | bellowed | cried | howled | groaned | shouted
-b_pass: <A cute> <fox> came by. "[I have no time | I am not strong enough | That is not my problem]," it <said> and <ran> on.
-    | First came <few> <cute> <animals>, but they were too scared. Then came <a cute> <fox>, but it only [laughed | shook its head | took a look].
+b_pass: <Few> <cute> <animals> came by, but they were too scared. Then came <a cute> <fox>, but it only looked and <ran> on.
+    | <A cute> <fox> came by. "I have no time," it <said>, and it <ran> on with <treats>. <scene>
 fox: fox | badger | goose | donkey | peacock | monkey | raccoon | pig
-b_help: Then the {beast} came along. "[Hold still | Leave it to me | Do not worry]," it <said>. It <beast.can>. It took <few> [minutes | hours], but then the {giant} was free.
-    | At last, the {beast} heard it. "[Now you will see what I am good for | Small can be strong | I come at once]!" it <cried>. It <beast.can>, and soon the {giant} was free.
-b_end: "[Thank you | You saved me | I was wrong about you], my friend," said the {giant} <softly>. From that day on, the {beast} rode on the back of the {giant}, and they shared <treats>. [Nobody is too small to help. | Never laugh at the little ones.]
-    | The {giant} bowed its head. "I will never laugh at you again," it said <softly>. And if they did not move away, the {giant} and the {beast} still live in the <forest2>, side by side.
-    | That evening, the {giant} and the {beast} sat next to <a old> <perch> and ate <treats>. "[Big or small, we need each other | A good heart has no size | Help comes in all sizes]," said the {giant} <softly>.
-forest2: hills | woods | wild | green valley | shade of the trees | same cave
+b_help: Then the {beast} came along in <a color> <clothes>, with <treats>. "Leave it to me," it <said>. It <beast.can>, and soon the {giant} was free.
+    | At last, the {beast} heard it. "Now you will see what I am good for!" it <cried>. It <beast.can>, and soon the {giant} was free.
+b_end: "Thank you, my friend," said the {giant} <softly>. From that day on, the {giant} and the {beast} shared <treats>. Nobody is too small to help.
+    | The {giant} was so <happy> that it <danced>. And after that, it never laughed at the {beast} again.
+    | That evening, the {giant} and the {beast} sat next to <a old> <perch> and ate <treats>. A good heart has no size.
 """
 
 # A story that lacks one of these is reported by this name.
@@ -823,9 +837,11 @@ class Grammar:
         if "." in name:                                         # remembered in a place that nobody refers to
             return Draw(len(self.variables), column, self._ref(name), ())
         choice = self.rule(name)
-        if article:
-            texts = [_joined([article[0] + _article(ops[0])[1:], *ops]) for ops in choice.alternatives]
-            choice = choice._replace(alternatives=tuple(texts))
+        if article or token[1].isupper():
+            texts = [_article(ops[0]) * bool(article) + ops[0] for ops in choice.alternatives]
+            texts = [text[0].upper() + text[1:] if token[1].isupper() else text for text in texts]
+            choice = choice._replace(
+                alternatives=tuple((text, *ops[1:]) for text, ops in zip(texts, choice.alternatives, strict=True)))
         return choice
 
     def _ref(self, name, column=0):

@@ -106,6 +106,8 @@ class TrainConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(filter(None, known))}; "
                                  f"not {getattr(self, name)!r}")  # fmt: skip
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be less than 2**63, not {self.seed}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be more than 0, not {self.learning_rate}")
         if self.min_lr > self.learning_rate:
@@ -296,6 +298,8 @@ class Trainer:
         self.compiled = self.model  # what is called; the weights are those of self.model
         self.out_dir = Path(out_dir) if out_dir else None
         self.batches = Batches(c, data, self.machine)
+        if self.out_dir:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
         fused = self.machine.device.type in ("cuda", "cpu")
         self.optimizers = optim.build(self.model, c, fused)
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.scales)
@@ -334,9 +338,7 @@ class Trainer:
             segments = None if c.cross_stories else (idx == self.data.tokenizer.eot).cumsum(dim=1)
             with self.machine.autocast():
                 loss = self.compiled(idx, targets, segments=segments)[1]
-            loss = loss / len(
-                self.batches.rows
-            )  # every row has block_size targets: means of means are the mean
+            loss = loss / len(self.batches.rows)  # every row has block_size targets: the mean of means
             self.scaler.scale(loss).backward()
             total += loss.detach()
         params = [p for p in self.model.parameters() if p.grad is not None]
@@ -906,6 +908,8 @@ def main(argv: list[str]) -> int:
         plan = parse(argv)
         c = plan.config
         machine = choose_machine(c)
+        if plan.state and c.compile == "auto":  # what a run was begun with, it goes on with
+            machine = machine._replace(compile=plan.state["compiled"])
         set_up(machine, c)
         data = load_data(c)
         c.model.vocab_size = data.tokenizer.vocab_size

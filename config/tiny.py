@@ -14,15 +14,15 @@ qk_norm = True
 tied = False
 init = "zero"
 
-batch_size = 12  # 12 rows x 256 tokens = 3,072 tokens a step
-max_iters = 800
-eval_interval = 200
-save_interval = 200
+batch_size = 6  # 6 rows x 256 tokens = 1,536 tokens a step
+max_iters = 1500
+eval_interval = 500
+save_interval = 500
 eval_tokens = 65_536
 optimizer = "muon"
-learning_rate = 3e-3
-muon_lr = 0.02
+learning_rate = 0.02
+muon_lr = 0.01
 schedule = "linear"
-warmup_iters = 20
+warmup_iters = 40
 weight_decay = 0.0
 beta2 = 0.99

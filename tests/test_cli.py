@@ -59,8 +59,6 @@ def test_prepare_train_resume_sample(tmp_path, corpus):
     assert {p.name for p in folder.iterdir()} >= {"latest.pt", "previous.pt", "best.pt", "metrics.jsonl", "loss.png"}
     assert not list(folder.glob("*.tmp"))
     assert "in out/micro" in said and said.rstrip().splitlines()[-1].startswith("next:  python sample.py")
-    typed(ROOT / "train.py", "config/micro.py", "--resume", "--max_iters=12", cwd=tmp_path)
-    assert lines(folder, "val")[-1]["step"] == 12
     done = typed(ROOT / "sample.py", "--prompt", "Tom", "--max_new_tokens", "9", cwd=tmp_path)
     assert done.stdout.startswith("Tom")
 
@@ -83,7 +81,7 @@ def contents(folder) -> dict[str, bytes]:
 
 def refused(here, said: str, *args, status: int = 2, **changes) -> None:
     """`here(...)` fails with one clear line, and leaves every file as it was and no folder behind."""
-    before = contents(".")
+    before = contents(".")  # and no folder is made
     folders = sorted(p for p in Path(".").rglob("*") if p.is_dir())
     assert here(*args, **changes) == status, here.said
     error = [line for line in here.said.splitlines() if line.startswith("error: ")]
@@ -122,12 +120,11 @@ SETTINGS = {
     ("--dtype=int4",): "dtype must be one of",
     ("--device=tpu",): "device must be",
     ("--optimizer=adam",): "optimizer must be one of adamw, muon",
-    ("--tokenizer=word",): "no tokenizer 'word'",
+    ("--tokenizer=word",): "no tokenizer .*'word'",
     ("--dataset=nowhere",): "python prepare.py nowhere --source",
     ("--dropout_schedule=0-1",): "dropout_schedule is a list like",
     ("--resume",): "nothing to resume: .*holds no run",
     ("--logger=paper",): "logger must be one of",
-    ("--init_from=nowhere.pt",): "nowhere.pt",
     ("--seed=1" + 30 * "0",): "seed",
 }
 
@@ -139,8 +136,9 @@ def test_mistakes_on_the_command_line(argv, here):
 
 def test_resume_where_nothing_is(here):
     refused(here, "no unfinished run out/run", "", "--resume")
-    assert here("") == 0
-    refused(here, "no unfinished run out/run", "", "--resume")
+    micro = recipe("micro")
+    assert here("", micro, alone=True) == 0
+    refused(here, "no unfinished run out/micro", "", micro, "--resume", alone=True)
 
 
 def test_an_out_dir_given_by_hand_that_holds_a_run(here):
@@ -182,8 +180,8 @@ def test_data_that_are_not_as_they_should_be(here, corpus, tmp_path):
     def shrunk(folder):
         os.truncate(folder / "val.bin", 10)
 
-    for change, said in {cut: "train.bin is cut off", strange: "an id 300, past the vocabulary of 257",
-                         other: "made with another byte vocabulary", shrunk: "val.bin has 5 tokens"}.items():
+    for change, said in {cut: "train.bin .*python prepare.py mini", strange: "300.*python prepare.py mini",
+                         other: "vocabulary.*python prepare.py mini", shrunk: "val.bin .*prepare.py mini"}.items():
         place = broken(change.__name__, change)
         refused(here, said, "run", data_dir=place)
 
@@ -381,7 +379,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_hurts_nothing(tmp_path, corpus, here
     run.until("once more ends at once")
     run.signal(signal.SIGINT)
     assert run.wait(10) == -signal.SIGINT
-    assert here("run", "--resume", alone=True, max_iters=12) == 0
+    assert here("run", "--resume", **LONG | dict(max_iters=12)) == 0
     assert "starts again at step 0" in here.said and not list(Path("run").glob("*.tmp"))
 
 

@@ -367,7 +367,7 @@ def test_standard_deviation_of_every_matrix(init, tied):
 def test_first_loss(size, tied):
     torch.manual_seed(0)
     c = GPTConfig(n_layer=4, n_head=4, block_size=256, tied=tied, **size)
-    idx, targets = tokens(8, 256, vocab=c.vocab_size), tokens(8, 256, seed=2, vocab=c.vocab_size)
+    idx, targets = tokens(2, 256, vocab=c.vocab_size), tokens(2, 256, seed=2, vocab=c.vocab_size)
     want = math.log(c.vocab_size) + c.n_embd * 0.02**2 / 2
     assert GPT(c)(idx, targets)[1].item() == pytest.approx(want, rel=0.005)
     if not tied:

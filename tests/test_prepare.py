@@ -99,7 +99,8 @@ def test_a_bpe_is_trained_on_the_training_split_only(tmp_path):
     texts = stories(300)
     data = made(tmp_path, txt(tmp_path / "mine.txt", texts), "bpe400")
     val = texts_of(data, "val")
-    assert val and data.tokenizer.sha256 == tokenizers.train_bpe([t for t in texts if t not in val], 400).sha256
+    trained = tokenizers.train_bpe([t for t in texts if t not in val], 400)
+    assert val and data.tokenizer.sha256 == trained.sha256
     assert data.tokenizer.sha256 != tokenizers.train_bpe(texts, 400).sha256  # so it can tell
 
 
@@ -129,7 +130,8 @@ def test_split_is_by_story_and_never_both(n):
     items = list(prepare.split_by_hash(texts))
     train, val = ([t for t, is_val in items if is_val == side] for side in (False, True))
     assert Counter(train) + Counter(val) == Counter(texts) and train and val and not set(train) & set(val)
-    assert set(val) == {t for t, is_val in prepare.split_by_hash(sorted(texts)) if is_val}  # whatever the order
+    assert [t for t, _ in items] == texts
+    assert set(val) == {t for t, is_val in prepare.split_by_hash(sorted(texts)) if is_val}
     if n == 500:  # with more stories, none of these changes sides
         more = {t for t, v in prepare.split_by_hash([*texts, *(f"more {i}" for i in range(5000))]) if v}
         assert set(val) == more & set(texts) and 20 < len(more) < 100
@@ -166,7 +168,7 @@ def test_text_files(tmp_path):
     assert read("\n\none\r\ntwo\r\n\r\nthree\r\n") == ["one\ntwo", "three"]
     assert read(f"one\n\ntwo\n{EOT}\n{EOT}\nthree {EOT} four\n{EOT}\n") == ["one\n\ntwo", f"three {EOT} four"]
     assert read("\ufeffone\n\nдва 😀") == ["one", "два 😀"]
-    assert read("") == read("\n\n") == []
+    assert read("") == read("\n\n") == read(f"{EOT}\n\n{EOT}\n\n") == []
 
 
 def test_every_format_gives_the_same_stories(tmp_path):
@@ -210,7 +212,8 @@ def test_tinystories_is_repaired_and_empty_stories_are_dropped(tmp_path):
             [broken, "", latin, fine, " \n", None, "â€\x9d", kept + " ok"])
     parquet(tmp_path / "s" / "data" / "validation-00000-of-00001.parquet", ["val â€™"])
     data = made(tmp_path, str(tmp_path / "s"), corpus="tinystories")
-    assert texts_of(data, "train") == [quotes, quotes, fine, "”", "“’ ok"] and texts_of(data, "val") == ["val ’"]
+    assert texts_of(data, "train") == [quotes, quotes, fine, "”", "“’ ok"]
+    assert texts_of(data, "val") == ["val ’"]
     assert data.meta["dropped_empty"] == 3 and data.meta["repaired_marks"] == 10 + 10 + 1 + 2 + 1
     other = made(tmp_path, str(tmp_path / "s"), corpus="other")
     assert kept + " ok" in texts_of(other, "train") and other.meta["repaired_marks"] == 0
@@ -246,8 +249,8 @@ def test_what_is_there_is_kept_while_it_does(tmp_path, capsys):
     assert len(all_texts(more)) == 101
     whole = made(tmp_path, source)
     assert whole.meta["limit"] is None and len(all_texts(whole)) == 400
-    assert made(tmp_path, source, stories=10_000).meta["limit"] is None  # all there are, so it was not made again
-    assert "is ready" in capsys.readouterr().out
+    assert made(tmp_path, source, stories=10_000).meta["limit"] is None
+    assert "is ready" in capsys.readouterr().out  # it has all there are
     time.sleep(0.01)
     txt(tmp_path / "mine.txt", stories(401))
     assert len(all_texts(made(tmp_path, source))) == 401
@@ -309,14 +312,15 @@ def test_two_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path):
-    code = ("import resource, prepare, sys; prepare.prepare('x', 'bpe1000', sys.argv[1], data_dir=sys.argv[2]); "
+    code = ("import resource, prepare, sys\n"
+            "prepare.prepare('x', 'bpe1000', sys.argv[1], data_dir=sys.argv[2])\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     peak = []
-    for i, n in enumerate((20, 160)):
+    for i, n in enumerate((5, 60)):
         for kind in ("txt", "parquet"):
             (txt if kind == "txt" else parquet)(tmp_path / f"{i}.{kind}", stories(20_000) * n)
-            args = [str(tmp_path / f"{i}.{kind}"), str(tmp_path / f"{i}{kind}")]
-            out = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
+            line = [sys.executable, "-c", code, str(tmp_path / f"{i}.{kind}"), str(tmp_path / f"{i}{kind}")]
+            out = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
             peak.append(int(out.stdout.split()[-1]) / 1024)
     assert max(peak) < 600 and peak[2] < peak[0] + 60 and peak[3] < peak[1] + 60, peak
 
@@ -352,9 +356,7 @@ def test_damaged_data_are_refused(tmp_path, harm, words):
     if "tokenizer.json is not" not in words:
         where = re.escape(f"--data_dir {tmp_path / 'data'}")
         assert re.search(f"python prepare.py mine --tokenizer bpe300 --source PATH {where}", str(error.value))
-    prepare.prepare("mine", "bpe300", source, data_dir=tmp_path / "data")
-    if "tokenizer.json" not in words and "another" not in words:
-        prepare.load(folder)  # prepare saw that they were damaged, and made them again
+    assert sorted(all_texts(made(tmp_path, source, "bpe300"))) == sorted(stories(30))  # prepare saw it, too
 
 
 def test_the_highest_id_is_found(monkeypatch):
@@ -387,7 +389,7 @@ def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
     ("x.jsonl", b'{"text": "caf\xe9"}\n', "x.jsonl is not UTF-8 text"),
     ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
     ("x.jsonl", '{"text": "a"}\n{"story": "b"}\n', 'line 2: no field "text"'),
-    ("x.jsonl", '{"text": 5}\n', 'line 1: no field "text" that holds a string'),
+    ("x.jsonl", '{"text": 0}\n', 'line 1: no field "text" that holds a string'),
     ("x.jsonl", '[1]\n', 'line 1: no field "text"'),
     ("x.jsonl", '{"text": "\\ud83d"}\n', "line 1: half a surrogate pair"),
     ("x.parquet", "no parquet", "x.parquet is not a Parquet file"),
@@ -438,7 +440,7 @@ def test_a_story_without_end(tmp_path, monkeypatch, capsys):
 
 def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
     source = txt(tmp_path / "x.txt", stories(9))
-    for error, status in ((OSError(28, "No space left"), 1), (RuntimeError("broken"), 1), (KeyboardInterrupt, 130)):
+    for error, status in ((OSError(28, "full"), 1), (RuntimeError("broken"), 1), (KeyboardInterrupt, 130)):
         def fail(*args, error=error):
             raise error
 
@@ -459,13 +461,17 @@ def cli(*args, **env):
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "offline"])
 def test_the_hub_out_of_reach(tmp_path, kind):
+    """Within 5 seconds, the interpreter's start included; a busy machine has two tries."""
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         port = silent.getsockname()[1]
         if kind == "refused":
             silent.close()
         offline = {"HF_HUB_OFFLINE": "1"} if kind == "offline" else {}
-        status, _, err, seconds = cli("tinystories", "--data_dir", tmp_path / "data", HF_HOME=str(tmp_path),
-                                      HF_ENDPOINT=f"http://127.0.0.1:{port}", **offline)
+        env = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{port}", **offline}
+        for _ in range(2):
+            status, _, err, seconds = cli("tinystories", "--data_dir", tmp_path / "data", **env)
+            if seconds < 5:
+                break
     assert status == 1 and seconds < 5 and err.startswith("error: ") and err.count("\n") == 1
     assert all(way in err for way in ("--source", "python prepare.py toystories", "HF_ENDPOINT"))
     assert not list((tmp_path / "data").rglob("*"))
@@ -484,7 +490,8 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
     def listed(self, paths):
-        return [{"type": "file", "path": p, "size": len(self.files[p]), "oid": p} for p in paths if p in self.files]
+        return [{"type": "file", "path": p, "size": len(self.files[p]), "oid": p} for p in paths
+                if p in self.files]
 
     def reply(self, body, status=200, **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -507,7 +514,8 @@ class Hub(BaseHTTPRequestHandler):
             if not wanted:
                 return self.reply(body, **headers)
             start, end = int(wanted[1]), min(int(wanted[2] or len(body)), len(body) - 1)
-            return self.reply(body[start:end + 1], 206, Content_Range=f"bytes {start}-{end}/{len(body)}", **headers)
+            headers["Content_Range"] = f"bytes {start}-{end}/{len(body)}"
+            return self.reply(body[start:end + 1], 206, **headers)
         if path.startswith(f"/api/datasets/{self.name}/tree/"):
             inside = path.removeprefix(f"/api/datasets/{self.name}/tree/").partition("/")[2]
             folder = [{"type": "directory", "path": "data", "size": 0, "oid": "d"}]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -79,6 +80,7 @@ def test_generation_equals_the_full_forward_within_and_past_the_context(kind):
     recorded = []
 
     def record(logits, history):
+        assert logits.dtype == torch.float32 and logits.is_inference()
         recorded.append(logits)
         return logits
 
@@ -153,7 +155,7 @@ def test_laying_out_changes_no_number():
     sample.lay_out(model)
     assert model.head.linear.weight is model.embedder.tokens.weight
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert model.core.blocks[0].attn.qkv.weight.stride() == (1, 96)
+    assert model.core.blocks[0].attn.qkv.weight.stride() == (1, 48)
     assert generate(model, [[1, 2], []], 30, eot=EOT) == new
 
 
@@ -547,6 +549,8 @@ def test_interactive(runs):
         cwd=runs, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
+    watch = threading.Timer(60, process.kill)  # no reading below waits for ever
+    watch.start()
 
     def read_until(words: bytes) -> bytes:
         got = b""
@@ -565,5 +569,6 @@ def test_interactive(runs):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0 and b"Traceback" not in err
     finally:
+        watch.cancel()
         process.kill()
         os.close(ours)

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer as HuggingFace
 
 import tokenizer
-from tokenizer import EOT
+from tokenizer import EOT, Tokenizer
 
 CACHE = Path(__file__).parents[1] / ".." / "shared" / "tiktoken_cache"
 WORDS = ("once upon a time there was little girl named lily who liked to play outside in the park with her "
@@ -154,9 +154,16 @@ def test_training_is_deterministic_and_sha256_tells_vocabularies_apart(bpe):
     assert tokenizer.get("byte").sha256.startswith("e66088df4cdb28fb")  # on every machine
 
 
-def test_merges_are_worth_it(bpe):
-    text = "Once upon a time there was a little girl named lily."
-    assert len(bpe.encode(text)) < 20
+def test_frequent_pairs_merge_first(bpe):
+    assert tokenizer.train_bpe(["zy zy zy zy ab ab abc"], 300).tokens[256] == b"zy"
+    assert len(bpe.encode("once upon a time there was a little girl named lily")) == 11  # a token a word
+
+
+def test_a_word_that_no_merge_reaches(tmp_path):
+    tok = Tokenizer("bpe258", [*(bytes([b]) for b in range(256)), b"abc"])  # neither ab nor bc is a token
+    hf = hugging_face(tok, tmp_path / "tokenizer.json")
+    assert tok.encode("abc") == hf.encode("abc").ids == [256]
+    assert tok.encode("abcabc") == hf.encode("abcabc").ids == list(b"abcabc")
 
 
 def test_a_tiny_corpus_stops_early_and_says_so(capsys):
@@ -212,7 +219,8 @@ def test_files_that_are_no_tokenizer(bpe, tmp_path):
     data = json.loads(path.read_text(encoding="utf-8"))
     data["model"]["vocab"].popitem()
     del data["model"]["vocab"]["a"]
-    for text in ("", "{}", "[1]", json.dumps(data), '{"model": {"vocab": {"a": 0}}}', '{"model": {"vocab": 3}}'):
+    vocabs = ({"a": 0}, 3, data["model"]["vocab"])
+    for text in ("", "{}", "[1]", *(json.dumps({"model": {"vocab": v}}) for v in vocabs)):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="tokenizer.json is not a byte-level BPE"):
             tokenizer.load(path)

@@ -1,0 +1,348 @@
+"""Checkpoints: whole or not at all, found out when damaged, never executed, kept when the disk fails."""
+
+import errno
+import os
+import pickle
+import random
+import shutil
+import struct
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import kept, lines, numbers, same, settings, trainer
+
+import checkpoint
+import tokenizer
+import train
+from model import GPT
+
+
+def state(**more) -> dict:
+    """The smallest whole checkpoint."""
+    c = settings().model
+    torch.manual_seed(0)
+    made = {"model": GPT(c).state_dict(), "model_config": vars(c).copy(), "tokenizer": tokenizer.get("byte").state()}
+    return made | {"step": 3} | more
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Save, read, load
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    plain = dict(a=[1, 2.5, "three", None, True, {"x": (1, 2)}], weights=torch.arange(5).half(), nan=float("nan"))
+    checkpoint.save(tmp_path / "x.pt", state(**plain))
+    back = checkpoint.read(tmp_path / "x.pt")
+    assert same(back, {"format": checkpoint.FORMAT, **state(**plain)})
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None, "other programs open it, too"
+
+
+def test_torch_opens_every_checkpoint_of_a_run_with_weights_only(here):
+    assert here("run", dtype="float16", optimizer="muon", ema=0.9) == 0
+    for name in ("latest.pt", "previous.pt", "best.pt"):
+        found = torch.load(Path("run", name), weights_only=True)
+        kinds = set()
+
+        def look(x, kinds=kinds):
+            if isinstance(x, dict | list | tuple):
+                for y in [*x.keys(), *x.values()] if isinstance(x, dict) else x:
+                    look(y)
+            else:
+                kinds.add(type(x))
+
+        look(found)
+        assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}, name
+        assert not any(key.startswith(("_orig_mod", "module.")) for key in found["model"])
+        assert found["provenance"].keys() >= {"torch", "python", "commit", "model.py", "train.py"}
+        assert found["train_config"]["dataset"] == "mini" and found["model_config"]["vocab_size"] == 257
+    assert kept("run")["optimizers"] and "optimizers" not in torch.load("run/best.pt")
+
+
+@pytest.mark.parametrize("changes", [dict(tied=True), dict(tied=False), dict(share="layers"), dict(share="mlp"),
+                                     dict(share="lora", tied=True)], ids=str)  # fmt: skip
+def test_tied_and_shared_weights_survive(changes, tmp_path):
+    t = trainer(out_dir=tmp_path, **changes)
+    t.train_step(0)
+    t.save_checkpoint(1)
+    model, _ = checkpoint.load(tmp_path / "latest.pt")
+    assert len(list(model.parameters())) == len(list(t.model.parameters()))
+    assert (model.head.linear.weight is model.embedder.tokens.weight) == t.config.model.tied
+    assert same(dict(model.state_dict()), dict(t.model.state_dict()))
+    again = trainer(out_dir=tmp_path, **changes)
+    again.load_checkpoint(checkpoint.read(tmp_path / "latest.pt"))
+    for x in (t, again):
+        x.train_step(1)
+    assert same(dict(again.model.state_dict()), dict(t.model.state_dict()))
+
+
+def test_a_loaded_model_does_not_drop_out(tmp_path):
+    t = trainer(out_dir=tmp_path, dropout=0.5)
+    t.save_checkpoint(0)
+    model, tok = checkpoint.load(tmp_path)
+    assert not model.training and tok.sha256 == t.data.tokenizer.sha256
+    idx = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_which_checkpoint_a_folder_stands_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        checkpoint.find(tmp_path)
+    for name in ("previous.pt", "latest.pt", "best.pt"):
+        checkpoint.save(tmp_path / name, state())
+        assert checkpoint.find(tmp_path).name == name
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
+        checkpoint.read(tmp_path / "nope.pt")
+    with pytest.raises(FileNotFoundError, match="no checkpoint under"):
+        checkpoint.newest_run(tmp_path / "nowhere")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Damage
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("good") / "good.pt"
+    checkpoint.save(file, state())
+    return file
+
+
+def test_every_flipped_bit_is_found(good, tmp_path):
+    """60 random flips, and then one in each of the first and last bytes, where the zip's own structure stands."""
+    whole, draw, found = good.read_bytes(), random.Random(0), 0
+    places = [draw.randrange(8 * len(whole)) for _ in range(60)]
+    places += [8 * i + draw.randrange(8) for i in [*range(60), *range(len(whole) - 150, len(whole))]]
+    for place in places:
+        broken = bytearray(whole)
+        broken[place // 8] ^= 1 << place % 8
+        file = tmp_path / "broken.pt"
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"broken.pt (is damaged|holds more)") as caught:
+            checkpoint.read(file)
+        assert "\n" not in str(caught.value)
+        found += 1
+    assert found == 60 + 60 + 150
+
+
+def test_a_cut_file_is_found(good, tmp_path):
+    whole = good.read_bytes()
+    for size in (0, 1, 10, 63, 64, 65, 1000, len(whole) // 2, len(whole) - 64, len(whole) - 1):
+        file = tmp_path / "cut.pt"
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cut.pt is damaged"):
+            checkpoint.read(file)
+    file.write_bytes(whole + b"x")
+    with pytest.raises(ValueError, match="cut.pt is damaged"):
+        checkpoint.read(file)
+    for junk in (b"\x00" * 5000, random.Random(1).randbytes(5000), b"PK\x03\x04" + b"\x80" * 500):
+        file.write_bytes(junk)
+        with pytest.raises(ValueError, match="cut.pt is damaged"):
+            checkpoint.read(file)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+@pytest.mark.parametrize("how", ["zip", "signed", "legacy", "pickle"])
+def test_nothing_in_a_file_is_ever_executed(how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "evil.pt"
+    if how == "signed":  # by our own hand, so the checksum holds
+        checkpoint.save(file, state(evil=Evil()))
+    elif how == "pickle":
+        file.write_bytes(pickle.dumps({"format": 1, "evil": Evil()}))
+    else:
+        torch.save({"format": 1, "evil": Evil()}, file, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(ValueError, match="evil.pt (holds more than tensors and plain data|is damaged or no)"):
+        checkpoint.read(file)
+    assert not Path("hacked").exists()
+    torch.load(file, weights_only=False) if how == "zip" else None
+    assert Path("hacked").exists() == (how == "zip"), "no empty claim"
+
+
+def test_other_peoples_files_and_newer_ones_are_refused(tmp_path):
+    torch.save({"model": {}}, tmp_path / "theirs.pt")
+    with pytest.raises(ValueError, match="not written by this project"):
+        checkpoint.read(tmp_path / "theirs.pt")
+    torch.save([1, 2], tmp_path / "theirs.pt")
+    with pytest.raises(ValueError, match="not written by this project"):
+        checkpoint.read(tmp_path / "theirs.pt")
+    checkpoint.save(tmp_path / "new.pt", state(format=checkpoint.FORMAT + 1))
+    with pytest.raises(ValueError, match="newer version"):
+        checkpoint.read(tmp_path / "new.pt")
+    odd = state()
+    odd["model_config"]["flavour"] = "vanilla"
+    checkpoint.save(tmp_path / "odd.pt", odd)
+    with pytest.raises(ValueError, match="settings unknown here: flavour"):
+        checkpoint.load(tmp_path / "odd.pt")
+
+
+def test_the_checksum_is_the_comment_of_the_zip(good):
+    whole = good.read_bytes()
+    assert struct.unpack("<H", whole[-66:-64])[0] == 64 and zipfile.ZipFile(good).comment == whole[-64:]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A disk that fails while saving
+
+
+def failing(monkeypatch, where: str, error: Exception, times: int = 10**9) -> list[int]:
+    """Make the next `times` calls of os.fsync, os.replace, torch.save or of a file's writing raise."""
+    module, name = {"fsync": (os, "fsync"), "replace": (os, "replace"), "save": (torch, "save"),
+                    "open": (checkpoint, "open")}[where]  # fmt: skip
+    real, calls = getattr(module, name, open), []
+
+    def broken(*args, **kwargs):
+        calls.append(0)
+        if len(calls) <= times:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, broken, raising=False)
+    return calls
+
+
+FAULTS = {
+    "disk full": ("fsync", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    "I/O error": ("fsync", OSError(errno.EIO, os.strerror(errno.EIO))),
+    "disk full inside torch": ("save", RuntimeError("[enforce fail at inline_container.cc:874] . unexpected pos")),
+    "permission lost": ("open", PermissionError(errno.EACCES, os.strerror(errno.EACCES), "latest.pt")),
+    "renaming refused": ("replace", PermissionError(errno.EPERM, os.strerror(errno.EPERM))),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_failed_save_leaves_the_old_checkpoint(name, tmp_path, monkeypatch):
+    where, error = FAULTS[name]
+    checkpoint.save(tmp_path / "latest.pt", state(step=1))
+    old = (tmp_path / "latest.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        failing(patch, where, error)
+        with pytest.raises(type(error)):
+            checkpoint.save(tmp_path / "latest.pt", state(step=2), tmp_path / "previous.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"], "and no half file"
+    assert (tmp_path / "latest.pt").read_bytes() == old
+
+
+def test_renaming_that_fails_half_way_leaves_a_checkpoint(tmp_path, monkeypatch):
+    """The old one is previous.pt by then, and the run goes on from it."""
+    checkpoint.save(tmp_path / "latest.pt", state(step=1))
+    real = os.replace
+
+    def second_fails(old, new):
+        if Path(new).name == "latest.pt":
+            raise OSError(errno.EIO, "I/O error")
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(OSError):
+        checkpoint.save(tmp_path / "latest.pt", state(step=2), tmp_path / "previous.pt")
+    assert train.last_state(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_saving_is_tried_again(name, here, monkeypatch):
+    """Two failures are survived with two loud warnings, and nothing of the run is different."""
+    assert here("straight") == 0
+    naps, step = [], train.Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", naps.append)
+
+        def fail_at_5(self, n):
+            if n == 4:
+                failing(patch, *FAULTS[name], times=2)
+            return step(self, n)
+
+        patch.setattr(train.Trainer, "train_step", fail_at_5)
+        assert here("run") == 0
+    assert here.said.count("WARNING: could not save") == here.said.count("trying again") == 2
+    assert [nap for nap in naps if nap >= 1] == [1, 5]
+    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+
+
+@pytest.mark.parametrize("file", ["latest.pt", "best.pt"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_several_failures_end_the_run_with_status_1(name, file, here, monkeypatch):
+    where, error = FAULTS[name]
+    step, begin = train.Trainer.train_step, {"latest.pt": 14, "best.pt": 11}[file]
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: None)
+
+        def fail_from(self, n):
+            if n == begin:
+                failing(patch, where, error)
+            return step(self, n)
+
+        patch.setattr(train.Trainer, "train_step", fail_from)
+        assert here("run", save_interval=5) == 1
+    assert here.said.count(f"WARNING: could not save {file}") == 3
+    assert "error: run cannot be written to" in here.said and "Traceback" not in here.said
+    assert kept("run")["step"] == 10
+    assert checkpoint.read("run/best.pt")["step"] == (6 if file == "best.pt" else 12)
+    assert not list(Path("run").glob("*.tmp"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of POSIX")
+def test_a_file_system_that_is_really_full(tmp_path, corpus):
+    """The kernel refuses to let any file grow over 60 kB: the best.pt fits, latest.pt does not."""
+    from launch import Program
+    from test_cli import words
+
+    run = Program(words(corpus, out_dir="run"), tmp_path, hook=(limit_files, 60_000))
+    assert run.wait() == 1
+    assert run.text.count("WARNING: could not save latest.pt") == 3 and "Traceback" not in run.text
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert Program(words(corpus, out_dir="run") + ["--resume"], tmp_path).wait() == 0
+
+
+def limit_files(size: int) -> None:
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    time.sleep = lambda seconds: None
+
+
+def test_metrics_that_cannot_be_written_end_the_run_in_one_line(here, monkeypatch):
+    log = train.Trainer.log
+
+    def full(self, step, result, split="train"):
+        if step == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl")
+        return log(self, step, result, split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "log", full)
+        assert here("run") == 1
+        assert "No space left" in here.said and "Traceback" not in here.said
+    assert here("run", "--resume") == 0 and "at step 5" in here.said
+    assert here("straight") == 0 and lines("run") == lines("straight")
+
+
+def test_a_torn_line_of_metrics_is_cut_off(here):
+    assert here("straight") == 0
+    assert here("run", stop_after=10) == 143
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "split": "train", "loss": 3.1, "tok')
+    assert here("run", "--resume") == 0
+    assert lines("run") == lines("straight")
+
+
+def test_what_a_kill_left_behind_is_cleared(here):
+    assert here("run", stop_after=10) == 143
+    shutil.copy("run/latest.pt", "run/latest.pt.99999.tmp")
+    assert here("run", "--resume") == 0
+    assert not list(Path("run").glob("*.tmp"))
+
+
+def test_the_fingerprint_tells_data_apart():
+    one, other = numbers(), numbers(seed=1)
+    assert train.fingerprint(one) == train.fingerprint(numbers()) != train.fingerprint(other)
+    assert train.fingerprint(one) != train.fingerprint(one._replace(val=one.val[:-1]))
