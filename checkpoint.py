@@ -139,7 +139,11 @@ def newest_run(root: str | Path = "out") -> Path:
 def provenance() -> dict[str, str]:
     """What made this checkpoint: versions, the git commit, and whether the code had been changed since."""
     here = Path(__file__).resolve().parent
-    made = {"python": platform.python_version(), "torch": str(torch.__version__), "system": platform.platform()}
+    made = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "system": platform.platform(),
+    }
     try:
         made["commit"] = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--match=-"],

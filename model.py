@@ -298,16 +298,20 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         cache: "KVCache | None" = None,
         segments: Tensor | None = None,
+        last: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """
         idx (B, T) int64 -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, mean loss, nats).
-        `cache` goes on from the tokens that it has seen; `segments` (B, T) keeps attention to equal numbers.
+        `cache` goes on from the tokens that it has seen; `segments` (B, T) keeps attention to equal numbers;
+        `last` gives the logits of the last position only, (B, 1, vocab_size).
         """
         position, place = locate(self.config, idx, cache, segments)
         x = self.core(self.embedder(idx, position), place, cache)
         if cache is not None:
             cache.seen += idx.shape[1]
-        return (self.head(x), None) if targets is None else self.head.loss(x, targets)
+        if targets is not None:
+            return self.head.loss(x, targets)
+        return self.head(x[:, -1:] if last else x), None
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean loss in nats of a batch (idx, targets), each (B, T)."""
@@ -491,6 +495,11 @@ class KVCache:
         self.k[layer][:, :, at : at + 1], self.v[layer][:, :, at : at + 1] = k, v
         columns = min(self.seen + 1, self.size)
         return self.k[layer][:, :, :columns], self.v[layer][:, :, :columns]
+
+    def select(self, rows: list[int]) -> None:
+        """Make these rows of the batch the batch; a row may come more than once."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.start = None if self.start is None else self.start[rows]
 
 
 # ----------------------------------------------------------------------------------------------------------

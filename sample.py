@@ -185,12 +185,12 @@ class Batch:
         start = [T - n for n in self.lengths[:lines]]  # what stands to the left of a line is padding
         start = torch.tensor(start, device=self.device) if any(start) else None
         self.cache = KVCache(self.model.config, lines, self.device, self.dtype, start)
-        logits = self.model(self.history[:lines, -T:], cache=self.cache)[0]
+        logits = self.model(self.history[:lines, -T:], cache=self.cache, last=True)[0]
         if not logits[:, -1].isfinite().all():
             raise RuntimeError("the logits are not finite: the training diverged, or the dtype is too narrow")
         if self.alike:
             logits = logits.expand(len(self.lengths), -1, -1)
-            keep(self.cache, [0] * len(self.lengths))
+            self.cache.select([0] * len(self.lengths))
             self.alike = False
         return logits
 
@@ -207,13 +207,7 @@ class Batch:
         """Go on with these lines alone."""
         self.history, self.lengths = self.history[lines], [self.lengths[line] for line in lines]
         if self.cache is not None:
-            keep(self.cache, lines)
-
-
-def keep(cache: KVCache, lines: list[int]) -> None:
-    """Make these lines of a cache's batch its batch; a line may come more than once."""
-    cache.k, cache.v = cache.k[:, lines], cache.v[:, lines]
-    cache.start = None if cache.start is None else cache.start[lines]
+            self.cache.select(lines)
 
 
 @torch.inference_mode()

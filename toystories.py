@@ -62,7 +62,7 @@ neighbor, name: he him his
     Mrs. Bell, Mrs. Hill, Miss Honey, Mrs. Gray, Miss Berry, Mrs. Wood, Miss Plum, Mrs. Lake ; she ; her ; her
     Mr. Brown, Mr. Green, Mr. White, Mr. Baker, Mr. King, Mr. Stone, Mr. Fisher, Mr. Fox ; he ; him ; his
 number, number:
-    seven, eight, nine, ten, eleven, twelve, fifteen, twenty, thirty, forty
+    fifteen, sixteen, twenty, thirty, forty, fifty, sixty, seventy, eighty, ninety
 
 toy, object:
     ball, kite, doll, drum, boat, truck, book, hat, scarf, bell, whistle, puppet, robot, train, teddy bear, backpack
@@ -233,13 +233,13 @@ plant, object: grew
 
 contest, word: did
     sack race ; hopped up and down the stairs in a pillow case, hopped around the yard
-    swimming race ; swam from one side to the other, kicked until the water foamed
     running race ; ran around the block, ran up the hill and down again
     bike race ; rode around the pond, rode to the mill and back
-    rowing race ; rowed to the bridge and back, rowed until both hands hurt
-    skating race ; skated around the square, skated up and down the street
     egg and spoon race ; walked up and down with a potato on a spoon, dropped egg after egg
     wheelbarrow race ; pushed a barrow full of stones, pushed the cat around the garden
+    pancake race ; flipped pancakes on the run, ran around the stove with a pan
+    stilt race ; walked on two tall poles, stepped over the fence on stilts
+    scooter race ; rolled down the street, practiced every turn
 prize, object:
     medal, trophy, ribbon, crown, flag, star, shield, badge, sash, wreath
 
@@ -247,12 +247,12 @@ plan, word: instead
     picnic ; spread a blanket on the living room floor, ate under the kitchen table
     camping trip ; built a tent of sheets, put the sleeping bags beside the stove
     garden party ; hung paper flowers on every lamp, danced with the brooms
-    boat ride ; turned a big box into a boat, rowed across the rug with two brooms
+    kite festival ; ran through the hall with ribbons, blew paper birds across the room
     ball game ; rolled up socks for balls, set up bottles in the hall
     treasure hunt ; hid buttons all over the house, drew a map of every room
     circus show ; jumped through an old hoop, walked along a rope on the floor
     long hike ; marched through all the rooms, climbed the stairs twenty times
-    train ride ; put all the chairs in a row, punched tickets with a fork
+    pony ride ; rode on two brooms, galloped around the table
     concert ; drummed on all the pots, blew on bottles and combs
 
 talent, word:
@@ -315,8 +315,7 @@ ran: ran | hurried | walked | raced | skipped | hopped | marched | rushed | dash
     went | jogged | tiptoed | galloped | wandered | bounced | scurried | zoomed | danced
 cried: cried | shouted | called | yelled | exclaimed | sang out | squealed | gasped | screamed | roared |
     cheered | bellowed
-said: said | whispered | murmured | mumbled | declared | announced | explained | muttered | remarked |
-    said again | stated | breathed
+said: said | whispered | murmured | mumbled | declared | announced | muttered | remarked | stated | breathed
 softly: softly | gently | slowly | quietly | kindly | calmly | warmly | brightly | cheerfully | sweetly |
     proudly | wisely | gladly | shyly | firmly | happily | tenderly | politely | with a smile |
     with a wink | with a nod | with a grin | with a laugh | with a sigh
@@ -327,15 +326,15 @@ sad: sad | unhappy | upset | gloomy | miserable | lonely | hopeless | sorry | lo
 weep: a tear ran down {his} [nose | cheek | chin] | {his} [lip | chin | voice] began to shake | {he} could hardly [speak | eat | sleep | swallow]
 joy: <smiled> | was so <happy> that {he} <danced> | felt <happy> from head to toe | felt as <light> as <a feather>
 smiled: smiled | grinned | laughed | clapped {his} hands | jumped up and down | giggled | beamed | did a little dance |
-    turned a somersault | threw {his} <clothes> into the air
-danced: danced | sang | skipped | hummed | whistled | twirled | cheered | yodeled
+    turned a somersault | threw {his} hat into the air
+danced: danced | sang | skipped | hummed | whistled | twirled | yodeled
 light: light | free | merry | airy
 feather: feather | bird | cloud | balloon | butterfly | soap bubble | leaf | lark | snowflake | kite |
     petal | moth | breeze | ribbon | bumblebee | sunbeam
 color: red | blue | green | yellow | gray | brown | white | black | purple | pink | orange | golden |
     silver | violet | plaid | checkered | striped | spotted | turquoise | rosy
-clothes: hat | cap | coat | scarf | sweater | jacket | cape | shirt | vest | raincoat | belt | hood |
-    apron | shawl | bow | robe | collar | poncho | blouse | bonnet
+clothes: coat | scarf | sweater | jacket | cape | shirt | vest | raincoat | apron | shawl | robe | poncho | blouse | cloak | parka |
+    nightshirt
 cute: little | fat | tiny | sleepy | shy | noisy | curious | hungry | lazy | clever | pretty | funny |
     brave | busy | wet | cheeky | fluffy | nervous | young | old | proud | quiet | grumpy | merry | lonely |
     jolly | dusty | friendly | plump | hasty | dreamy | bold | thirsty | muddy | gentle | cross
@@ -344,7 +343,7 @@ creature: snail | bee | robin | cat | beetle | moth | sparrow | spider | ladybug
     cricket | pigeon | mouse | raven | weasel | squirrel | dragonfly | worm | chipmunk | woodpecker |
     finch | slug | hamster | parrot | swallow
 old: old | tall | broken | dusty | wobbly | crooked | wooden | rusty | mossy | painted | narrow | heavy |
-    shiny | round | muddy | iron | tiny | huge | cracked | slippery | warm | cold | empty | sandy | lonely |
+    shiny | round | muddy | iron | tiny | huge | cracked | slippery | empty | sandy | wet | broad | lonely |
     famous | plain | hollow
 perch: gate | wall | fence | roof | stone | bench | post | stump | bridge | barrel | ladder | signpost |
     bucket | cart | pump | log | crate | wagon | statue | well | haystack | doorstep | lamppost | mailbox |
@@ -372,7 +371,7 @@ tasty: sweet | tasty | fresh | big | tiny | warm | soft | lovely | yummy | round
     sticky | crisp | juicy | crunchy | delicious | tender | ripe | huge | perfect | salty | crumbly
 fruit: plums | apples | pears | cookies | peaches | buns | carrots | cherries | nuts | rolls | pancakes |
     muffins | grapes | dates | waffles | tomatoes | biscuits | berries | figs | pretzels | dumplings |
-    radishes | candies | chestnuts | melons | crackers | noodles | potatoes
+    radishes | candies | chestnuts | melons | crackers | tarts
 filling: cheese | ham | jam | honey | butter | egg | tomato | fish | chicken | banana | cucumber | salad |
     peanut | mushroom | pepper | olive
 drink: lemonade | milk | tea | cocoa | apple juice | water | ginger ale | berry juice | orange juice |
@@ -441,7 +440,7 @@ earn_open: <meet> <oneday> {he} saw <a look=look> <thing=toy> in the window of <
     | In the shop of <boss=neighbor>, between <a color> <jar> and <a old> <lamp>, stood <a look=look> <thing=toy>. Each day after school, <a trait> <girl hero=kid> named {hero} came in to look at it.
     | "How much is the <look=look> <thing=toy>?" asked <hero=kid>. {He} had seen it in the shop of <boss=neighbor>, between <a color> <jar> and <a old> <lamp>.
 jar: book | jar | hat | box | cup | pencil | globe | broom
-lamp: clock | lamp | drawer | chest | trunk | mirror | violin | statue
+lamp: candle | lamp | drawer | chest | trunk | mirror | violin | statue
 earn_work: So {he} went to work. {He} <jobhome>, {he} <jobyard>, and {he} <jobtown>.
     | "I will work for it," {he} <said>. {He} <jobhome> for {his} <giver>. {He} <jobyard> for <person>. And {he} <jobtown>.
     | On <weekday>, {he} <jobhome>. Then {he} <jobyard>, and after that {he} <jobtown>.
@@ -462,7 +461,7 @@ earn_end: {hero} <ran> home with the {look} {thing} and <joy>. A thing that you 
 
 quarrel: <q_open>¶ <q_pull> <q_apart>¶ <q_sorry> <q_end>
 q_open: <hero=kid> and <friend=kid> were best friends. They <likes> to <outdoors> and to <indoors>. <q_start>
-    | "It is mine!" <cried> <hero=kid>. "No, it is mine!" <cried> <friend=kid>. They had been best friends for <few> years. But then they had found <a look=look> <thing=toy> <at place=place>, next to <bug>.
+    | "It is mine!" <cried> <hero=kid>. "No, it is mine!" <cried> <friend=kid>. They had been best friends for <few> months. But then they had found <a look=look> <thing=toy> <at place=place>, next to <bug>.
     | <meet> {His} best friend was <friend=kid>, who <likes> to <indoors>. <q_start>
 q_start: <oneday> they found <a look=look> <thing=toy> <at place=place>. "I saw it first!" <cried> {hero}. "But I touched it first!" <cried> {friend}.
     | <oneday> they sat <at place=place> with <a look=look> <thing=toy>. <scene> {hero} wanted to have the {thing} all day. So did {friend}.
@@ -490,7 +489,7 @@ weekday2: rainy days | sunny days | Mondays | Sundays | most days | good days
 mend: <mend_open>¶ <mend_try>¶ <scene> <mended> <mend_end>
 mend_open: <meet> {He} had <a look=look> <thing=broken> that {his} <elder=elder> had made for {him}. <mend_oops>
     | There once stood <a look=look> <thing=broken> next to <a color> <furniture> in the <home> of <a trait> <girl hero=kid> named {hero}. It came from {his} <elder=elder>. <mend_oops>
-    | <rip>! On the floor, next to <a color> <furniture>, lay the <look=look> <thing=broken> of <hero=kid>. {He} had got it from {his} <elder=elder>. <A cute> <creature> had jumped on it, and <thing.broke>.
+    | <rip>! On the floor, next to <a color> <furniture>, lay the <look=look> <thing=broken> of <hero=kid>. {He} had got it from {his} <elder=elder>. <A mood> <folk> had sat on it, and <thing.broke>.
 mend_oops: <oneday> {he} tripped over <a color> <clothes>, and <thing.broke>. | <oneday> {he} bumped into the <furniture>, and <thing.broke>.
 mend_try: "It is ruined," <said> {hero}, and {he} felt so <sad> that <weep>. "Nothing is too broken for two pairs of hands," said {his} {elder} <softly>. "All we need is <fix=thing.mend>."
     | First, {hero} tried to mend it with <gum>. Then {he} tried it with <a color> <lace>. It only made a mess. "Why not try <fix=thing.mend>?" asked {his} {elder} <softly>.
@@ -512,7 +511,7 @@ a_open: <meet> <oneday> {he} was on the way to <place=place> when something <noi
 a_what: It was a <baby> {pet}, all alone in the <mud>. | It was a <baby> {pet}, shaking with cold. | {He} saw a <baby> {pet} that was stuck under <a old> <perch>.
 baby: small | tiny | baby | wet | young | thin | scared | shy | gray | lost | lonely | hungry
 a_help: "Do not be afraid," <said> {hero}. {He} wrapped the {pet} in {his} <color> <clothes> and gave it <pet.food>.
-    | {hero} moved <softly> and offered the {pet} <pet.food>. First it hid behind <a old> <perch>, but then it began to eat.
+    | {hero} knelt down <softly> and offered the {pet} <pet.food>. First it hid behind <a old> <perch>, but then it began to eat.
     | {He} <ran> home and came back with <pet.food> and <a color> <clothes> to keep the {pet} warm.
 a_wait: <scene> The {pet} stopped shaking. {He} named it <petname>.
     | For <few> days, it slept next to the <furniture> and ate <treats>. {He} named it <petname>.
@@ -521,8 +520,8 @@ straw: hay | straw | leaves | moss | wool | feathers | rags | paper | cotton | f
 petname: Button | Pepper | Biscuit | Pickle | Muffin | Sunny | Cloud | Lucky | Star | Pip | Ginger | Bean | Olive | Pumpkin | Cookie | Dot
 a_home: Then {hero} took the {pet} back to {pet.home}. "Goodbye, little one," {he} <said> <softly>.
     | But {hero} knew that a {pet} needs its own home. So {he} carried it back to {pet.home} and waved <softly>.
-a_end: After that, each time {hero} came to {place}, the {pet} sat on <a old> <perch> and watched {him} <outdoors>.
-    | And when {hero} came to {place} <few> weeks later, there was the {pet} with <few> little ones.
+a_end: After that, each time {hero} came to {place}, the {pet} sat next to <a old> <perch> and watched {him} <outdoors>.
+    | And when {hero} came to {place} <few> weeks later, there was the {pet}, twice as big and very <happy>.
     | {hero} <ran> home from {place} and felt <happy>. Even a small hand can help a lot.
 
 fear: <fear_open>¶ <fear_day> <fear_told>¶ <fear_step> <fear_end>
@@ -547,15 +546,16 @@ fear_end: After that, {hero} was no longer afraid of {fear}. {He} <joy>, and {he
     | {Fear} did not seem so terrible now. {hero} <joy>, and {his} {elder} <smiled2>.
 smiled2: smiled | nodded | cheered | clapped | winked | laughed
 
+restless: excited | happy | curious | nervous | restless | thrilled | glad | hopeful
 trip: <t_open> <t_pack>¶ <t_there>¶ <t_find> <t_home>
 t_open: "Pack your bag, <hero=kid>!" <cried> {his} <elder=elder>. "On <weekday> we are going to <trip=trip>!" {hero} <joy>.
     | <meet> {He} had read <few> books about <trip=trip>. <oneday> {his} <elder=elder> came in with <few> tickets.
-    | For <few> nights, <hero=kid> had been too <happy> to sleep. {His} <elder=elder> wanted to take {him} to <trip=trip>!
+    | For <few> nights, <hero=kid> had been too <restless> to sleep. {His} <elder=elder> wanted to take {him} to <trip=trip>!
 t_pack: {He} packed <treats>, <a color> <clothes>, and <a old> <camera>. They traveled <trip.ride> for <few> hours.
     | {hero} took {his} <color> <clothes> and <snack>. They traveled <trip.ride>, next to <person>.
 camera: map | camera | compass | notebook | telescope | pen | whistle | lamp
 t_there: What a place it was! {hero} saw <trip.see> and <sights>. Then they <trip.do>. {He} <joy>.
-    | "Is it real?" <said> {hero}. In front of them lay <trip.see>. It smelled of <smell>, and <far> <sound>. After <treats>, they <trip.do>.
+    | "Is it real?" asked {hero} <softly>. In front of them lay <trip.see>. It smelled of <smell>, and <far> <sound>. After <treats>, they <trip.do>.
     | They met <person> who showed them <trip.see>. "[You will never see this at home | Not many people know this place | Come with me]!" Then they <trip.do>. <scene>
 t_find: On the last day, {hero} found <a thing=trip.bring> next to <a old> <perch>.
     | Before they left, {his} {elder} bought {him} <a thing=trip.bring> from <person>.
@@ -649,7 +649,7 @@ g_sow: {hero} gave it water from <a color> <purse>. Then {he} sat down with <tre
     | {hero} sang it a song about <a color> <dream> and watered it <softly>.
 g_wait: On <weekday>, there was nothing to see. After <few> days, there was still nothing to see but <bug>. "Seeds have their own clock," said {his} {elder} <softly>.
     | {hero} wanted to dig it up. "Good things take time," said {his} {elder} <softly>. So {hero} <jobhome> and <jobyard> instead.
-    | {He} waited for <few> days and <few> nights. <scene> {He} felt <sad>, but {he} did not give up.
+    | {He} waited for <few> days and just as many nights. <scene> {He} felt <sad>, but {he} did not give up.
 g_sprout: Then, on <a fine> <daytime>, there was something green! "<oh>!" <cried> {hero}. It grew and grew, and by the end of <season> it was <a plant=plant>, <plant.grew>.
     | <thenext>, {hero} saw a green tip and <joy>. It got <few> leaves, and then <few> more. It was <a plant=plant>, <plant.grew>.
 oh: Oh | Look | Hooray | At last | Hello | It is alive
@@ -679,11 +679,12 @@ c_end: "Thank you for telling me," said {his} {elder} <softly>. Then they glued 
 
 newcomer: <n_open>¶ <n_alone> <n_ask>¶ <n_can> <n_end>
 n_open: <oneday> there was a new child at school. "This is <friend=kid> from <abroad>," said the teacher <softly>. <hero=kid> turned around to look.
-    | <hero=kid> looked out of the window. <A color> truck had stopped next to <a old> <perch>. Out came <few> chairs, <a color> <furniture>, and a <baby> <girl friend=kid> named {friend}, who had come from <abroad>.
-    | <meet> <oneday> somebody new came to {his} street. It was a <baby> <girl friend=kid> named {friend}, who had come from <abroad>.
+    | <hero=kid> looked out of the window. <A color> truck had stopped next to <a old> <perch>. Out came <few> chairs, <a color> <furniture>, and a <mood2> <girl friend=kid> named {friend}, who had come from <abroad>.
+    | <meet> <oneday> somebody new came to {his} street. It was a <mood2> <girl friend=kid> named {friend}, who had come from <abroad>.
 n_alone: {friend} sat all alone on <a old> <seat> and ate <treats>. The other children <stared>.
     | Nobody talked to {friend}. {Friend.he} looked at <bug> and ate <treats>.
     | {friend} wore <a color> <clothes>, and somebody laughed at it. {friend} sat down next to <a old> <perch> and felt <sad>.
+mood2: small | quiet | shy | pale | thin | serious | lonely | tall | young | polite | nervous | sad
 seat: wall | bench | post | stump | barrel | swing
 stared: stared | whispered | ran past | looked away | laughed | played tag
 n_ask: "How lonely that must be," {hero} thought. So {he} went over and <said>, "Hello, I am {hero}. Do you want to <outdoors>?"
@@ -714,14 +715,14 @@ i_end: "Why are you up?" asked {his} <elder=elder> <softly>. {hero} told about {
 
 fable: <b_open>¶ <b_trap> <b_pass>¶ <b_help> <b_end>
 b_open: Once upon a time, <a big> <giant=giant> and <a cute> <beast=beast> lived in the same <forest>. "You are so small," the {giant} always said. "What are you good for?" But the {beast} only <danced>.
-    | <A big> <giant=giant> lay in the sun and ate <treats>. Along came <a cute> <beast=beast> with <a color> <clothes>. "Give me one," it said <softly>, "and one day I will help you." The {giant} laughed so hard that <few> birds flew up.
+    | <A big> <giant=giant> lay in the sun and ate <treats>. Along came <a cute> <beast=beast> in <a color> <clothes>. "Give me one," it said <softly>, "and one day I will help you." The {giant} laughed so hard that <few> birds flew up.
     | There was once <a cute> <beast=beast> who lived under <a old> <perch>. Its neighbor was <a big> <giant=giant>. Everybody was afraid of the {giant}, but the {beast} only <danced>.
 big: big | huge | strong | proud | mighty | loud | grumpy | wild
 forest: forest | valley | jungle | land | woods | swamp
 b_trap: <oneday> the {giant} <beast.trap>. It <roared> so loudly that <a old> <perch> fell over.
     | On <a fine> <season> <daytime>, the {giant} <beast.trap>. It <roared> for <few> hours.
 roared: roared | bellowed | cried | howled | groaned | shouted
-b_pass: <Few> <cute> <animals> came by, but they were too scared. Then came <a cute> <fox>, but it only looked and <ran> on.
+b_pass: <Few> <cute> <animals> came by, but they did not know what to do. Then came <a cute> <fox>, but it only looked and <ran> on.
     | <A cute> <fox> came by. "I have no time," it <said>, and it <ran> on with <treats>. <scene>
 fox: fox | badger | goose | donkey | peacock | monkey | raccoon | pig
 b_help: Then the {beast} came along in <a color> <clothes>, with <treats>. "Leave it to me," it <said>. It <beast.can>, and soon the {giant} was free.

@@ -180,7 +180,9 @@ def choose_machine(c: TrainConfig) -> Machine:
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"{device} is asked for, and there are {torch.cuda.device_count()} CUDA GPUs here")
+            raise ValueError(
+                f"{device} is asked for, and there are {torch.cuda.device_count()} CUDA GPUs here"
+            )
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate bf16
         name, dtype = torch.cuda.get_device_name(device), torch.bfloat16 if native else torch.float16
         why = "bf16 is native" if native else "no native bf16, so fp16 with a GradScaler"
@@ -517,7 +519,7 @@ class Trainer:
         self.write("latest.pt", state, previous=self.out_dir / "previous.pt")
 
     def write(self, name: str, state: dict, previous: Path | None = None) -> None:
-        """Save `state` in the run's folder; where that fails, say so and try again, and in the end give up."""
+        """Save `state` in the folder; where that fails, say so and try again, and in the end give up."""
         for wait in (1, 5, 0):
             try:
                 return checkpoint.save(self.out_dir / name, state, previous)
@@ -570,7 +572,9 @@ def open_logger(c: TrainConfig, folder: Path | None) -> Callable[[dict], None] |
     @functools.cache
     def opened():  # at the first line, when the folder is this run's alone
         if c.logger == "wandb":
-            return wandb.init(project="nanostlm", id=folder.name, resume="allow", dir=folder, config=asdict(c))
+            return wandb.init(
+                project="nanostlm", id=folder.name, resume="allow", dir=folder, config=asdict(c)
+            )
         return SummaryWriter(folder)
 
     def report(line: dict) -> None:
@@ -593,7 +597,9 @@ def all_reduce(tensor: torch.Tensor) -> None:
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
-        raise ConnectionError(f"another process of this run is gone, so this one ends too: {error}") from error
+        raise ConnectionError(
+            f"another process of this run is gone, so this one ends too: {error}"
+        ) from error
 
 
 def fingerprint(data: prepare.Data) -> dict:
@@ -856,9 +862,9 @@ def report(trainer: Trainer, name: str) -> None:
     if trainer.skipped:
         say(f"{trainer.skipped} updates were left out: their loss or gradient was not finite")
     trainer.model.eval()
-    with trainer.averaged(), trainer.machine.autocast():
+    with trainer.averaged():  # in float32: a token at a time, autocast would only cast
         if c.dataset == "toystories":
-            for line in evaluate.judge(trainer.model, data, c.batch_size):
+            for line in evaluate.judge(trainer.model, data):
                 say(line)
         for text in stories(trainer.model, data.tokenizer, c.prompt, 3, seed=c.seed):
             say(f"\n{text}")

@@ -1,4 +1,4 @@
-"""What all tests share. One thread: the models here are tiny, and more threads would only wait for each other."""
+"""What all tests share. One thread: the models here are tiny, and more threads would wait for each other."""
 
 import os
 import random

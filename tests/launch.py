@@ -1,6 +1,6 @@
 """
-Programs in processes of their own, forked from one that has torch in memory already: a start costs milliseconds
-rather than seconds. `Program` is what tests start, signal and kill.
+Programs in processes of their own, forked from one that has torch in memory already: a start costs
+milliseconds rather than seconds. `Program` is what tests start, signal and kill.
 """
 
 import multiprocessing
@@ -12,7 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "train", "sample", "launch"])  # optimizers import dynamo
+FORKS.set_forkserver_preload(
+    ["torch", "torch._dynamo", "train", "sample", "launch"]
+)  # optimizers import dynamo
 
 
 def child(argv: list[str], folder: str, env: dict[str, str], hook, output: str) -> None:

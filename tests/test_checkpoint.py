@@ -24,7 +24,11 @@ def state(**more) -> dict:
     """The smallest whole checkpoint."""
     c = settings().model
     torch.manual_seed(0)
-    made = {"model": GPT(c).state_dict(), "model_config": vars(c).copy(), "tokenizer": tokenizer.get("byte").state()}
+    made = {
+        "model": GPT(c).state_dict(),
+        "model_config": vars(c).copy(),
+        "tokenizer": tokenizer.get("byte").state(),
+    }
     return made | {"step": 3} | more
 
 
@@ -33,7 +37,9 @@ def state(**more) -> dict:
 
 
 def test_what_was_saved_comes_back(tmp_path):
-    plain = dict(a=[1, 2.5, "three", None, True, {"x": (1, 2)}], weights=torch.arange(5).half(), nan=float("nan"))
+    plain = dict(
+        a=[1, 2.5, "three", None, True, {"x": (1, 2)}], weights=torch.arange(5).half(), nan=float("nan")
+    )
     checkpoint.save(tmp_path / "x.pt", state(**plain))
     back = checkpoint.read(tmp_path / "x.pt")
     assert same(back, {"format": checkpoint.FORMAT, **state(**plain)})
@@ -62,8 +68,9 @@ def test_torch_opens_every_checkpoint_of_a_run_with_weights_only(here):
     assert kept("run")["optimizers"] and "optimizers" not in torch.load("run/best.pt")
 
 
-@pytest.mark.parametrize("changes", [dict(tied=True), dict(tied=False), dict(share="layers"), dict(share="mlp"),
-                                     dict(share="lora", tied=True)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("changes", [
+    dict(tied=True), dict(tied=False), dict(share="layers"), dict(share="mlp"), dict(share="lora", tied=True)
+], ids=str)  # fmt: skip
 def test_tied_and_shared_weights_survive(changes, tmp_path):
     t = trainer(out_dir=tmp_path, **changes)
     t.train_step(0)
@@ -112,7 +119,7 @@ def good(tmp_path_factory) -> Path:
 
 
 def test_every_flipped_bit_is_found(good, tmp_path):
-    """60 random flips, and then one in each of the first and last bytes, where the zip's own structure stands."""
+    """60 random flips, then one in each of the first and last bytes, where the zip's structure stands."""
     whole, draw, found = good.read_bytes(), random.Random(0), 0
     places = [draw.randrange(8 * len(whole)) for _ in range(60)]
     places += [8 * i + draw.randrange(8) for i in [*range(60), *range(len(whole) - 150, len(whole))]]
@@ -211,7 +218,10 @@ def failing(monkeypatch, where: str, error: Exception, times: int = 10**9) -> li
 FAULTS = {
     "disk full": ("fsync", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     "I/O error": ("fsync", OSError(errno.EIO, os.strerror(errno.EIO))),
-    "disk full inside torch": ("save", RuntimeError("[enforce fail at inline_container.cc:874] . unexpected pos")),
+    "disk full inside torch": (
+        "save",
+        RuntimeError("[enforce fail at inline_container.cc:874] . unexpected pos"),
+    ),
     "permission lost": ("open", PermissionError(errno.EACCES, os.strerror(errno.EACCES), "latest.pt")),
     "renaming refused": ("replace", PermissionError(errno.EPERM, os.strerror(errno.EPERM))),
 }

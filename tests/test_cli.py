@@ -1,4 +1,4 @@
-"""The whole line as a person types it: prepare, train, resume, sample; mistakes, signals, two runs at once."""
+"""The whole line as a person types it: prepare, train, resume, sample; mistakes, signals, processes."""
 
 import json
 import os
@@ -37,7 +37,9 @@ def recipe(name: str, **values) -> str:
 
 def typed(*argv, cwd, status: int = 0) -> subprocess.CompletedProcess:
     """A program run for real."""
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -56,7 +58,13 @@ def test_prepare_train_resume_sample(tmp_path, corpus):
     assert (tmp_path / "data/mini/byte/meta.json").is_file()
     said = typed(ROOT / "train.py", "config/micro.py", "--max_iters=8", cwd=tmp_path).stderr
     folder = tmp_path / "out/micro"
-    assert {p.name for p in folder.iterdir()} >= {"latest.pt", "previous.pt", "best.pt", "metrics.jsonl", "loss.png"}
+    assert {p.name for p in folder.iterdir()} >= {
+        "latest.pt",
+        "previous.pt",
+        "best.pt",
+        "metrics.jsonl",
+        "loss.png",
+    }
     assert not list(folder.glob("*.tmp"))
     assert "in out/micro" in said and said.rstrip().splitlines()[-1].startswith("next:  python sample.py")
     done = typed(ROOT / "sample.py", "--prompt", "Tom", "--max_new_tokens", "9", cwd=tmp_path)
@@ -180,8 +188,12 @@ def test_data_that_are_not_as_they_should_be(here, corpus, tmp_path):
     def shrunk(folder):
         os.truncate(folder / "val.bin", 10)
 
-    for change, said in {cut: "train.bin .*python prepare.py mini", strange: "300.*python prepare.py mini",
-                         other: "vocabulary.*python prepare.py mini", shrunk: "val.bin .*prepare.py mini"}.items():
+    for change, said in {
+        cut: "train.bin .*python prepare.py mini",
+        strange: "300.*python prepare.py mini",
+        other: "vocabulary.*python prepare.py mini",
+        shrunk: "val.bin .*prepare.py mini",
+    }.items():
         place = broken(change.__name__, change)
         refused(here, said, "run", data_dir=place)
 
@@ -194,10 +206,24 @@ def test_a_validation_file_shorter_than_one_window_works(here):
 def test_more_stories_than_were_prepared(here, corpus, tmp_path):
     import prepare
 
-    prepare.prepare("mini", "byte", source=str(corpus.parent / "mini.txt"), stories=20, data_dir=tmp_path / "few")
+    prepare.prepare(
+        "mini", "byte", source=str(corpus.parent / "mini.txt"), stories=20, data_dir=tmp_path / "few"
+    )
     assert here("run", data_dir=tmp_path / "few", stories=20, max_iters=1) == 0
-    refused(here, r"only the first 20 stories.*python prepare.py mini", "more", data_dir=tmp_path / "few", stories=30)
-    refused(here, r"only the first 20 stories.*python prepare.py mini", "all", data_dir=tmp_path / "few", stories=0)
+    refused(
+        here,
+        r"only the first 20 stories.*python prepare.py mini",
+        "more",
+        data_dir=tmp_path / "few",
+        stories=30,
+    )
+    refused(
+        here,
+        r"only the first 20 stories.*python prepare.py mini",
+        "all",
+        data_dir=tmp_path / "few",
+        stories=0,
+    )
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(here):
@@ -216,7 +242,11 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(here, monkeyp
     usage = shutil.disk_usage(".")._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     assert here("run") == 1
-    assert "has 0 MB left" in here.said and "Traceback" not in here.said and not Path("run/metrics.jsonl").exists()
+    assert (
+        "has 0 MB left" in here.said
+        and "Traceback" not in here.said
+        and not Path("run/metrics.jsonl").exists()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -247,8 +277,17 @@ def test_resume_takes_the_newest_unfinished_run_of_this_recipe(here):
 
 def test_no_steps_print_the_plan(here):
     refused_before = contents(".")
-    assert here("", recipe("micro", max_iters=50, gradient_accumulation_steps=2), alone=True, max_iters=0) == 0
-    for said in ("parameters", "8 rows x 16 = 128 tokens a step", "50 steps", "epochs", "MB of memory", "MB of disk"):
+    assert (
+        here("", recipe("micro", max_iters=50, gradient_accumulation_steps=2), alone=True, max_iters=0) == 0
+    )
+    for said in (
+        "parameters",
+        "8 rows x 16 = 128 tokens a step",
+        "50 steps",
+        "epochs",
+        "MB of memory",
+        "MB of disk",
+    ):
         assert said in here.said
     assert not Path("out").exists() and contents(".").keys() - refused_before.keys() == {"micro.py"}
 
@@ -281,7 +320,9 @@ def test_free_settings_are_taken_and_listed(here):
 ).items())  # fmt: skip
 def test_settings_that_make_another_run_are_refused_by_name(name, value, here):
     assert here("run", stop_after=4) == 143
-    refused(here, f"would make it another run: {name}.*--override", "run", "--resume", alone=True, **{name: value})
+    refused(
+        here, f"would make it another run: {name}.*--override", "run", "--resume", alone=True, **{name: value}
+    )
     status = here("run", "--resume", "--override", alone=True, **{name: value})
     if name in ("n_embd", "optimizer"):
         assert status == 2 and "the checkpoint does not fit these settings" in here.said
@@ -334,7 +375,9 @@ def test_bins_that_changed_under_a_run_are_refused(here, corpus, tmp_path):
 # Signals, kills, two runs at once
 
 
-LONG = dict(max_iters=100_000, eval_interval=50_000, save_interval=50_000, schedule="constant", log_interval=1)
+LONG = dict(
+    max_iters=100_000, eval_interval=50_000, save_interval=50_000, schedule="constant", log_interval=1
+)
 
 
 @posix
@@ -373,7 +416,9 @@ def lines_so_far(folder) -> list[dict]:
 
 @posix
 def test_a_second_ctrl_c_leaves_at_once_and_hurts_nothing(tmp_path, corpus, here):
-    run = Program(words(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path, hook=(slow_saves, 30))
+    run = Program(
+        words(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path, hook=(slow_saves, 30)
+    )
     run.until("saving now")
     run.signal(signal.SIGINT)
     run.until("once more ends at once")
@@ -464,7 +509,9 @@ def test_two_processes_are_the_same_run(accumulation, tmp_path, corpus):
     assert [p.wait() for p in (one, *two)] == [0, 0, 0], two[0].text + two[1].text
     assert apart(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")) < 1e-6
     a, b = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [(x["step"], x["split"], x["tokens"]) for x in a] == [(x["step"], x["split"], x["tokens"]) for x in b]
+    assert [(x["step"], x["split"], x["tokens"]) for x in a] == [
+        (x["step"], x["split"], x["tokens"]) for x in b
+    ]
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
     assert [x["bpb"] for x in a if "bpb" in x] == pytest.approx([x["bpb"] for x in b if "bpb" in x], rel=1e-4)
     assert two[1].text == "", "one process speaks and writes"
@@ -474,7 +521,7 @@ def test_two_processes_are_the_same_run(accumulation, tmp_path, corpus):
 
 @posix
 def test_resuming_two_processes_is_exact(tmp_path, corpus):
-    """A stop that only one process was asked for rides on the all-reduce; what comes after is the same to the bit."""
+    """A stop that only one process was asked for rides on the all-reduce; the rest is the same to the bit."""
     changes = dict(gradient_accumulation_steps=2, dropout=0.1, log_interval=1, save_interval=7)
     straight = ranks(2, words(corpus, out_dir="straight", **changes), tmp_path)
     stopped = ranks(2, words(corpus, out_dir="stopped", **changes), tmp_path, {1: (ask, 9)})
@@ -539,10 +586,12 @@ def test_processes_that_divide_nothing(tmp_path, corpus):
 @posix
 def test_torchrun(tmp_path, corpus):
     """The real torchrun: two processes to the end, and a SIGTERM on the way that saves."""
+
     def torchrun(*extra, **changes):
-        argv = ["--standalone", "--nproc_per_node=2", ROOT / "train.py", *words(corpus, **changes), *extra]
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, argv)], cwd=tmp_path,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                str(ROOT / "train.py"), *words(corpus, **changes), *extra]  # fmt: skip
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(argv, cwd=tmp_path, **quiet)
 
     changes = dict(gradient_accumulation_steps=2, log_interval=1, out_dir="run")
     run = torchrun(**LONG | changes)

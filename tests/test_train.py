@@ -1,10 +1,9 @@
-"""Training: batches, schedules, the machine, one update, metrics, and going on exactly where a run stopped."""
+"""Training: batches, schedules, the machine, one update, metrics, and going on where a run stopped."""
 
 import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +26,9 @@ from train import Batches, Diverged, Machine, TrainConfig, Trainer, choose_machi
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = dict(dataset="mini", tokenizer="byte", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
-             learning_rate=0.01, warmup_iters=2, max_iters=24, eval_interval=6, save_interval=5, log_interval=2,
-             eval_tokens=100, device="cpu", dtype="float32", compile="False", threads=1)  # fmt: skip
+             learning_rate=0.01, warmup_iters=2, max_iters=24, eval_interval=6, save_interval=5,
+             log_interval=2, eval_tokens=100, device="cpu", dtype="float32", compile="False",
+             threads=1)  # fmt: skip
 
 
 def settings(**changes) -> TrainConfig:
@@ -135,7 +135,9 @@ def test_the_windows_cover_the_file_and_stay_inside():
         Batches(settings(), numbers(16), machine())
 
 
-@pytest.mark.parametrize("batch_size, accumulation, worlds", [(4, 6, (1, 2, 3)), (6, 1, (1, 2, 3)), (4, 2, (2, 4))])
+@pytest.mark.parametrize(
+    "batch_size, accumulation, worlds", [(4, 6, (1, 2, 3)), (6, 1, (1, 2, 3)), (4, 2, (2, 4))]
+)
 def test_processes_take_slices_of_the_same_global_batch(batch_size, accumulation, worlds):
     c, data = settings(batch_size=batch_size, gradient_accumulation_steps=accumulation), numbers()
     for step in (0, 1, 5):
@@ -147,7 +149,9 @@ def test_processes_take_slices_of_the_same_global_batch(batch_size, accumulation
 
 
 def test_processes_that_divide_nothing_are_refused():
-    with pytest.raises(ValueError, match="3 processes divide neither gradient_accumulation_steps=2 nor batch_size=4"):
+    with pytest.raises(
+        ValueError, match="3 processes divide neither gradient_accumulation_steps=2 nor batch_size=4"
+    ):
         Batches(settings(gradient_accumulation_steps=2), numbers(), machine(0, 3))
 
 
@@ -228,7 +232,9 @@ def test_decay_and_learning_rates_by_group(name):
                 found[id(p)] = group
                 assert (group["weight_decay"] > 0) == (p.ndim >= 2), "decay on matrices only"
                 kind = names[id(p)].split(".")[0] if p.ndim > 1 else "vector"
-                lr = {"embedder": 0.3, "head": 0.2, "core": 0.1 if name == "muon" else 0.01, "vector": 0.01}[kind]
+                lr = {"embedder": 0.3, "head": 0.2, "core": 0.1 if name == "muon" else 0.01, "vector": 0.01}[
+                    kind
+                ]
                 assert group["base_lr"] == lr, names[id(p)]
                 muon = isinstance(optimizer, torch.optim.Muon)
                 assert muon == (name == "muon" and kind == "core"), "Muon takes the blocks' matrices alone"
@@ -310,15 +316,24 @@ def test_the_machine_is_chosen_by_what_it_can_do(name, monkeypatch):
 
 def test_what_the_machine_cannot_do_is_refused(monkeypatch):
     Gpu(**NONE).install(monkeypatch)
-    for device, words in {"cuda": "no CUDA GPU", "cuda:1": "no CUDA GPU", "mps": "no Mac", "tpu": "device must be",
-                          "meta": "device must be", "cuda:x": "device must be", "xpu": "device must be"}.items():
+    for device, words in {
+        "cuda": "no CUDA GPU",
+        "cuda:1": "no CUDA GPU",
+        "mps": "no Mac",
+        "tpu": "device must be",
+        "meta": "device must be",
+        "cuda:x": "device must be",
+        "xpu": "device must be",
+    }.items():
         with pytest.raises(ValueError, match=words):
             choose_machine(settings(device=device))
     Gpu(**NONE | dict(cuda=2, capability=(9, 0))).install(monkeypatch)
     assert choose_machine(settings(device="cuda:1")).device.index == 1
     with pytest.raises(ValueError, match="2 CUDA GPUs"):
         choose_machine(settings(device="cuda:2"))
-    for field, value in dict(dtype="int8", compile="yes", schedule="cosin", optimizer="sgd", logger="x").items():
+    for field, value in dict(
+        dtype="int8", compile="yes", schedule="cosin", optimizer="sgd", logger="x"
+    ).items():
         with pytest.raises(ValueError, match=f"{field} must be one of .*; not '{value}'"):
             settings(**{field: value}).validate()
 
@@ -409,11 +424,15 @@ def test_an_update_is_adamw_by_the_book():
     m, v = ({name: torch.zeros_like(p) for name, p in mine.items()} for _ in "mv")
     for step in range(4):
         (idx, targets), *_ = t.batches(step)
-        _, loss = torch.func.functional_call(t.model, {n: p.requires_grad_() for n, p in mine.items()}, (idx, targets))
+        _, loss = torch.func.functional_call(
+            t.model, {n: p.requires_grad_() for n, p in mine.items()}, (idx, targets)
+        )
         grads = dict(zip(mine, torch.autograd.grad(loss, mine.values()), strict=True))
         norm = sum(g.square().sum() for g in grads.values()).sqrt()
         result = t.train_step(step)
-        assert result["loss"] == pytest.approx(loss.item(), rel=1e-6) and result["grad_norm"] == pytest.approx(norm.item())
+        assert result["loss"] == pytest.approx(loss.item(), rel=1e-6) and result[
+            "grad_norm"
+        ] == pytest.approx(norm.item())
         assert norm > 0.5
         lr = 0.01 * (min(step + 1, 3) / 3 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 21)))
         assert result["lr"] == pytest.approx(lr)
@@ -474,7 +493,9 @@ def test_an_update_that_is_not_finite_is_left_out(kind, changes, capsys):
 def test_several_in_a_row_end_the_run_with_the_last_good_checkpoint_kept(tmp_path, capsys):
     t = trainer(out_dir=tmp_path, grad_clip=0.0)
     poisoned(t, dict.fromkeys(range(7, 24), "loss") | {3: "loss"})
-    with pytest.raises(Diverged, match="5 updates in a row .* step 11, .*gradient norm .*, learning rate 0.00"):
+    with pytest.raises(
+        Diverged, match="5 updates in a row .* step 11, .*gradient norm .*, learning rate 0.00"
+    ):
         train.run(t)
     assert checkpoint.read(tmp_path / "latest.pt")["step"] == 10
     assert t.skipped == 6
@@ -518,7 +539,9 @@ def test_the_average_of_the_weights(tmp_path):
 
 
 def test_early_stopping(tmp_path, capsys):
-    t = trainer(out_dir=tmp_path, max_iters=100, eval_interval=1, patience=3, learning_rate=1e-3, save_interval=50)
+    t = trainer(
+        out_dir=tmp_path, max_iters=100, eval_interval=1, patience=3, learning_rate=1e-3, save_interval=50
+    )
     losses = iter([5.0, 4.0, 3.0, 3.5, 3.0, 3.1, 2.0])
     t.val_step = lambda: {"loss": next(losses), "bpb": 1.0}
     train.run(t)
@@ -557,9 +580,10 @@ VARIANTS = {
     "points": dict(dropout_schedule="0:0.0,10:0.3,20:0.1"),
     "stories": dict(story_windows="True", cross_stories="False"),
     "patience": dict(patience=2, eval_interval=2, learning_rate=0.5),
-    "everything": dict(optimizer="muon", dtype="float16", ema=0.8, dropout_schedule="0:0.1,12:0.4", schedule="wsd",
-                       gradient_accumulation_steps=2, story_windows="True", cross_stories="False", tied="False",
-                       norm="layernorm", bias="True", position="learned", min_lr=0.001, patience=20),
+    "everything": dict(optimizer="muon", dtype="float16", ema=0.8, dropout_schedule="0:0.1,12:0.4",
+                       schedule="wsd", gradient_accumulation_steps=2, story_windows="True", tied="False",
+                       cross_stories="False", norm="layernorm", bias="True", position="learned",
+                       min_lr=0.001, patience=20),
 }  # fmt: skip
 
 
@@ -606,7 +630,7 @@ def test_the_intervals_change_no_training_loss(here):
 
 
 def test_resuming_on_another_split_of_the_batch(here):
-    """The split between accumulation and batch_size may change: the same global batch, nearly the same numbers."""
+    """The split between accumulation and batch_size may change: the same batch, nearly the same numbers."""
     changes = dict(batch_size=6, gradient_accumulation_steps=2, log_interval=1)
     assert here("a", **changes) == 0
     assert here("b", stop_after=10, **changes) == 143
@@ -617,7 +641,9 @@ def test_resuming_on_another_split_of_the_batch(here):
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
 
 
-@pytest.mark.parametrize("before, after", [("float32", "float16"), ("float16", "bfloat16"), ("bfloat16", "float16")])
+@pytest.mark.parametrize(
+    "before, after", [("float32", "float16"), ("float16", "bfloat16"), ("bfloat16", "float16")]
+)
 def test_resuming_in_another_precision(before, after, here):
     """A run of one machine goes on on another, whose precision may need a scaler, or none."""
     assert here("run", dtype=before, stop_after=4) == 143
@@ -660,7 +686,9 @@ def test_bits_per_byte_against_a_slow_formula(eval_tokens, batch_size):
 def test_bits_per_byte_of_a_bpe_counts_the_bytes_of_its_tokens():
     tok = tokenizer.train_bpe(["the cat sat on the mat, the cat sat on the hat " * 5] * 20, 270)
     assert tok.vocab_size > 260
-    ids = np.array([*tok.encode("the cat sat on the hat"), tok.eot, *tok.encode("the mat"), tok.eot], dtype="<u2")
+    ids = np.array(
+        [*tok.encode("the cat sat on the hat"), tok.eot, *tok.encode("the mat"), tok.eot], dtype="<u2"
+    )
     data = prepare.Data(np.tile(ids, 20), ids, {"limit": None}, tok, Path("nowhere"))
     c = settings(vocab_size=tok.vocab_size, eval_tokens=0)
     result = Trainer(c, GPT(c.model), data).val_step()
@@ -681,7 +709,9 @@ def test_the_contract_of_metrics(here):
     assert [line["step"] for line in found] == sorted(line["step"] for line in found)
     assert [line["elapsed_s"] for line in found] == sorted(line["elapsed_s"] for line in found)
     assert val[0]["loss"] == pytest.approx(math.log(257), abs=0.1), "nats a token"
-    t = trainer(prepare.load(Path(kept_config("run")["data_dir"], "mini", "byte")), max_iters=17, batch_size=8)
+    t = trainer(
+        prepare.load(Path(kept_config("run")["data_dir"], "mini", "byte")), max_iters=17, batch_size=8
+    )
     assert t.train_step(0)["loss"] == pytest.approx(logged[0]["loss"], rel=1e-6), "over all micro-batches"
 
 
@@ -701,7 +731,11 @@ def test_elapsed_goes_on_over_a_resume(here):
 def test_the_curve_and_the_report(tmp_path, monkeypatch, corpus, capsys):
     """The end of a real run: curve, summary beside the run before, stories, the next command."""
     monkeypatch.chdir(tmp_path)
-    argv = [f"--{k}={v}" for k, v in MICRO.items()] + [f"--data_dir={corpus}", "--prompt=Tom", "--max_iters=4"]
+    argv = [f"--{k}={v}" for k, v in MICRO.items()] + [
+        f"--data_dir={corpus}",
+        "--prompt=Tom",
+        "--max_iters=4",
+    ]
     for _ in range(2):
         assert train.main(argv) == 0
     said = capsys.readouterr().err
@@ -751,7 +785,8 @@ def test_loggers_are_imported_only_when_asked_for(tmp_path):
     code = """if 1:
         import sys, train
         loaded = {name.split(".")[0] for name in sys.modules}
-        unwanted = {"wandb", "tensorboard", "matplotlib", "datasets", "transformers", "tokenizers", "tiktoken"}
+        unwanted = {"wandb", "tensorboard", "matplotlib", "datasets", "transformers", "tokenizers",
+                    "tiktoken"}
         assert not loaded & unwanted, loaded & unwanted"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -774,7 +809,9 @@ def test_a_logger_that_is_not_installed(here, monkeypatch):
 def test_weights_and_biases(here, monkeypatch):
     wrote, asked = [], {}
     run = SimpleNamespace(log=lambda line, step: wrote.append((step, line)))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: asked.update(kwargs) or run))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: asked.update(kwargs) or run)
+    )
     assert here("run", logger="wandb", max_iters=6) == 0
     assert asked["config"]["max_iters"] == 6
     assert [step for step, _ in wrote] == [line["step"] for line in lines("run")]

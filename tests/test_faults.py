@@ -1,0 +1,275 @@
+"""
+Faults, injected on purpose: a micro run is killed at every stage of its life, its files are damaged, its disk
+fails; it resumes, and what it finishes with must be bit-equal to a run that nothing happened to.
+
+    pytest -m slow tests/test_faults.py -s      # about 200 faults, a few minutes; prints the table
+"""
+
+import errno
+import io
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import Program
+from test_cli import words
+from test_train import kept, lines, same
+
+import checkpoint
+import evaluate
+import train
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
+
+INTERVAL = 4  # updates between checkpoints
+RUN = dict(max_iters=30, save_interval=INTERVAL, eval_interval=3, log_interval=1, dropout=0.1, ema=0.8,
+           gradient_accumulation_steps=2, optimizer="muon", dtype="float16", schedule="wsd", patience=100,
+           out_dir="run")  # fmt: skip
+
+STAGES = {  # where kill -9 strikes: at a call of what is named here, from the 1st to the n-th in that process
+    "setting up": 1,
+    "an update": 12,
+    "an evaluation": 6,
+    "a line of metrics, half written": 15,
+    "cutting metrics back on a resume": 1,
+    "writing latest.pt": 3,
+    "syncing latest.pt": 3,
+    "renaming latest.pt to previous.pt": 2,
+    "between the two renames": 3,
+    "after the renames": 3,
+    "writing best.pt": 4,
+    "renaming best.pt": 4,
+}
+OTHERS = {
+    "kill -9 at a random moment": "kill",
+    "SIGTERM at a random moment": signal.SIGTERM,
+    "SIGINT at a random moment": signal.SIGINT,
+    "kill -9, and a bit of latest.pt flips": "flip",
+    "kill -9, and latest.pt is cut": "cut",
+    "disk full at one save": "full",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# In the process that is to die
+
+
+def die(*args, **kwargs) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def inject(stage: str, n: int) -> None:
+    """Arrange for this process to be killed at its n-th arrival at `stage`."""
+    saving, left = [None], [n]  # the file that is being saved; arrivals still to come
+
+    def arrived() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    def before(module, name: str, applies=lambda *args: True, instead=die) -> None:
+        real = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            if applies(*args) and arrived():
+                instead(*args, **kwargs)
+            return real(*args, **kwargs)
+
+        setattr(module, name, wrapped)
+
+    save = checkpoint.save
+
+    def spying_save(path, *args, **kwargs):
+        saving[0] = Path(path).name
+        save(path, *args, **kwargs)
+
+    def half_written(content, file, **kwargs):
+        whole = io.BytesIO()
+        torch_save(content, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        die()
+
+    class HalfLine(io.TextIOWrapper):
+        def write(self, text):
+            if arrived():
+                super().write(text[: len(text) // 2])
+                self.flush()
+                die()
+            return super().write(text)
+
+    checkpoint.save, torch_save = spying_save, torch.save
+    name = next((word for word in stage.split() if word.endswith(".pt")), "latest.pt")
+    match stage.split():
+        case ["setting", *_]:
+            before(train, "take_folder")
+        case ["an", "update"]:
+            before(train.Trainer, "update")
+        case ["an", "evaluation"]:
+            before(evaluate, "bits_per_byte")
+        case ["a", "line", *_]:
+            train.open = lambda file, mode, encoding: HalfLine(open(file, mode + "b"), encoding)
+        case ["cutting", *_]:
+            before(os, "replace", lambda old, new: Path(new).name == "metrics.jsonl")
+        case ["writing", _]:
+            before(torch, "save", lambda *args: saving[0] == name, half_written)
+        case ["syncing", _]:
+            before(os, "fsync", lambda handle: saving[0] == name)
+        case ["renaming", _, "to", _]:
+            before(os, "replace", lambda old, new: Path(new).name == "previous.pt")
+        case ["between", *_]:
+            before(os, "replace", lambda old, new: Path(new).name == "latest.pt")
+        case ["after", *_]:
+            before(checkpoint, "sync_folder", lambda folder: saving[0] == "latest.pt")
+        case ["renaming", _]:
+            before(os, "replace", lambda old, new: Path(new).name == name)
+        case ["disk", "full", *_]:
+            real = os.fsync
+
+            def full(handle):
+                if arrived():
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                real(handle)
+
+            os.fsync, time.sleep = full, lambda seconds: None
+        case _:
+            raise ValueError(stage)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# In the process that watches
+
+
+class Watch:
+    """Runs with faults, and what came of them."""
+
+    def __init__(self, tmp_path: Path, corpus: Path, seed: int):
+        self.root, self.argv, self.draw = tmp_path, words(corpus, **RUN), random.Random(seed)
+        self.table: dict[
+            str, list[int]
+        ] = {}  # fault -> times injected, survived, lost, most updates made again
+        began = time.monotonic()
+        self.straight = self.folder("straight")
+        assert Program(self.argv, self.straight.parent).wait() == 0
+        self.seconds = time.monotonic() - began
+
+    def folder(self, name: str) -> Path:
+        (self.root / name).mkdir()
+        return self.root / name / "run"
+
+    def once(self, folder: Path, fault: str | None, allowed: int) -> tuple[bool, int]:
+        """
+        Start or resume the run, with one fault on the way. -> (whether it is finished, updates that the start
+        had to make again). `allowed`: how many these may be.
+        """
+        done = max((x["step"] for x in train.read_metrics(folder) if x["split"] == "train"), default=0)
+        saved = (folder / "latest.pt").exists() or (folder / "previous.pt").exists()
+        begun = (folder / "metrics.jsonl").exists()
+        how = OTHERS.get(fault)
+        hook = (inject, fault, self.draw.randint(1, STAGES[fault])) if fault in STAGES else ()
+        hook = (inject, fault, self.draw.randint(1, 12)) if how == "full" else hook
+        run = Program(self.argv + ["--resume"] * begun, folder.parent, hook=hook)
+        if how and how != "full":
+            run.process.join(self.draw.uniform(0, self.seconds))
+            if run.process.exitcode is None:
+                run.signal(how if isinstance(how, signal.Signals) else signal.SIGKILL)
+        status = run.wait(120)
+        assert status in (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT), run.text
+        assert "Traceback" not in run.text or "KeyboardInterrupt" in run.text, run.text
+        said = re.search(r"going on with run at step (\d+)", run.text)
+        lost = done - int(said[1]) if said else 0
+        if begun and not saved and status != -signal.SIGKILL:
+            assert "starts again at step 0" in run.text or how, run.text
+        assert lost <= allowed, f"{lost} updates were lost after {fault}:\n{run.text}"
+        return status == 0, lost
+
+    def disturb(self, name: str, faults: list[str]) -> None:
+        """One run with these faults, one after the other, and then to its end."""
+        folder, injected, allowed = self.folder(name), [], INTERVAL
+        for fault in faults:
+            finished, lost = self.once(folder, fault, allowed)
+            self.note(injected, lost)
+            if finished and fault != "disk full at one save":
+                break  # it was over before the fault could strike
+            injected.append(fault)
+            allowed = INTERVAL
+            if OTHERS.get(fault) in ("flip", "cut") and (folder / "previous.pt").exists():
+                self.damage(folder / "latest.pt", OTHERS[fault])
+                allowed = 2 * INTERVAL
+            if finished:
+                break
+        else:
+            finished, lost = self.once(folder, None, allowed)
+            self.note(injected, lost)
+        assert finished
+        equal = lines(folder) == lines(self.straight) and same(kept(folder), kept(self.straight))
+        equal = equal and same(kept(folder, "best.pt"), kept(self.straight, "best.pt"))
+        equal = equal and not list(folder.glob("*.tmp"))
+        for fault in injected:
+            self.table.setdefault(fault, [0, 0, 0, 0])
+            self.table[fault][0] += 1
+            self.table[fault][1 if equal else 2] += 1
+
+    def note(self, injected: list[str], lost: int) -> None:
+        if injected:
+            row = self.table.setdefault(injected[-1], [0, 0, 0, 0])
+            row[3] = max(row[3], lost)
+
+    def damage(self, file: Path, how: str) -> None:
+        if not file.exists():
+            return
+        content = bytearray(file.read_bytes())
+        place = self.draw.randrange(len(content))
+        if how == "cut":
+            del content[place:]
+        else:
+            content[place] ^= 1 << self.draw.randrange(8)
+        file.write_bytes(content)
+
+    def print(self) -> None:
+        order = {name: i for i, name in enumerate([*STAGES, *OTHERS])}
+        rows = sorted(self.table.items(), key=lambda row: order[row[0]])
+        total = [sum(row[i] for _, row in rows) for i in range(3)] + [max(row[3] for _, row in rows)]
+        print("\n| fault | times injected | survived | lost | most updates made again |")
+        print("|---|---:|---:|---:|---:|")
+        for fault, row in [*rows, ("all", total)]:
+            name = f"kill -9 at: {fault}" if fault in STAGES else fault
+            print(f"| {name} | " + " | ".join(map(str, row)) + " |")
+        sys.stdout.flush()
+
+    def check(self) -> None:
+        assert all(row[2] == 0 for row in self.table.values()), self.table
+
+
+def test_a_kill_at_every_stage(tmp_path, corpus):
+    """One each, in one run after another: the short form of the harness below."""
+    watch = Watch(tmp_path, corpus, seed=1)
+    stages = list(STAGES)
+    for i in range(3):
+        watch.disturb(f"run-{i}", stages[i::3])
+    watch.check()
+    assert sum(row[0] for row in watch.table.values()) >= 9
+
+
+@pytest.mark.slow
+def test_faults(tmp_path, corpus):
+    """At least 100 kills, repeatable but for the random moments."""
+    watch, i = Watch(tmp_path, corpus, seed=0), 0
+    wanted = dict.fromkeys(STAGES, 10) | dict.fromkeys(OTHERS, 10) | {"kill -9 at a random moment": 40}
+
+    def missing():
+        return [fault for fault in wanted for _ in range(wanted[fault] - watch.table.get(fault, [0])[0])]
+
+    while faults := missing():
+        watch.disturb(f"run-{i}", watch.draw.sample(faults, min(4, len(faults))))
+        i += 1
+        assert i < 400, f"{watch.table}"
+    watch.print()
+    watch.check()
+    kills = sum(row[0] for fault, row in watch.table.items() if "SIG" not in fault and "full" not in fault)
+    assert kills >= 100
