@@ -314,7 +314,7 @@ soon: Soon | After a while | Before long | A little later | At last | In the end
 ran: ran | hurried | walked | raced | skipped | hopped | marched | rushed | dashed | trotted | strolled |
     went | jogged | tiptoed | galloped | wandered | bounced | scurried | zoomed | danced
 cried: cried | shouted | called | yelled | exclaimed | sang out | squealed | gasped | screamed | roared |
-    cheered | bellowed
+    bellowed
 said: said | whispered | murmured | mumbled | declared | announced | muttered | remarked | stated | breathed
 softly: softly | gently | slowly | quietly | kindly | calmly | warmly | brightly | cheerfully | sweetly |
     proudly | wisely | gladly | shyly | firmly | happily | tenderly | politely | with a smile |

@@ -11,17 +11,19 @@ n_embd = 128
 block_size = 256
 mlp = "relu2"
 qk_norm = True
+norm_weight = False
+embed_norm = True
 tied = False
 init = "zero"
 
 batch_size = 6  # 6 rows x 256 tokens = 1,536 tokens a step
-max_iters = 1500
-eval_interval = 500
-save_interval = 500
+max_iters = 1200
+eval_interval = 400
+save_interval = 400
 eval_tokens = 65_536
 optimizer = "muon"
 learning_rate = 0.02
-muon_lr = 0.01
+muon_lr = 0.02
 schedule = "linear"
 warmup_iters = 40
 weight_decay = 0.0

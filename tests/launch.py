@@ -19,20 +19,20 @@ FORKS.set_forkserver_preload(
 
 def child(argv: list[str], folder: str, env: dict[str, str], hook, output: str) -> None:
     """In the new process: `train.py argv` in `folder`, its output in a file, hook() called first."""
-    os.chdir(folder)
-    os.environ.update(env)
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    import torch
-
-    import train
-
-    torch.set_num_threads(1)
-    train.report = lambda trainer, name: None  # the curve and the stories have tests of their own
-    if hook:
-        hook[0](*hook[1:])
     try:
+        os.chdir(folder)
+        os.environ.update(env)
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        import torch
+
+        import train
+
+        torch.set_num_threads(1)
+        train.report = lambda trainer, name: None  # the curve and the stories have tests of their own
+        if hook:
+            hook[0](*hook[1:])
         status = train.main(argv)
     except KeyboardInterrupt:
         status = 130

@@ -449,7 +449,8 @@ class RunC:
             ids += [whole] if whole is not None else [b + 3 for b in char.encode()]
         while True:
             both = (known.get(self.tokens[a] + self.tokens[b]) for a, b in zip(ids, ids[1:], strict=False))
-            pairs = [(self.scores[i], -at) for at, i in enumerate(both) if i and self.scores[i] > -1e10]
+            best = [(-1e10 if i is None else self.scores[i], -at) for at, i in enumerate(both)]
+            pairs = [pair for pair in best if pair[0] > -1e10]
             if not pairs:
                 return ids
             at = -max(pairs)[1]
@@ -534,12 +535,11 @@ def test_run_c_itself(trained, bpe, tmp_path):
                 "utf-8", "replace"
             )
             ours = our_text(model, tokenizer, prompt) + "\n"
-            if model.config.tied:  # random weights write any bytes, and run.c leaves out what does not print
-                printed, ours = printable(printed), printable(ours)
-            assert printed == ours, (tokenizer.name, prompt)
+            assert printable(printed) == printable(ours), (tokenizer.name, prompt)
 
 
 def printable(text: str) -> str:
+    """run.c leaves out a byte that does not print by itself, such as each part of an emoji."""
     return "".join(char for char in text if char in string.printable)
 
 

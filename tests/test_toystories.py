@@ -143,10 +143,13 @@ def prove_different(grammar, left, right, shared):
                 assert a is not None, "there are two ways to tell one story"
                 if a.startswith(b) or b.startswith(a):
                     n = min(len(a), len(b))
-                    key = a[n:], place(todo_a), own_a, b[n:], place(todo_b), own_b, both
+                    same = set(own_a) & set(own_b)              # forget what both agree about: it proves more, not less
+                    mine, theirs = (tuple(m for m in own if m not in same) for own in (own_a, own_b))
+                    both = both if len(a) != len(b) else ()
+                    key = a[n:], place(todo_a), mine, b[n:], place(todo_b), theirs, both
                     if key not in seen:
                         seen.add(key)
-                        pairs.append(((a[n:], todo_a, own_a), (b[n:], todo_b, own_b), both))
+                        pairs.append(((a[n:], todo_a, mine), (b[n:], todo_b, theirs), both))
         assert len(seen) < 20_000, "too alike to tell them apart in reasonable time"
 
 
@@ -163,13 +166,15 @@ def prove_choice(grammar, op, after):
 
 def prove_unambiguous(grammar):
     """Each choice by itself, where that is enough; else in every place where the grammar makes it."""
-    undecided = {}                              # id of an operation -> whether it or one inside needs its surroundings
+    undecided = {}                              # id of an operation -> does it, or one inside, need its surroundings?
+    alone = set()                               # ids of those that need none
 
     def decide(op):
         if id(op) not in undecided:
             undecided[id(op)] = False
             try:
                 prove_choice(grammar, op, False)
+                alone.add(id(op))
             except Undecided:
                 undecided[id(op)] = True
             if isinstance(op, Choice):
@@ -179,7 +184,8 @@ def prove_unambiguous(grammar):
 
     def visit(op, after):
         places[0] += 1
-        prove_choice(grammar, op, after)
+        if id(op) not in alone:
+            prove_choice(grammar, op, after)
         if isinstance(op, Choice):
             for alternative in op.alternatives:
                 for i, inner in enumerate(alternative):
