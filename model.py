@@ -368,25 +368,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dw = [], torch.zeros_like(weight, dtype=total.dtype) if learn else None
         for xc, y in zip(x.split(c.loss_chunk), targets.split(c.loss_chunk), strict=True):
-            xc, kept = xc.to(dtype), y >= 0
+            xc, kept, y = xc.to(dtype), (y >= 0).to(total.dtype), y.clamp(min=0)[:, None]
             logits = softcap((xc @ w.t()).to(total.dtype), c.softcap)  # (chunk, padded_vocab)
             logits[:, V:] = -torch.inf
-            log_z, y = logits.logsumexp(dim=-1), y.clamp(min=0)[:, None]
-            nll = log_z - (1 - smoothing) * logits.gather(1, y)[:, 0] + z_loss * log_z.square()
+            nll = (smoothing - 1) * logits.gather(1, y)[:, 0]  # log_z, and more, is added below
             if smoothing:
                 nll = nll - smoothing * logits[:, :V].mean(dim=-1)
-            total = total + (nll * kept).sum()
+            slope = 1 - (logits / c.softcap).square() if c.softcap and learn else None  # of the cap
+            top = logits.amax(dim=-1)
+            grad = logits.sub_(top[:, None]).exp_()  # the softmax but for its divisor, in the logits' memory
+            mass = grad.sum(dim=-1)
+            log_z = top + mass.log()
+            total = total + ((nll + log_z + z_loss * log_z.square()) * kept).sum()
             if not learn:
                 continue
-            slope = None if not c.softcap else 1 - (logits / c.softcap).square()  # of the cap
-            grad = logits.sub_(log_z[:, None]).exp_().mul_(1 + 2 * z_loss * log_z[:, None])
-            grad.scatter_add_(1, y, torch.full_like(y, smoothing - 1, dtype=grad.dtype))
+            # d nll / d logits; divided by count only later: fp16 would round that to 0
+            grad.mul_((kept * (1 + 2 * z_loss * log_z) / mass)[:, None])
+            grad.scatter_add_(1, y, (kept * (smoothing - 1))[:, None])
             if smoothing:
-                grad[:, :V] -= smoothing / V
+                grad[:, :V] -= (kept * smoothing / V)[:, None]
             if slope is not None:
                 slope[:, V:] = 0
                 grad *= slope
-            grad = (grad * kept[:, None]).to(dtype)  # divided by count later: fp16 would round that to 0
+            grad = grad.to(dtype)
             dx.append((grad @ w).to(total.dtype))
             dw += grad.t() @ xc
         if learn:
@@ -426,8 +430,8 @@ def locate(
     start = cache.start if cache is not None else None
     if c.position == "learned" and seen + T > c.block_size:
         raise ValueError(f"{seen + T} tokens, but learned positions end at block_size={c.block_size}")
-    if seen and T > 1:
-        raise ValueError("a cache takes the whole prompt in one pass, then one token at a time")
+    if seen and (T > 1 or segments is not None):
+        raise ValueError("a cache takes the whole prompt in one pass, then one token at a time, no segments")
     position = torch.arange(T, device=idx.device) + seen
     if start is not None:
         position = (position - start[:, None]).clamp(min=0)  # (B, T): rows were padded on the left
@@ -627,7 +631,7 @@ def gpt2_std(c: GPTConfig, name: str, fan_in: int) -> float:
 
 
 def zero_std(c: GPTConfig, name: str, fan_in: int) -> float:
-    """Outputs of blocks and an untied head start at 0: a block starts as the identity (arXiv 2203.03466)."""
+    """Outputs of blocks and an untied head start at 0: a block starts as the identity (arXiv 1901.09321)."""
     return 0.0 if name.endswith("proj") or name == "head.linear" else fan_in_std(c, name, fan_in)
 
 

@@ -508,7 +508,7 @@ animal: <a_open> <a_what>¶ <a_help> <a_wait>¶ <a_home> <a_end>
 a_open: <meet> <oneday> {he} was on the way to <place=place> when something <noise pet=animal> behind <a old> <perch>.
     | Something <noise pet=animal> behind <a old> <perch>. <hero=kid> stopped to listen. {He} was on the way to <place=place> with <snack>, but that could wait.
     | It was late <at place=place>. Only <hero=kid> was still there, in {his} <color> <clothes>. <scene> Then something <noise pet=animal>.
-a_what: It was a <baby> {pet}, all alone in the <mud>. | It was a <baby> {pet}, shaking with cold. | {He} saw a <baby> {pet} that was stuck under <a old> <perch>.
+a_what: It was <a baby> {pet}, all alone in the <mud>. | It was <a baby> {pet}, shaking with cold. | {He} saw <a baby> {pet} that was stuck under <a old> <perch>.
 baby: small | tiny | baby | wet | young | thin | scared | shy | gray | lost | lonely | hungry
 a_help: "Do not be afraid," <said> {hero}. {He} wrapped the {pet} in {his} <color> <clothes> and gave it <pet.food>.
     | {hero} knelt down <softly> and offered the {pet} <pet.food>. First it hid behind <a old> <perch>, but then it began to eat.
@@ -527,7 +527,7 @@ a_end: After that, each time {hero} came to {place}, the {pet} sat next to <a ol
 fear: <fear_open>¶ <fear_day> <fear_told>¶ <fear_step> <fear_end>
 fear_open: <meet> {He} was not afraid of <lions> or <ghosts>. But {he} was afraid of <fear=fear>, because <fear.why>.
     | "I am not afraid of <lions> or <ghosts>," said <hero=kid> to {his} <color> <toyfriend>. But {he} was afraid of <fear=fear>, because <fear.why>.
-    | Only a <color> <toyfriend> knew the secret of <hero=kid>. {He} was afraid of <fear=fear>, because <fear.why>.
+    | Only <a color> <toyfriend> knew the secret of <hero=kid>. {He} was afraid of <fear=fear>, because <fear.why>.
 lions: lions | bulls | storms | pirates | wolves | snakes | mice | bees | bats | ladders | wasps | geese
 ghosts: ghosts | witches | dragons | bears | goblins | giants | monsters | crocodiles
 fear_day: <oneday> {fear.see}. {hero} wanted to <hide>. {His} <heart> shook like <a feather>.
@@ -642,8 +642,8 @@ h_end: <thenext>, it was {hero} who had nothing to eat. But {friend} came to {pl
 
 grow: <g_open>¶ <g_sow> <g_wait>¶ <g_sprout> <g_end>
 g_open: <meet> On {his} birthday, {he} got <a color> <purse> from {his} <elder=elder>. There was only one <seed> seed in it. "Just you wait," said {his} {elder} <softly>.
-    | "What is that?" asked <hero=kid>. {His} <elder=elder> held up a <seed> seed. "If you are patient," said {his} {elder} <softly>, "it will make you <happy>."
-    | On the windowsill of <hero=kid> stood <a color> pot full of earth. {His} <elder=elder> had put a <seed> seed into it. <scene>
+    | "What is that?" asked <hero=kid>. {His} <elder=elder> held up <a seed> seed. "If you are patient," said {his} {elder} <softly>, "it will make you <happy>."
+    | On the windowsill of <hero=kid> stood <a color> pot full of earth. {His} <elder=elder> had put <a seed> seed into it. <scene>
 seed: tiny | round | brown | flat | black | striped
 g_sow: {hero} gave it water from <a color> <purse>. Then {he} sat down with <treats> and waited.
     | {hero} sang it a song about <a color> <dream> and watered it <softly>.
@@ -679,8 +679,8 @@ c_end: "Thank you for telling me," said {his} {elder} <softly>. Then they glued 
 
 newcomer: <n_open>¶ <n_alone> <n_ask>¶ <n_can> <n_end>
 n_open: <oneday> there was a new child at school. "This is <friend=kid> from <abroad>," said the teacher <softly>. <hero=kid> turned around to look.
-    | <hero=kid> looked out of the window. <A color> truck had stopped next to <a old> <perch>. Out came <few> chairs, <a color> <furniture>, and a <mood2> <girl friend=kid> named {friend}, who had come from <abroad>.
-    | <meet> <oneday> somebody new came to {his} street. It was a <mood2> <girl friend=kid> named {friend}, who had come from <abroad>.
+    | <hero=kid> looked out of the window. <A color> truck had stopped next to <a old> <perch>. Out came <few> chairs, <a color> <furniture>, and <a mood2> <girl friend=kid> named {friend}, who had come from <abroad>.
+    | <meet> <oneday> somebody new came to {his} street. It was <a mood2> <girl friend=kid> named {friend}, who had come from <abroad>.
 n_alone: {friend} sat all alone on <a old> <seat> and ate <treats>. The other children <stared>.
     | Nobody talked to {friend}. {Friend.he} looked at <bug> and ate <treats>.
     | {friend} wore <a color> <clothes>, and somebody laughed at it. {friend} sat down next to <a old> <perch> and felt <sad>.
@@ -698,7 +698,7 @@ n_end: Soon all the children wanted to {talent}, and {friend} was never alone ag
 night: <i_open>¶ <i_go>¶ <i_see> <i_end>
 i_open: "<Noise=noise>." <hero=kid> sat up in bed. It was the middle of the night. {He} was <a trait> {girl}, but {he} pulled the <color> blanket up to {his} nose. <i_guess>
     | <meet> One <dark> night, {he} could not sleep. And then {he} heard it: "<Noise=noise>." <i_guess>
-    | It was a <dark> night <homeland>. Everybody was asleep but <hero=kid>, who heard a strange noise: "<Noise=noise>." <i_guess>
+    | It was <a dark> night <homeland>. Everybody was asleep but <hero=kid>, who heard a strange noise: "<Noise=noise>." <i_guess>
 dark: dark | cold | windy | long | still | foggy | black | stormy
 i_guess: Was it <a cute> <ghost>, or was it <a color> <dream>? | "It is <a cute> <ghost>," {he} thought, "or <few> of them!" | {He} thought of <few> <cute> <ghosts>, and {his} <heart> shook.
 ghost: ghost | witch | bear | goblin | monster | crocodile | wolf | thief
@@ -930,35 +930,48 @@ class Verdict(NamedTuple):
     detail: str                 # where it breaks, what stands there, and what should
 
 
-class Flaw(NamedTuple):
-    rule: str
-    start: int
-    end: int
+class Miss(NamedTuple):
+    """Where one way to tell a text failed, and how it would go on if the flaw were passed over."""
+    reach: int                  # up to here, the text is as it should be
+    start: int                  # from here on, `expected` should stand there
     expected: str
+    rule: str | None = None     # what it would be to pass over it; None if that cannot be done
+    end: int = 0                # where to go on then
+    thread: tuple | None = None
+    known: bool = False         # a word of the grammar stands there, only the wrong one
 
 
 def check(text: str) -> Verdict:
     """Could the grammar have told this story? Then with what probability; else which rule does it break first?"""
     text = text.strip()
-    for logprobs, _ in derivations(text):
+    for logprobs in derivations(text):
         return Verdict(True, math.fsum(logprobs), None, "")
-    flaw = _first_flaw(" ".join(text.split()))
-    found = " ".join(text.split())[flaw.start:max(flaw.end, flaw.start + len(flaw.expected) + 10)]
-    return Verdict(False, None, flaw.rule, f"at {flaw.start}: {found!r}, expected {flaw.expected!r}")
+    text = " ".join(text.split())
+    rule, miss = _diagnose(text)
+    found = text[miss.start:max(miss.reach, miss.start + len(miss.expected)) + 10]
+    return Verdict(False, None, rule, f"at {miss.start}: {found!r}, expected {miss.expected!r}")
 
 
-def derivations(text: str, failures: list | None = None, steps: int = 20_000) -> Iterator[tuple[list, tuple]]:
-    """Every way to tell this text: the log-probabilities of its choices, and its flaws.
+def derivations(text: str) -> Iterator[list[float]]:
+    """Every way to tell this text, as the log-probabilities of its choices: there is one, or none."""
+    for _, _, _, paid in _parse(text, [_beginning()]):
+        logprobs = []
+        while paid:
+            logprob, paid = paid
+            logprobs.append(logprob)
+        yield logprobs[::-1]
 
-    By default, there is one way at most, and no flaw. With a list for failures the parser is lenient, for the diagnosis:
-    it takes a wrong word for a remembered one, and misses a rule of MUST, and notes it as a flaw; and appends for each
-    way it tried in vain how far that went, the flaws up to there, and what was expected. Line breaks are spaces then.
-    """
-    lenient = failures is not None
-    threads = [(0, ((GRAMMAR.start,), 0, None), (None,) * (len(GRAMMAR.variables) + 1), None, ())]
+
+def _beginning():
+    return 0, ((GRAMMAR.start,), 0, None), (None,) * (len(GRAMMAR.variables) + 1), None
+
+
+def _parse(text, threads, misses=None, steps=20_000):
+    """Follow each thread (position, what is still to be told, memory, paid) through all choices; yield those that end
+    with the text. With a list for the misses, line breaks are spaces, and each failure is appended."""
     while threads and steps:
         steps -= 1
-        at, todo, memory, paid, flaws = threads.pop()
+        at, todo, memory, paid = threads.pop()
         while todo:                                             # until this thread forks, fails, or is through
             ops, i, after = todo
             if i == len(ops):
@@ -967,46 +980,45 @@ def derivations(text: str, failures: list | None = None, steps: int = 20_000) ->
             op, todo = ops[i], (ops, i + 1, after)
             kind = type(op)
             if kind is Choice:
-                if lenient and op.rule in MUST:
-                    flaw = Flaw(MUST[op.rule], at, at, f"<{op.rule}>")
-                    threads.append((at - (text[at - 1:at] == " "), todo, memory, paid, (*flaws, flaw)))
+                if misses is not None and op.rule in MUST:
+                    goes_on = at - text.startswith(" ", at - 1), todo, memory, paid
+                    misses.append(Miss(at, at, f"<{op.rule}>", MUST[op.rule], at, goes_on))
                 for ops, logprob in zip(op.alternatives, op.logprobs, strict=True):
-                    if lenient or not ops or type(ops[0]) is not str or text.startswith(ops[0], at):
-                        threads.append((at, (ops, 0, todo), memory, (logprob, paid), flaws))
+                    first = ops[0] if ops and type(ops[0]) is str else ""
+                    if misses is not None:
+                        first = first.replace("\n", " ")
+                    if text.startswith(first, at):
+                        threads.append((at, (ops, 0, todo), memory, (logprob, paid)))
+                    elif misses is not None:
+                        misses.append(Miss(_reach(text, at, first), at, first))
                 break
             if kind is Draw:
                 rows = _open_rows(op, memory)
                 for row in rows:
                     if text.startswith(row[op.column], at):
                         then = *memory[:op.var], row, *memory[op.var + 1:]
-                        threads.append((at + len(row[op.column]), todo, then, (LOG[len(rows)], paid), flaws))
-                    elif lenient:
-                        failures.append((_reach(text, at, row[op.column]), flaws, row[op.column]))
+                        threads.append((at + len(row[op.column]), todo, then, (LOG[len(rows)], paid)))
+                    elif misses is not None:
+                        misses.append(Miss(_reach(text, at, row[op.column]), at, row[op.column]))
                 break
             expected = op if kind is str else memory[op.var][op.column]
-            if lenient:
+            if misses is not None:
                 expected = expected.replace("\n", " ")
-            if text.startswith(expected, at):
-                at += len(expected)
-            elif not lenient:
+            if not text.startswith(expected, at):
+                if misses is not None:
+                    miss = Miss(_reach(text, at, expected), at, expected)
+                    words, rule = _confusion(op, expected.count(" ")) if kind is Ref else (None, None)
+                    if words and (found := words.match(text, at)):
+                        goes_on = found.end(), todo, memory, paid
+                        miss = miss._replace(rule=rule, end=found.end(), thread=goes_on, known=bool(found[1]))
+                    misses.append(miss)
                 break
-            else:
-                failures.append((_reach(text, at, expected), flaws, expected))
-                words, rule = _confusion(op) if kind is Ref else (None, None)
-                wrong = words and words.match(text, at)
-                if not wrong:
-                    break
-                flaws = *flaws, Flaw(rule, at, wrong.end(), expected)
-                at = wrong.end()
+            at += len(expected)
         else:
             if at == len(text):
-                logprobs = []
-                while paid:
-                    logprob, paid = paid
-                    logprobs.append(logprob)
-                yield logprobs[::-1], flaws
-            elif lenient:
-                failures.append((at, flaws, "the end"))
+                yield at, todo, memory, paid
+            elif misses is not None:
+                misses.append(Miss(at, at, "the end"))
 
 
 def _reach(text, at, expected):
@@ -1015,38 +1027,43 @@ def _reach(text, at, expected):
 
 
 @functools.cache
-def _confusion(ref):
-    """What this word may be taken for: a pattern of the words in other rows, or any one word; and the rule it breaks."""
+def _confusion(ref, spaces):
+    """What may stand for a remembered word: that of another row (group 1), or any; and the rule which that breaks."""
     words, kind = set(), ""
     for source in GRAMMAR.sources[GRAMMAR.variables[ref.var]]:
         var, _, attribute = source.partition(".")
         for name in GRAMMAR.sources[var] if attribute else [source]:
-            kind = GRAMMAR.kinds[name]
+            kind = kind or GRAMMAR.kinds[name]
             for row in GRAMMAR.lists[name]:
                 options = row[GRAMMAR.columns.index(attribute)] if attribute else [row]
                 words.update(option[ref.column] for option in options)
     if GRAMMAR.columns[ref.column % len(GRAMMAR.columns)] in PRONOUNS:
         kind = "pronoun"
     longest_first = sorted(filter(None, words), key=len, reverse=True)
-    return re.compile(rf"({'|'.join(map(re.escape, longest_first))})\b|\w+"), f"wrong {kind}"
+    return re.compile(rf"({'|'.join(map(re.escape, longest_first))})\b|\w+" + r" \w+" * spaces), f"wrong {kind}"
 
 
-def _first_flaw(text):
-    failures = []
-    whole = [flaws for _, flaws in derivations(text, failures)]
-    if whole:
-        return min(whole, key=len)[0] if min(whole) else Flaw("not of the grammar", 0, 0, "other line breaks")
+def _diagnose(text):
+    """The first broken rule, and the miss that shows it.
 
-    def trusted(failure):                                       # a flaw is one if the story goes on well behind it
-        reach, flaws, expected = failure
-        while flaws and reach < flaws[-1].end + 20:
-            reach, expected, flaws = flaws[-1].start, flaws[-1].expected, flaws[:-1]
-        return reach, -len(flaws), flaws, expected
-
-    reach, _, flaws, expected = max(map(trusted, failures))
-    if flaws:
-        return flaws[0]
-    return Flaw("unfinished" if reach == len(text) else "not of the grammar", reach, reach, expected)
+    Near the point that no way to tell the text gets past, pass over one wrong word, or one rule of MUST: that is
+    the flaw if the story goes on well behind it.
+    """
+    misses = []
+    for _ in _parse(text, [_beginning()], misses):
+        return "not of the grammar", Miss(0, 0, "other line breaks")
+    furthest = max(misses, key=lambda miss: miss.reach)
+    if furthest.reach == len(text):
+        return "unfinished", furthest
+    best = 0, False, None
+    for miss in misses:
+        if miss.thread and miss.start >= furthest.reach - 60:
+            behind = []
+            whole = any(True for _ in _parse(text, [miss.thread], behind))
+            reach = len(text) if whole else max((after.reach for after in behind), default=0)
+            if whole or reach >= max(miss.end, furthest.reach) + 20:
+                best = max(best, (reach, miss.known, miss))
+    return (best[2].rule, best[2]) if best[2] else ("not of the grammar", furthest)
 
 
 # -----------------------------------------------------------------------------------------------------------

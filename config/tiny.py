@@ -18,7 +18,7 @@ init = "zero"
 
 batch_size = 6  # 6 rows x 256 tokens = 1,536 tokens a step
 max_iters = 1200
-eval_interval = 400
+eval_interval = 200
 save_interval = 400
 eval_tokens = 65_536
 optimizer = "muon"

@@ -49,7 +49,7 @@ class Program:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of the fork server
         self.output = Path(folder, f".output-{Program.count}")
         args = [str(word) for word in argv], str(folder), env or {}, hook, str(self.output)
-        self.process = FORKS.Process(target=child, args=args)
+        self.process = FORKS.Process(target=child, args=args, daemon=True)  # ends with us
         self.process.start()
 
     @property

@@ -297,7 +297,11 @@ def test_gpt2_of_others(tmp_path):
     data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
     del data["model"]["type"], data["pre_tokenizer"]["use_regex"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    check_import(tmp_path, theirs, hf)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"], config["n_inner"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, _ = check_import(tmp_path, theirs, hf)
+    assert model.config.tied
 
 
 def test_what_cannot_be_imported(tmp_path):

@@ -1,6 +1,7 @@
 """The built-in corpus: what the grammar promises (proved on its data), and what the stories keep (sampled)."""
 import hashlib
 import math
+import random
 import re
 import subprocess
 import sys
@@ -128,8 +129,11 @@ def place(todo):
     return (id(todo[0]), todo[1], place(todo[2])) if todo else todo
 
 
-def prove_different(grammar, left, right, shared):
-    """Fail if two sides, each (text, todo, own), can go on to tell the same text."""
+def prove_different(grammar, left, right, shared, forget):
+    """Fail if two sides, each (text, todo, own), can go on to tell the same text.
+
+    To forget what is remembered wherever both sides agree proves more than is needed, and is much faster.
+    """
     pairs, seen = [(left, right, shared)], set()
     while pairs:
         left, right, shared = pairs.pop()
@@ -143,9 +147,9 @@ def prove_different(grammar, left, right, shared):
                 assert a is not None, "there are two ways to tell one story"
                 if a.startswith(b) or b.startswith(a):
                     n = min(len(a), len(b))
-                    same = set(own_a) & set(own_b)              # forget what both agree about: it proves more, not less
-                    mine, theirs = (tuple(m for m in own if m not in same) for own in (own_a, own_b))
-                    both = both if len(a) != len(b) else ()
+                    mine, theirs = own_a, own_b
+                    if forget and len(a) == len(b):             # then every story that goes on so is still followed
+                        mine, theirs, both = (), (), ()
                     key = a[n:], place(todo_a), mine, b[n:], place(todo_b), theirs, both
                     if key not in seen:
                         seen.add(key)
@@ -161,7 +165,7 @@ def prove_choice(grammar, op, after):
         sides = list(drawn(grammar, op, after, (), ()))
     for (*left, shared), (*right, shared_too) in combinations(sides, 2):
         if shared == shared_too:
-            prove_different(grammar, left, right, shared)
+            prove_different(grammar, left, right, shared, forget=isinstance(op, Choice))
 
 
 def prove_unambiguous(grammar):
@@ -201,3 +205,311 @@ def prove_unambiguous(grammar):
 def test_no_text_can_be_told_in_two_ways():
     places = prove_unambiguous(GRAMMAR)
     print(f"proved in {places} places")
+
+
+def texts_of(rows, column):
+    for row in rows:
+        yield from texts_of(row[column], 0) if isinstance(row[column], tuple) else [row[column]]
+
+
+def test_no_word_of_a_list_begins_another():
+    for name, rows in GRAMMAR.lists.items():
+        for column in range(len(GRAMMAR.columns)):
+            texts = sorted({text for text in texts_of(rows, column) if text})
+            for one, other in zip(texts, texts[1:], strict=False):
+                assert not other.startswith(one), f"{name}: {one!r} begins {other!r}"
+
+
+def test_the_proof_can_fail():
+    lists = "kid, name: he\n    Tom, Lily ; she\n"
+    for rules, ambiguous in [
+        ("story: <hero=kid> ran. | <hero=kid> sat.\n", False),
+        ("story: <hero=kid> [very | ] [very | ] glad.\n", True),
+        ("story: <hero=kid> ran. | <hero=kid> <run>.\nrun: ran | hid\n", True),
+        ("story: <hero=kid> saw a <b>\nb: bee. | bee[tle. | hive.]\n", False),
+        ("story: <hero=kid> and <friend=kid> sat. {hero} fell. | <hero=kid> and <friend=kid> sat. {friend} fell.\n", False),
+        ("story: He <hero=kid> sat. {he}. | He <friend=kid> sat. {friend.he}.\n", True),
+    ]:
+        grammar = Grammar(lists, rules)
+        if ambiguous:
+            with pytest.raises(AssertionError, match="two ways"):
+                prove_unambiguous(grammar)
+        else:
+            prove_unambiguous(grammar)
+
+
+def shortest_and_longest(op, memo):
+    """How many spaces and line breaks an operation can tell, at least and at most."""
+    if id(op) not in memo:
+        if isinstance(op, Choice):
+            ends = [[sum(n) for n in zip((0, 0), *(shortest_and_longest(o, memo) for o in ops), strict=True)]
+                    for ops in op.alternatives]
+            memo[id(op)] = min(low for low, _ in ends), max(high for _, high in ends)
+        else:
+            if isinstance(op, str):
+                texts = [op]
+            elif isinstance(op, Draw) and not isinstance(op.source, Ref):
+                texts = [row[op.column] for row in op.source]
+            elif isinstance(op, Draw):
+                texts = list(texts_of(possible_rows(GRAMMAR, op.source.var), op.source.column))
+            else:
+                texts = [row[op.column] for row in possible_rows(GRAMMAR, op.var) if row[op.column]]
+            counts = [len(re.findall(r"\s", text)) for text in texts if isinstance(text, str)]
+            memo[id(op)] = min(counts), max(counts)
+    return memo[id(op)]
+
+
+def test_every_story_has_60_to_250_words():
+    low, high = (spaces + 1 for spaces in shortest_and_longest(GRAMMAR.start, {}))
+    print(f"{low} to {high} words")
+    assert 60 <= low <= high <= 250
+
+
+def exact_entropy(op, drawn, memo):
+    """The entropy of an operation in nats, and the variables that are surely drawn behind it."""
+    if isinstance(op, Choice):
+        key = id(op), drawn
+        if key not in memo:
+            total, ends = 0.0, []
+            for logprob, ops in zip(op.logprobs, op.alternatives, strict=True):
+                known, inside = drawn, 0.0
+                for inner in ops:
+                    more, known = exact_entropy(inner, known, memo)
+                    inside += more
+                total += math.exp(logprob) * (inside - logprob)
+                ends.append(known)
+            memo[key] = total, frozenset.intersection(*ends)
+        return memo[key]
+    if isinstance(op, Draw):
+        if isinstance(op.source, Ref):
+            count = next(len(row[op.source.column]) for row in possible_rows(GRAMMAR, op.source.var)
+                         if isinstance(row[op.source.column], tuple))
+        else:
+            count = len(op.source) - len(drawn & set(op.rivals))
+        return math.log(count), drawn | {op.var}
+    return 0.0, drawn
+
+
+def test_the_entropy_is_what_the_samples_cost():
+    entropy, _ = exact_entropy(GRAMMAR.start, frozenset(), {})
+    costs = [-logprob for _, logprob in SAMPLE]
+    mean = sum(costs) / len(costs)
+    error = (sum((cost - mean) ** 2 for cost in costs) / len(costs) ** 2) ** 0.5
+    print(f"entropy {entropy / math.log(2):.2f} bits a story, sampled {mean / math.log(2):.2f} +- {error / math.log(2):.2f}")
+    assert abs(mean - entropy) < 4 * error
+
+
+def choices(op, found):
+    if isinstance(op, Choice) and id(op) not in found:
+        found[id(op)] = op
+        for ops in op.alternatives:
+            for inner in ops:
+                choices(inner, found)
+    return found.values()
+
+
+def test_probabilities_are_those_that_are_drawn():
+    for choice in choices(GRAMMAR.start, {}):
+        chances = [math.exp(logprob) for logprob in choice.logprobs]
+        steps = [b - a for a, b in zip((0, *choice.cumulative), (*choice.cumulative, 1), strict=True)]
+        assert chances == pytest.approx(steps), choice.rule
+    chances = [math.exp(logprob) for logprob in Grammar("", "story: a | (3) b\n").start.logprobs]
+    assert chances == pytest.approx([0.25, 0.75])
+
+
+def test_names_are_drawn_evenly():
+    names = [row[0] for row in GRAMMAR.lists["kid"]]
+    first = re.compile(rf"\b({'|'.join(names)})\b")
+    counts = Counter(match[1] for text, _ in SAMPLE if (match := first.search(text)))
+    mean = sum(counts.values()) / len(names)
+    chi_square = sum((counts[name] - mean) ** 2 / mean for name in names)
+    assert chi_square < 95, counts                              # 47 degrees of freedom: 1 in 20,000 exceeds it
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stories
+
+def test_the_corpus_has_not_changed():
+    texts = "\n\n".join(text for text, _ in SAMPLE[:100])
+    assert (toystories.VERSION, hashlib.sha256(texts.encode()).hexdigest()) == ("1", "@SHA@"), "see the docstring"
+
+
+def test_a_story_depends_on_seed_and_number_only():
+    assert list(islice(stories(0, start=1000), 5)) == SAMPLE[1000:1005]
+    assert list(islice(stories(1), 5)) != SAMPLE[:5] != list(islice(stories(-1), 5))
+
+
+def judge(sample):
+    for text, logprob in sample:
+        verdict = check(text)
+        assert verdict.ok and verdict.logprob == logprob, (text, verdict)
+        assert 60 <= len(text.split()) <= 250
+        assert text == text.strip() and not re.search(r"  | \n|\n |\n\n| [.,!?]|[<>{}|\[\]]", text), text
+        assert not re.search(r"\b[Aa] (?=[aeio])|\b[Aa]n (?![aeiouh])", text), text
+        assert not re.search(r"(?:[.!?]\"? |\n|^)\"?[a-z]", re.sub(r'[!?.]" (?=[a-z])', " ", text)), text
+
+
+def test_check_agrees_with_the_generator():
+    judge(SAMPLE)
+
+
+@pytest.mark.slow
+def test_check_agrees_with_the_generator_100_000_times():
+    judge(islice(stories(seed=1), 100_000))
+
+
+def test_each_story_has_one_derivation():
+    for text, logprob in SAMPLE[:500]:
+        assert [math.fsum(logprobs) for logprobs in derivations(text)] == [logprob]
+
+
+def test_white_space_around_a_story_does_not_matter():
+    text, logprob = SAMPLE[0]
+    assert check(f" \n{text}\n").logprob == logprob
+    assert check(text.replace("\n", " ")).rule == "not of the grammar"
+
+
+@pytest.mark.parametrize("count, words", [(2000, 1000), pytest.param(20_000, 1500, marks=pytest.mark.slow)])
+def test_stories_and_words_are_many(count, words):
+    start = time.perf_counter()
+    texts = [text for text, _ in islice(stories(seed=3), count)]
+    rate = sum(map(len, texts)) / (time.perf_counter() - start)
+    vocabulary = Counter(word for text in texts for word in re.findall(r"[a-z]+", text.lower()))
+    print(f"{rate / 1e6:.1f} MB/s, {len(vocabulary)} words in {count} stories")
+    assert len(vocabulary) >= words
+    assert len(set(texts)) > 0.999 * count
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Broken stories
+
+def last(pattern, text):
+    return [*re.finditer(pattern, text)][-1]
+
+
+def swapped(text, words, sample):
+    """The text with the last of the words in it replaced by another one; None if there is none, or only once."""
+    found = [*re.finditer(rf"\b({'|'.join(map(re.escape, words))})\b", text)]
+    if len(found) < 2 or not any(m[0] == found[-1][0] for m in found[:-1]):
+        return None
+    other = next(word for word in words[sample % len(words):] + words if not re.search(rf"\b{re.escape(word)}\b", text))
+    return text[:found[-1].start()] + other + text[found[-1].end():]
+
+
+NAMES = [row[0] for row in GRAMMAR.lists["kid"]]
+PLACES = [row[0] for row in GRAMMAR.lists["place"]]
+TOYS = sorted((row[0] for row in GRAMMAR.lists["toy"]), key=len, reverse=True)
+
+
+@pytest.mark.parametrize("words, rule, openings", [
+    (NAMES, "wrong name", r""), (PLACES, "wrong place", r""), (TOYS, "wrong object", r"coins|never lost|best friends"),
+])
+def test_a_wrong_word_late_in_a_story_is_named(words, rule, openings):
+    verdicts = Counter()
+    for number, (text, _) in enumerate(SAMPLE[:600]):
+        wrong = swapped(text, words, number) if re.search(openings, text) else None
+        if wrong:
+            verdicts[check(wrong).rule] += 1
+    print(rule, verdicts)
+    assert verdicts[rule] >= 0.9 * verdicts.total() > 20, verdicts
+    assert None not in verdicts
+
+
+def test_a_wrong_pronoun_is_named():
+    verdicts = Counter()
+    for text, _ in SAMPLE[:600]:
+        found = last(r"\b(he|she|He|She)\b", text) if re.search(r"\b(he|she|He|She)\b", text) else None
+        if found:
+            other = {"he": "she", "she": "he", "He": "She", "She": "He"}[found[0]]
+            verdicts[check(text[:found.start()] + other + text[found.end():]).rule] += 1
+    print(verdicts)
+    assert verdicts["wrong pronoun"] >= 0.98 * verdicts.total() > 300, verdicts
+
+
+def test_a_story_cut_short_is_unfinished():
+    verdicts = Counter()
+    for number, (text, _) in enumerate(SAMPLE[:400]):
+        cut = text[:1 + number * 7919 % (len(text) - 1)].rstrip()
+        verdict = check(cut)
+        verdicts[verdict.rule] += 1
+        assert verdict.rule == "unfinished", (cut, verdict)
+    assert check("").rule == "unfinished"
+
+
+def test_a_story_without_its_turn_is_told_so():
+    """Leave out the sentences in which a thing is found or mended, or a quarrel is made up."""
+    must = "|".join(toystories.MUST)
+    marked = Grammar(LISTS, re.sub(rf"<({must})>", r"#\1 <\1>#", RULES))
+    verdicts = Counter()
+    for seed in range(600):
+        parts = []
+        memory = [None] * (len(marked.variables) + 1)
+        toystories._tell((marked.start,), memory, parts.append, [].append, random.Random(seed).random)
+        before, *found = re.split(rf"\s?#({must}) ([^#]*)#", "".join(parts))
+        if found:
+            rule, left_out, after = found
+            verdict = check(before + after)
+            verdicts[rule, verdict.rule] += 1
+            assert verdict.rule == toystories.MUST[rule], (before, left_out, after, verdict)
+    print(verdicts)
+    assert min(verdicts[pair] for pair in toystories.MUST.items()) > 10, verdicts
+
+
+GARBAGE = [
+    "the", "12345", "Once upon a time, there was a little girl named Lily. She loved to play with her toys.",
+    "One day, Tom and his mom went to the park. Tom saw a big dog. The dog was nice. They played all day.",
+    "<|endoftext|>", "a " * 50_000, "Once upon a time, " * 5_000, "\n\n\nx", "{hero} <lost>", "\0", "🙂",
+]
+
+
+@pytest.mark.parametrize("text", GARBAGE, ids=lambda text: ascii(text[:12]))
+def test_garbage_is_not_of_the_grammar(text):
+    start = time.perf_counter()
+    assert check(text).rule in ("not of the grammar",)
+    assert time.perf_counter() - start < 5
+
+
+def test_what_stands_in_the_middle_or_behind_is_seen():
+    for text, _ in SAMPLE[:100]:
+        half = text.index(" ", len(text) // 2)
+        assert check(text + " And then the moon sneezed.").rule == "not of the grammar"
+        verdict = check(text[:half] + " xyzzy" + text[half:])
+        assert not verdict.ok and verdict.rule != "unfinished"
+        assert check(text + "\n" + text).rule == "not of the grammar"
+
+
+def test_a_changed_word_never_goes_unseen():
+    """Whatever single word is exchanged: the story is refused, or it is another story that can be told."""
+    told = [text for text, _ in SAMPLE[:150]]
+    for number, text in enumerate(told):
+        words = text.split(" ")
+        other = told[number - 1].split(" ")
+        i = number * 31 % len(words)
+        words[i] = other[i % len(other)]
+        verdict = check(" ".join(words))
+        if verdict.ok and words != text.split(" "):
+            assert [math.fsum(costs) for costs in derivations(" ".join(words))] == [verdict.logprob]
+        else:
+            assert verdict.ok == (words == text.split(" "))
+            assert verdict.ok or verdict.detail
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+
+def run(*args, **kwargs):
+    return subprocess.run([sys.executable, "toystories.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          **kwargs)
+
+
+def test_told_and_checked_on_the_command_line(tmp_path):
+    told = run("-n", "4", "--seed", "0")
+    assert told.stdout == "".join(text + "\n\n" for text, _ in SAMPLE[:4])
+    assert told.stderr.count("bits") == 4
+    assert run("--check", "-", input=told.stdout).returncode == 0
+    path = tmp_path / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join([SAMPLE[0][0], SAMPLE[1][0][:200]]))
+    checked = run("--check", str(path))
+    assert checked.returncode == 1 and "1: ok" in checked.stdout and "2: unfinished" in checked.stdout
+    missing = run("--check", str(tmp_path / "missing.txt"))
+    assert missing.returncode == 2 and "missing.txt" in missing.stderr and "Traceback" not in missing.stderr
