@@ -89,12 +89,12 @@ def judge(model, data: prepare.Data, rows: int = 16, count: int = 100) -> list[s
     size = sum(len(text.encode()) + 1 for text in texts)
     floor = bits_per_byte(-sum(toystories.check(text).logprob for text in texts), size)
     reached = bits_per_byte(nats, size)
+    above = f"{reached / floor - 1:.1%} above it" if whole else "no story fits into the context"
     verdicts = [toystories.check(text) for text in stories(model, data.tokenizer, "", count)]
     broken = Counter(verdict.rule for verdict in verdicts if not verdict.ok)
     rules = ", ".join(f"{n} {rule}" for rule, n in broken.most_common())
     return [
-        f"on {len(whole)} whole stories: {reached:.4f} bits per byte, the floor is {floor:.4f}: "
-        f"{reached / floor - 1:.1%} above it",
+        f"on {len(whole)} whole stories: {reached:.4f} bits per byte, the floor is {floor:.4f}: {above}",
         f"{sum(v.ok for v in verdicts)} of {count} generated stories are valid"
         + (f" ({rules})" if rules else ""),
     ]

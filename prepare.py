@@ -135,8 +135,10 @@ def read_files(paths: list[str]) -> Iterator[str | None]:
         try:
             yield from readers[Path(path).suffix](path)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it first, as in "
-                             f"iconv -f WINDOWS-1252 -t UTF-8 {Path(path).name} > utf8.txt") from None
+            raise ValueError(
+                f"{path} is not UTF-8 text ({error.reason}); convert it first, as in "
+                f"iconv -f WINDOWS-1252 -t UTF-8 {Path(path).name} > utf8.txt"
+            ) from None
         except (OSError, ValueError):
             raise
         except Exception as error:  # of the network's libraries
@@ -145,6 +147,7 @@ def read_files(paths: list[str]) -> Iterator[str | None]:
 
 # ------------------------------------------------------------------------------------------------------------
 # Finding a source: {split: files}
+
 
 def find(corpus: str, source: str | None, stories: int | None) -> Source:
     """ValueError or FileNotFoundError where `source` is nothing to read stories from, Unreachable."""
@@ -158,8 +161,10 @@ def find(corpus: str, source: str | None, stories: int | None) -> Source:
         raise FileNotFoundError(f"{source}: no such file or folder")
     kinds = {Path(path).suffix for paths in files.values() for path in paths}
     if "train" not in files or not kinds <= {*SUFFIXES, ".arrow"}:
-        raise ValueError(f"{source} has splits {', '.join(files)} of {', '.join(kinds)} files: it takes "
-                         f"a split train, of {', '.join(SUFFIXES)} files")
+        raise ValueError(
+            f"{source} has splits {', '.join(files)} of {', '.join(kinds)} files: it takes "
+            f"a split train, of {', '.join(SUFFIXES)} files"
+        )
     val = next((files[name] for name in VAL_NAMES if name in files), None)
     return {"train": partial(read_files, files["train"])} | ({"val": partial(read_files, val)} if val else {})
 
@@ -184,6 +189,7 @@ def ask_datasets(name: str | Path, download: bool = False) -> dict[str, list[str
     import logging
 
     from datasets import load_dataset, load_dataset_builder
+
     logging.getLogger("huggingface_hub.repocard").setLevel("ERROR")  # it misses metadata in any README.md
     try:
         if download:
@@ -202,8 +208,10 @@ def hub_files(hub_id: str, stories: int | None) -> dict[str, list[str]]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    ways_out = ("take a local copy (--source PATH), the built-in corpus (python prepare.py toystories) or a "
-                "mirror (HF_ENDPOINT=https://...)")
+    ways_out = (
+        "take a local copy (--source PATH), the built-in corpus (python prepare.py toystories) or a "
+        "mirror (HF_ENDPOINT=https://...)"
+    )
     if constants.HF_HUB_OFFLINE:
         raise Unreachable(f"HF_HUB_OFFLINE is set and {hub_id} is not in the cache: unset it, {ways_out}")
     try:
@@ -211,8 +219,10 @@ def hub_files(hub_id: str, stories: int | None) -> dict[str, list[str]]:
     except RepositoryNotFoundError:
         raise ValueError(f"no file, no folder and no data set of the Hub is called {hub_id}") from None
     except Exception as error:
-        raise Unreachable(f"the Hugging Face Hub cannot be reached at {constants.ENDPOINT} "
-                          f"({type(error).__name__}): {ways_out}") from None
+        raise Unreachable(
+            f"the Hugging Face Hub cannot be reached at {constants.ENDPOINT} "
+            f"({type(error).__name__}): {ways_out}"
+        ) from None
     files = ask_datasets(hub_id) if stories else {}
     streams = files and all(path.endswith(".parquet") for path in chain(*files.values()))
     return files if streams else ask_datasets(hub_id, download=True)
@@ -236,8 +246,19 @@ def cached_files(hub_id: str) -> dict[str, list[str]]:
 
 # UTF-8 that was read as Windows-1252 or Latin-1, as in parts of TinyStories. Quotation marks, dashes and the
 # ellipsis begin with the bytes E2 80, which became â€; these are what became of the third (” often lost it).
-THIRD = {"œ": "“", "\x9d": "”", "\ufffd": "”", "": "”", "˜": "‘", "™": "’", "ž": "„", "š": "‚",
-         "“": "–", "”": "—", "¦": "…"}
+THIRD = {
+    "œ": "“",
+    "\x9d": "”",
+    "\ufffd": "”",
+    "": "”",
+    "˜": "‘",
+    "™": "’",
+    "ž": "„",
+    "š": "‚",
+    "“": "–",
+    "”": "—",
+    "¦": "…",
+}
 BROKEN = re.compile("â€([" + "".join(THIRD) + "]?)|â\x80[\x93\x94\x98\x99\x9a\x9c\x9d\x9e\xa6]")
 
 
@@ -300,6 +321,7 @@ def split_by_hash(stories: Iterable[str]) -> Iterator[tuple[str, bool]]:
 # ------------------------------------------------------------------------------------------------------------
 # Writing
 
+
 class Bin:
     """A .bin file that is being written: the stories that wait for a thread, and totals of those written."""
 
@@ -332,8 +354,10 @@ class Bin:
 def encode_all(items: Iterable[tuple[str, bool]], train: Bin, val: Bin, workers: int, title: str) -> None:
     """Encodes (story, is_val) in threads and writes in order, two batches a thread under way."""
     under_way = deque()
-    with (ThreadPoolExecutor(workers) as pool,
-          tqdm(desc=title, unit="B", unit_scale=True, disable=None) as bar):
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(desc=title, unit="B", unit_scale=True, disable=None) as bar,
+    ):
 
         def write_one():
             file, result = under_way.popleft()
@@ -361,11 +385,23 @@ def encode_all(items: Iterable[tuple[str, bool]], train: Bin, val: Bin, workers:
             write_one()
 
 
-def make(folder: Path, corpus: str, name: str, source: str | None, stories: int | None, workers: int) -> dict:
+def make(
+    folder: Path,
+    corpus: str,
+    name: str,
+    source: str | None,
+    stories: int | None,
+    workers: int,
+    tokenizer: Tokenizer | None = None,
+) -> dict:
     """Writes the files of a corpus into the empty `folder`, meta.json last. Returns what that says."""
     counts = Counter(dropped_empty=0, dropped_in_val=0, repaired_marks=0)
     short = ValueError(f"{source} has too few stories: it takes two that differ, one of them for validation")
-    tokenizer = None if tokenizers.bpe_size(name) else tokenizers.get(name)
+    if tokenizer is not None:
+        name = tokenizer.name
+        tokenizer.save(folder / "tokenizer.json")
+    elif not tokenizers.bpe_size(name):
+        tokenizer = tokenizers.get(name)
     items = split(find(corpus, source, stories), corpus, stories, counts)
     if tokenizer is None:
         sample, size = [], 0
@@ -386,10 +422,21 @@ def make(folder: Path, corpus: str, name: str, source: str | None, stories: int 
     totals = {"train": train.close(), "val": val.close()}
     if not train.stories or not val.stories:
         raise short
-    meta = {"corpus": corpus, "source": source, "limit": stories if counts.pop("more", 0) else None,
-            "tokenizer": {"name": name, "kind": "bpe" if tokenizers.bpe_size(name) else name,
-                          "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
-            "dtype": train.dtype.name, **totals, **counts, "source_files": fingerprint(source)}
+    meta = {
+        "corpus": corpus,
+        "source": source,
+        "limit": stories if counts.pop("more", 0) else None,
+        "tokenizer": {
+            "name": name,
+            "kind": "bpe" if tokenizers.bpe_size(name) else name,
+            "vocab_size": tokenizer.vocab_size,
+            "sha256": tokenizer.sha256,
+        },
+        "dtype": train.dtype.name,
+        **totals,
+        **counts,
+        "source_files": fingerprint(source),
+    }
     if corpus == "toystories":
         meta["floor_bpb"] = -val.logprob / math.log(2) / (val.bytes + val.stories)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -428,11 +475,19 @@ def alone(folder: Path) -> Iterator[bool]:
         os.close(fd)
 
 
-def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, stories: int | None = None,
-            workers: int | None = None, data_dir: str | Path = "data") -> Path:
+def prepare(
+    corpus: str,
+    tokenizer: str = "bpe4096",
+    source: str | None = None,
+    stories: int | None = None,
+    workers: int | None = None,
+    data_dir: str | Path = "data",
+    given: Tokenizer | None = None,
+) -> Path:
     """The folder of the prepared corpus, made if it is not there or lacks what is asked: the first `stories`
-    (None: all), from `source` if that is given. ValueError and FileNotFoundError are the user's mistakes,
-    OSError and RuntimeError the machine's; Unreachable (an OSError) where only the network is missing."""
+    (None: all), from `source` if that is given. With a `given` tokenizer, `tokenizer` only names the folder.
+    ValueError and FileNotFoundError are the user's mistakes, OSError and RuntimeError the machine's;
+    Unreachable (an OSError) where only the network is missing."""
     if not re.fullmatch(r"\w[\w.-]*", corpus) or Path(corpus).suffix in SUFFIXES:
         raise ValueError(f"{corpus} is no name for a corpus: python prepare.py NAME --source {corpus}")
     if min(stories or 1, workers or 1) < 1 or stories == 0:
@@ -441,7 +496,8 @@ def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, 
         if source:
             raise ValueError("toystories is built in and takes no --source")
         stories = stories or TOYS
-    tokenizers.bpe_size(tokenizer)
+    if given is None:
+        tokenizers.bpe_size(tokenizer)
     source = str(source) if source else None
     folder = Path(data_dir, corpus, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -455,15 +511,17 @@ def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, 
             if corpus == "tinystories":
                 source = source or HUB_ID
             if not source and corpus != "toystories":
-                raise ValueError(f"where is {corpus}? python prepare.py {corpus} --source PATH "
-                                 "(only tinystories and toystories need none)")
+                raise ValueError(
+                    f"where is {corpus}? python prepare.py {corpus} --source PATH "
+                    "(only tinystories and toystories need none)"
+                )
             for stale in folder.parent.glob(f".{tokenizer}-*") if locked else ():  # of a killed prepare
                 shutil.rmtree(stale, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)  # another that failed may have removed it
             work = Path(tempfile.mkdtemp(prefix=f".{tokenizer}-", dir=folder.parent))
             try:
                 (work / "new").mkdir()
-                meta = make(work / "new", corpus, tokenizer, source, stories, workers or cpus())
+                meta = make(work / "new", corpus, tokenizer, source, stories, workers or cpus(), given)
                 if folder.exists():
                     os.rename(folder, work / "old")
                 os.rename(work / "new", folder)  # all files at once
@@ -473,8 +531,10 @@ def prepare(corpus: str, tokenizer: str = "bpe4096", source: str | None = None, 
         with suppress(OSError):
             folder.parent.rmdir()  # it is empty where nothing was made
     empty, twice, repaired = (meta[k] for k in ("dropped_empty", "dropped_in_val", "repaired_marks"))
-    print(f"{folder}: {meta['tokenizer']['vocab_size']:,} ids; dropped {empty:,} empty stories and {twice:,} "
-          f"that are in the validation, too; repaired {repaired:,} quotation marks")
+    print(
+        f"{folder}: {meta['tokenizer']['vocab_size']:,} ids; dropped {empty:,} empty stories and {twice:,} "
+        f"that are in the validation, too; repaired {repaired:,} quotation marks"
+    )
     for name in ("train", "val"):
         n = meta[name]
         print(f"{name:>7}: {n['stories']:,} stories, {n['tokens']:,} tokens, {n['bytes'] / 1e6:,.2f} MB")
@@ -487,6 +547,7 @@ def cpus() -> int:
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading what was made
+
 
 class Data(NamedTuple):
     train: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped: stories, end-of-text after each
@@ -525,12 +586,15 @@ def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
         path = folder / f"{name}.bin"
         size = path.stat().st_size if path.exists() else 0
         if size != expected * dtype.itemsize:
-            raise ValueError(f"{path} has {size:,} bytes, not {expected * dtype.itemsize:,} for "
-                             f"{expected:,} ids; {remedy(folder)}")
+            raise ValueError(
+                f"{path} has {size:,} bytes, not {expected * dtype.itemsize:,} for "
+                f"{expected:,} ids; {remedy(folder)}"
+            )
         bins.append(np.memmap(path, dtype, "r"))
         if (top := highest(bins[-1])) >= vocab_size:
-            raise ValueError(f"{path} has an id {top:,}, past the {vocab_size:,} of the vocabulary; "
-                             f"{remedy(folder)}")
+            raise ValueError(
+                f"{path} has an id {top:,}, past the {vocab_size:,} of the vocabulary; {remedy(folder)}"
+            )
     return meta, *bins
 
 
@@ -539,7 +603,7 @@ def highest(ids: np.ndarray, block: int = 1 << 20, most: int = 128) -> int:
     starts = range(0, len(ids), block)
     if len(starts) > most:
         starts = [(len(ids) - block) * i // (most - 1) for i in range(most)]
-    return max(int(ids[i:i + block].max()) for i in starts)
+    return max(int(ids[i : i + block].max()) for i in starts)
 
 
 def remedy(folder: Path) -> str:

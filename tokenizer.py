@@ -41,6 +41,7 @@ class Unreachable(OSError):
 # ------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
+
 class Tokenizer:
     """tokens: the byte strings of ids 0, 1, ... in the order in which they merge, all bytes among them."""
 
@@ -57,6 +58,7 @@ class Tokenizer:
     @cached_property
     def tiktoken(self):  # made at the first encode: a run that only reads ids needs none
         import tiktoken
+
         ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
         special = {EOT: self.eot}
         return tiktoken.Encoding(self.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
@@ -86,7 +88,7 @@ class Tokenizer:
         """One (n_ids,) uint32 array a text, encoded in parallel."""
         texts = list(texts)
         with ThreadPoolExecutor(num_threads) as pool:
-            chunks = pool.map(self.encode_stories, [texts[i:i + 256] for i in range(0, len(texts), 256)])
+            chunks = pool.map(self.encode_stories, [texts[i : i + 256] for i in range(0, len(texts), 256)])
         return [ids[:-1] for c in chunks for ids in np.split(c, np.flatnonzero(c == self.eot) + 1)[:-1]]
 
     def decode_bytes(self, ids) -> bytes:
@@ -117,17 +119,39 @@ class Tokenizer:
         ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
         spelt = {token: "".join(char[b] for b in token) for token in ranks}
         pairs = [last_pair(token, ranks) for token in ranks if len(token) > 1]
-        end = {"id": self.eot, "content": EOT, "single_word": False, "lstrip": False, "rstrip": False,
-               "normalized": False, "special": True}
+        end = {
+            "id": self.eot,
+            "content": EOT,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                 "ignore_merges": True,  # a word that is a token is looked up, not merged, as in tiktoken
-                 "vocab": {spelt[token]: i for token, i in ranks.items()},
-                 "merges": [[spelt[left], spelt[right]] for left, right in filter(None, pairs)]}
-        data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
-                "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
-                "decoder": byte_level, "model": model}
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a word that is a token is looked up, not merged, as in tiktoken
+            "vocab": {spelt[token]: i for token, i in ranks.items()},
+            "merges": [[spelt[left], spelt[right]] for left, right in filter(None, pairs)],
+        }
+        data = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [end],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": model,
+        }
         Path(path).write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
@@ -138,8 +162,10 @@ def checked(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text is not valid Unicode: half a surrogate pair at character {error.start} "
-                         f"(U+{ord(text[error.start]):04X})") from None
+        raise ValueError(
+            f"the text is not valid Unicode: half a surrogate pair at character {error.start} "
+            f"(U+{ord(text[error.start]):04X})"
+        ) from None
 
 
 def byte_chars() -> dict[int, str]:
@@ -151,17 +177,18 @@ def byte_chars() -> dict[int, str]:
 
 def last_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes] | None:
     """The two parts left just before merging makes `token` of its bytes; None where it never does."""
-    parts = [token[i:i + 1] for i in range(len(token))]
+    parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
         if rank == len(ranks):
             return None
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Where tokenizers come from
+
 
 def bpe_size(name: str) -> int | None:
     """4096 for "bpe4096", None for "gpt2" and "byte". ValueError for any other name."""
@@ -182,19 +209,22 @@ def get(name: str) -> Tokenizer:
     if name == "byte":
         return Tokenizer(name, [bytes([b]) for b in range(256)])
     import tiktoken
+
     files = [GPT2_URL + "vocab.bpe", GPT2_URL + "encoder.json"]
     default = Path(tempfile.gettempdir(), "data-gym-cache")  # where tiktoken looks, too
     cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default)))
     try:
         if not all((cache / hashlib.sha1(file.encode()).hexdigest()).exists() for file in files):
             from urllib.request import Request, urlopen  # knows proxies
+
             within(4, lambda: urlopen(Request(files[0], method="HEAD"), timeout=3).close())
         gpt2 = tiktoken.get_encoding("gpt2")
     except OSError as error:  # urllib's and requests' errors are of this class, too
         raise Unreachable(
             f"GPT-2's vocabulary cannot be had from {GPT2_URL.split('/')[2]} ({type(error).__name__}): set "
             "TIKTOKEN_CACHE_DIR to a copy of another machine's tiktoken cache, or take a tokenizer that "
-            "needs no download (--tokenizer bpe4096 or byte)") from None
+            "needs no download (--tokenizer bpe4096 or byte)"
+        ) from None
     return Tokenizer(name, [gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token)])
 
 
@@ -246,15 +276,24 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
     bpe_size(name := f"bpe{vocab_size}")
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import models, pre_tokenizers, trainers
+
     bpe = HuggingFace(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's split
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     byte = {char: b for b, char in byte_chars().items()}
     vocab = bpe.get_vocab()
     merged = [bytes(byte[char] for char in spelt) for spelt in sorted(vocab, key=vocab.get) if len(spelt) > 1]
     tokenizer = Tokenizer(name, [bytes([b]) for b in range(256)] + merged)
     if tokenizer.vocab_size < vocab_size:
-        print(f"note: {name} has {tokenizer.vocab_size:,} ids only: this corpus has no more pairs to merge",
-              file=sys.stderr)
+        print(
+            f"note: {name} has {tokenizer.vocab_size:,} ids only: this corpus has no more pairs to merge",
+            file=sys.stderr,
+        )
     return tokenizer

@@ -31,6 +31,7 @@ alternatives of every choice differ in their words, in whatever way they are con
 proves it for the whole grammar, proves the bounds of 60 and 250 words, and compares the entropy with the samples.
 The texts of a seed change with any change here: then give VERSION a new number, and the test its new sha256.
 """
+
 import argparse
 import functools
 import math
@@ -733,33 +734,41 @@ b_end: "Thank you, my friend," said the {giant} <softly>. From that day on, the 
 """
 
 # A story that lacks one of these is reported by this name.
-MUST = {"found": "lost object never found", "mended": "broken thing never mended", "sorry": "quarrel never made up"}
-PRONOUNS = ["girl", "he", "him", "his", "himself"]      # a wrong one in these columns is a wrong pronoun
+MUST = {
+    "found": "lost object never found",
+    "mended": "broken thing never mended",
+    "sorry": "quarrel never made up",
+}
+PRONOUNS = ["girl", "he", "him", "his", "himself"]  # a wrong one in these columns is a wrong pronoun
 
 
 # -----------------------------------------------------------------------------------------------------------
 # The grammar, compiled into operations. A str is told as it is; the others are these three.
 
+
 class Ref(NamedTuple):
     """Tell column `column` of the row that variable `var` remembers."""
+
     var: int
     column: int
 
 
 class Choice(NamedTuple):
     """Tell one of the alternatives; each is a tuple of operations."""
+
     alternatives: tuple
     logprobs: tuple
-    cumulative: tuple       # probabilities summed up, without the last sum, which is 1
+    cumulative: tuple  # probabilities summed up, without the last sum, which is 1
     rule: str
 
 
 class Draw(NamedTuple):
     """Choose a row that no rival holds, remember it as variable `var`, and tell its column `column`."""
+
     var: int
     column: int
-    source: tuple | Ref     # the rows, or where another variable's row has them
-    rivals: tuple           # the other variables that are drawn from the same list
+    source: tuple | Ref  # the rows, or where another variable's row has them
+    rivals: tuple  # the other variables that are drawn from the same list
 
 
 class Grammar:
@@ -773,7 +782,9 @@ class Grammar:
         self.texts = dict(re.findall(r"^(\w+):((?:.*\n)(?: .*\n|\n)*)", rules, re.M))
         draws = [(var.lower(), source) for var, source in re.findall(r"<(?:\w+ )?(\w+)=([\w.]+)>", rules)]
         self.variables = list(dict.fromkeys(var for var, _ in draws))
-        self.sources = {var: list(dict.fromkeys(source for v, source in draws if v == var)) for var in self.variables}
+        self.sources = {
+            var: list(dict.fromkeys(source for v, source in draws if v == var)) for var in self.variables
+        }
         self.rules = {}
         self.start = self.rule("story")
 
@@ -786,8 +797,10 @@ class Grammar:
     def _row(self, name, values):
         cells = [name, _article(name) + name, *map(values.get, self.columns[2:])]
         cells += [cell and cell[0].upper() + cell[1:] for cell in cells]
-        return tuple(tuple(self._row(option, {}) for option in cell.split(", ")) if cell and ", " in cell else cell
-                     for cell in cells)
+        return tuple(
+            tuple(self._row(option, {}) for option in cell.split(", ")) if cell and ", " in cell else cell
+            for cell in cells
+        )
 
     def rule(self, name: str) -> Choice:
         if name not in self.rules:
@@ -818,8 +831,12 @@ class Grammar:
             if ops and isinstance(ops[-1], str):
                 ops[-1] = ops[-1].removesuffix(" ")
         chances = [weight / sum(weights) for weight in weights]
-        return Choice(tuple(map(_joined, alternatives)), tuple(map(math.log, chances)),
-                      tuple(accumulate(chances))[:-1], rule)
+        return Choice(
+            tuple(map(_joined, alternatives)),
+            tuple(map(math.log, chances)),
+            tuple(accumulate(chances))[:-1],
+            rule,
+        )
 
     def _operation(self, token):
         match = re.fullmatch(r"[<{](?:(\w+) )?([\w.]+)(?:=([\w.]+))?[>}]", token)
@@ -832,17 +849,22 @@ class Grammar:
         if token[0] == "{":
             return self._ref(name, column)
         if source:
-            rivals = [i for i, other in enumerate(self.variables) if other != name and source in self.sources[other]]
+            rivals = [
+                i for i, other in enumerate(self.variables) if other != name and source in self.sources[other]
+            ]
             rows = self.lists[source] if source in self.lists else self._ref(source)
             return Draw(self.variables.index(name), column, rows, tuple(rivals))
-        if "." in name:                                         # remembered in a place that nobody refers to
+        if "." in name:  # remembered in a place that nobody refers to
             return Draw(len(self.variables), column, self._ref(name), ())
         choice = self.rule(name)
         if article or token[1].isupper():
             texts = [_article(ops[0]) * bool(article) + ops[0] for ops in choice.alternatives]
             texts = [text[0].upper() + text[1:] if token[1].isupper() else text for text in texts]
             choice = choice._replace(
-                alternatives=tuple((text, *ops[1:]) for text, ops in zip(texts, choice.alternatives, strict=True)))
+                alternatives=tuple(
+                    (text, *ops[1:]) for text, ops in zip(texts, choice.alternatives, strict=True)
+                )
+            )
         return choice
 
     def _ref(self, name, column=0):
@@ -866,7 +888,9 @@ def _joined(ops):
                 before, ops[i - 1] = " ", ops[i - 1][:-1]
             elif i + 1 < len(ops) and isinstance(ops[i + 1], str) and ops[i + 1].startswith(" "):
                 after, ops[i + 1] = " ", ops[i + 1][1:]
-            ops[i] = op._replace(alternatives=tuple(_joined([before, *alt, after]) if alt else () for alt in op[0]))
+            ops[i] = op._replace(
+                alternatives=tuple(_joined([before, *alt, after]) if alt else () for alt in op[0])
+            )
     joined = []
     for op in ops:
         if isinstance(op, str) and joined and isinstance(joined[-1], str):
@@ -882,16 +906,22 @@ GRAMMAR = Grammar(LISTS, RULES)
 # -----------------------------------------------------------------------------------------------------------
 # Telling stories
 
-LOG = [0.0, *(-math.log(n) for n in range(1, 1000))]      # the log-probability of one row out of n
+LOG = [0.0, *(-math.log(n) for n in range(1, 1000))]  # the log-probability of one row out of n
 
 
 def stories(seed: int, start: int = 0) -> Iterator[tuple[str, float]]:
     """Story start, start + 1, ... of a seed, without end, each with its log-probability in nats."""
     generator = random.Random()
     for i in count(start):
-        generator.seed(f"{seed} {i}")                           # a str: hashed, and stable across versions
+        generator.seed(f"{seed} {i}")  # a str: hashed, and stable across versions
         parts, logprobs = [], []
-        _tell((GRAMMAR.start,), [None] * (len(GRAMMAR.variables) + 1), parts.append, logprobs.append, generator.random)
+        _tell(
+            (GRAMMAR.start,),
+            [None] * (len(GRAMMAR.variables) + 1),
+            parts.append,
+            logprobs.append,
+            generator.random,
+        )
         yield "".join(parts), math.fsum(logprobs)
 
 
@@ -923,22 +953,24 @@ def _open_rows(draw, memory):
 # -----------------------------------------------------------------------------------------------------------
 # Judging stories
 
+
 class Verdict(NamedTuple):
     ok: bool
-    logprob: float | None       # of the derivation, in nats; None if not ok
-    rule: str | None            # the first broken rule; None if ok
-    detail: str                 # where it breaks, what stands there, and what should
+    logprob: float | None  # of the derivation, in nats; None if not ok
+    rule: str | None  # the first broken rule; None if ok
+    detail: str  # where it breaks, what stands there, and what should
 
 
 class Miss(NamedTuple):
     """Where one way to tell a text failed, and how it would go on if the flaw were passed over."""
-    reach: int                  # up to here, the text is as it should be
-    start: int                  # from here on, `expected` should stand there
+
+    reach: int  # up to here, the text is as it should be
+    start: int  # from here on, `expected` should stand there
     expected: str
-    rule: str | None = None     # what it would be to pass over it; None if that cannot be done
-    end: int = 0                # where to go on then
+    rule: str | None = None  # what it would be to pass over it; None if that cannot be done
+    end: int = 0  # where to go on then
     thread: tuple | None = None
-    known: bool = False         # a word of the grammar stands there, only the wrong one
+    known: bool = False  # a word of the grammar stands there, only the wrong one
 
 
 def check(text: str) -> Verdict:
@@ -948,7 +980,7 @@ def check(text: str) -> Verdict:
         return Verdict(True, math.fsum(logprobs), None, "")
     text = " ".join(text.split())
     rule, miss = _diagnose(text)
-    found = text[miss.start:max(miss.reach, miss.start + len(miss.expected)) + 10]
+    found = text[miss.start : max(miss.reach, miss.start + len(miss.expected)) + 10]
     return Verdict(False, None, rule, f"at {miss.start}: {found!r}, expected {miss.expected!r}")
 
 
@@ -972,7 +1004,7 @@ def _parse(text, threads, misses=None, steps=20_000):
     while threads and steps:
         steps -= 1
         at, todo, memory, paid = threads.pop()
-        while todo:                                             # until this thread forks, fails, or is through
+        while todo:  # until this thread forks, fails, or is through
             ops, i, after = todo
             if i == len(ops):
                 todo = after
@@ -996,7 +1028,7 @@ def _parse(text, threads, misses=None, steps=20_000):
                 rows = _open_rows(op, memory)
                 for row in rows:
                     if text.startswith(row[op.column], at):
-                        then = *memory[:op.var], row, *memory[op.var + 1:]
+                        then = *memory[: op.var], row, *memory[op.var + 1 :]
                         threads.append((at + len(row[op.column]), todo, then, (LOG[len(rows)], paid)))
                     elif misses is not None:
                         misses.append(Miss(_reach(text, at, row[op.column]), at, row[op.column]))
@@ -1023,7 +1055,7 @@ def _parse(text, threads, misses=None, steps=20_000):
 
 def _reach(text, at, expected):
     """How far the text goes on as expected."""
-    return at + len(os.path.commonprefix([text[at:at + len(expected)], expected]))
+    return at + len(os.path.commonprefix([text[at : at + len(expected)], expected]))
 
 
 @functools.cache
@@ -1040,7 +1072,9 @@ def _confusion(ref, spaces):
     if GRAMMAR.columns[ref.column % len(GRAMMAR.columns)] in PRONOUNS:
         kind = "pronoun"
     longest_first = sorted(filter(None, words), key=len, reverse=True)
-    return re.compile(rf"({'|'.join(map(re.escape, longest_first))})\b|\w+" + r" \w+" * spaces), f"wrong {kind}"
+    return re.compile(
+        rf"({'|'.join(map(re.escape, longest_first))})\b|\w+" + r" \w+" * spaces
+    ), f"wrong {kind}"
 
 
 def _diagnose(text):
@@ -1068,13 +1102,18 @@ def _diagnose(text):
 
 # -----------------------------------------------------------------------------------------------------------
 
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-n", type=int, default=1, help="how many stories to tell (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="each seed tells other stories (%(default)s)")
     parser.add_argument("--start", type=int, default=0, help="the number of the first one (%(default)s)")
-    parser.add_argument("--check", metavar="FILE", help="judge the stories of FILE, or of stdin (-), instead: they end at "
-                        "lines of <|endoftext|> or of dashes, else at blank lines")
+    parser.add_argument(
+        "--check",
+        metavar="FILE",
+        help="judge the stories of FILE, or of stdin (-), instead: they end at "
+        "lines of <|endoftext|> or of dashes, else at blank lines",
+    )
     args = parser.parse_args()
     if args.check:
         judge(args.check)

@@ -22,7 +22,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ import evaluate
 import optim
 import prepare
 from model import GPT, GPTConfig
+from tokenizer import Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -718,11 +719,48 @@ def last_state(folder: Path) -> dict | None:
     return None
 
 
-def load_data(c: TrainConfig) -> prepare.Data:
-    """The data of a run, prepared on the spot if they are not there. May change c.dataset to c.fallback."""
+# settings of the model that do not hang on its weights
+ANY_WEIGHTS = ("dropout", "label_smoothing", "z_loss", "loss_chunk", "block_size")
+
+
+def begin(c: TrainConfig) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of init_from. c.model and c.tokenizer (the data's folder) become theirs."""
+    if c.init_from.startswith("hf:"):
+        from export import from_hf
+
+        model, tokenizer = from_hf(c.init_from.removeprefix("hf:"))
+    else:
+        model, tokenizer = checkpoint.load(c.init_from)
+    wanted, there, default = asdict(c.model), asdict(model.config), asdict(GPTConfig())
+    other = [f"{name}={value}" for name, value in wanted.items()
+             if value not in (there[name], default[name]) and name not in ANY_WEIGHTS]  # fmt: skip
+    if other:
+        raise ValueError(f"{c.init_from} is another model than one with {', '.join(other)}: leave that out")
+    c.model = replace(model.config, **{name: wanted[name] for name in ANY_WEIGHTS})
+    state = model.state_dict()
+    if c.model.position == "learned":
+        if c.model.block_size > model.config.block_size:
+            raise ValueError(f"block_size={c.model.block_size}, but {c.init_from} has learned only "
+                             f"{model.config.block_size} positions")  # fmt: skip
+        state["embedder.positions.weight"] = state["embedder.positions.weight"][: c.model.block_size]
+    model = GPT(c.model)
+    model.load_state_dict(state)
+    c.tokenizer = tokenizer.name
+    meta = Path(c.data_dir, c.dataset, c.tokenizer, "meta.json")
+    own = tokenizer.name not in ("gpt2", "byte")
+    if own and not (meta.exists() and tokenizer.sha256 in meta.read_text()):
+        c.tokenizer += f"-{tokenizer.sha256[:8]}"  # another vocabulary than that corpus would get
+    return model, tokenizer
+
+
+def load_data(c: TrainConfig, tokenizer: Tokenizer | None = None) -> prepare.Data:
+    """
+    The data of a run, prepared on the spot if they are not there: with `tokenizer`, or that which c.tokenizer
+    names. May change c.dataset to c.fallback.
+    """
 
     def make() -> tuple[str, int]:
-        wish = c.tokenizer, c.source or None, c.stories or None, None, c.data_dir
+        wish = c.tokenizer, c.source or None, c.stories or None, None, c.data_dir, tokenizer
         try:
             if not Path(c.data_dir, c.dataset, c.tokenizer, "meta.json").exists():
                 prepare.prepare(c.dataset, *wish)
@@ -734,7 +772,7 @@ def load_data(c: TrainConfig) -> prepare.Data:
             say(f"{line}\n{error}\nTRAINING ON {c.fallback.upper()} INSTEAD, a built-in corpus of made-up "
                 f"stories; --fallback= insists on {c.dataset}\n{line}")  # fmt: skip
         if not Path(c.data_dir, c.fallback, c.tokenizer, "meta.json").exists():
-            prepare.prepare(c.fallback, c.tokenizer, data_dir=c.data_dir)
+            prepare.prepare(c.fallback, c.tokenizer, data_dir=c.data_dir, given=tokenizer)
         return c.fallback, 0
 
     c.dataset, c.stories = agree(make)
@@ -917,10 +955,12 @@ def main(argv: list[str]) -> int:
         if plan.state and c.compile == "auto":  # what a run was begun with, it goes on with
             machine = machine._replace(compile=plan.state["compiled"])
         set_up(machine, c)
-        data = load_data(c)
-        c.model.vocab_size = data.tokenizer.vocab_size
         torch.manual_seed(c.seed)
-        model = GPT(c.model)
+        model, tokenizer = begin(c) if c.init_from and not plan.state else (None, None)
+        data = load_data(c, tokenizer)
+        if model is None:
+            c.model.vocab_size = data.tokenizer.vocab_size
+            model = GPT(c.model)
         iters = c.max_iters or plan.recipe.get("max_iters", TrainConfig.max_iters)
         say(describe(c, model, data, machine, iters))
         if not c.max_iters:

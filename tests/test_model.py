@@ -248,9 +248,9 @@ def to_llama(model: GPT) -> dict[str, torch.Tensor]:
         for name, part in zip("qkv", ours[us + "attn.qkv.weight"].split(heads), strict=True):
             theirs[f"{them}self_attn.{name}_proj.weight"] = part
         theirs[them + "self_attn.o_proj.weight"] = ours[us + "attn.proj.weight"]
-        theirs[them + "mlp.gate_proj.weight"], theirs[them + "mlp.up_proj.weight"] = (
-            ours[us + "mlp.fc.weight"].chunk(2)
-        )
+        theirs[them + "mlp.gate_proj.weight"], theirs[them + "mlp.up_proj.weight"] = ours[
+            us + "mlp.fc.weight"
+        ].chunk(2)
         theirs[them + "mlp.down_proj.weight"] = ours[us + "mlp.proj.weight"]
         if c.qk_norm:
             for name in "qk":

@@ -72,6 +72,7 @@ def leftovers(tmp_path: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------
 # What is written
 
+
 @pytest.mark.parametrize("name", ["byte", "bpe300", "bpe500"])
 def test_bins_equal_a_slow_reference(tmp_path, name, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH", 5000)  # many batches
@@ -87,11 +88,16 @@ def test_bins_equal_a_slow_reference(tmp_path, name, monkeypatch):
         size = sum(len(t.encode()) for t in expected)
         assert data.meta[split] == {"stories": len(expected), "tokens": len(ids), "bytes": size}
     size = 257 if name == "byte" else int(name[3:])
-    assert data.meta["tokenizer"] == {"name": name, "kind": "byte" if name == "byte" else "bpe",
-                                      "vocab_size": size, "sha256": data.tokenizer.sha256}
+    assert data.meta["tokenizer"] == {
+        "name": name,
+        "kind": "byte" if name == "byte" else "bpe",
+        "vocab_size": size,
+        "sha256": data.tokenizer.sha256,
+    }
     assert (data.meta["corpus"], data.meta["limit"], data.meta["dtype"]) == ("mine", None, "uint16")
     assert sorted(p.name for p in data.folder.iterdir()) == sorted(
-        ["meta.json", "train.bin", "val.bin"] + ["tokenizer.json"] * (name != "byte"))
+        ["meta.json", "train.bin", "val.bin"] + ["tokenizer.json"] * (name != "byte")
+    )
     assert leftovers(tmp_path) == []
 
 
@@ -160,6 +166,7 @@ def test_toystories_and_their_floor(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # What is read
 
+
 def test_text_files(tmp_path):
     def read(text):
         return list(prepare.read_txt(write(tmp_path / "x.txt", text)))
@@ -208,8 +215,10 @@ def test_tinystories_is_repaired_and_empty_stories_are_dropped(tmp_path):
     latin = quotes.encode().decode("latin-1")
     fine = 'It cost 5 € in the château, "â" she said. “Good.”'
     kept = "".join(c.encode().decode("cp1252") for c in "“’")  # in another corpus, not ours to change
-    parquet(tmp_path / "s" / "data" / "train-00000-of-00001.parquet",
-            [broken, "", latin, fine, " \n", None, "â€\x9d", kept + " ok"])
+    parquet(
+        tmp_path / "s" / "data" / "train-00000-of-00001.parquet",
+        [broken, "", latin, fine, " \n", None, "â€\x9d", kept + " ok"],
+    )
     parquet(tmp_path / "s" / "data" / "validation-00000-of-00001.parquet", ["val â€™"])
     data = made(tmp_path, str(tmp_path / "s"), corpus="tinystories")
     assert texts_of(data, "train") == [quotes, quotes, fine, "”", "“’ ok"]
@@ -231,6 +240,7 @@ def test_real_stories(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Again, killed, two at once
+
 
 def test_what_is_there_is_kept_while_it_does(tmp_path, capsys):
     source = txt(tmp_path / "mine.txt", stories(400))
@@ -267,14 +277,16 @@ def test_limits_that_ask_for_all_there_is(tmp_path):
 
 def test_a_killed_prepare_is_done_again(tmp_path):
     source = txt(tmp_path / "mine.txt", stories(3000))
-    killed = ("import os, signal, prepare; prepare.BATCH = 5000\n"
-              "write = prepare.Bin.write\n"
-              "def fatal(bin, *args):\n"
-              "    write(bin, *args)\n"
-              "    bin.file.flush()\n"
-              "    if bin.stories > 1000: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "prepare.Bin.write = fatal\n"
-              f"prepare.prepare('mine', 'byte', {source!r}, data_dir={str(tmp_path / 'data')!r})")
+    killed = (
+        "import os, signal, prepare; prepare.BATCH = 5000\n"
+        "write = prepare.Bin.write\n"
+        "def fatal(bin, *args):\n"
+        "    write(bin, *args)\n"
+        "    bin.file.flush()\n"
+        "    if bin.stories > 1000: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "prepare.Bin.write = fatal\n"
+        f"prepare.prepare('mine', 'byte', {source!r}, data_dir={str(tmp_path / 'data')!r})"
+    )
     assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True).returncode == -9
     assert not (tmp_path / "data" / "mine" / "byte").exists()
     assert any(p.endswith("train.bin") for p in map(str, (tmp_path / "data").rglob("*")))  # it was under way
@@ -300,8 +312,17 @@ def test_a_failure_leaves_the_old_data_whole(tmp_path, monkeypatch):
 
 def test_two_at_once(tmp_path):
     source = txt(tmp_path / "mine.txt", stories(4000))
-    line = [sys.executable, "prepare.py", "mine", "--tokenizer", "bpe300", "--source", source,
-            "--data_dir", str(tmp_path / "data")]
+    line = [
+        sys.executable,
+        "prepare.py",
+        "mine",
+        "--tokenizer",
+        "bpe300",
+        "--source",
+        source,
+        "--data_dir",
+        str(tmp_path / "data"),
+    ]
     both = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [p.communicate(timeout=60)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0]
@@ -313,9 +334,11 @@ def test_two_at_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
 def test_memory_is_flat(tmp_path):
-    code = ("import prepare, sys\n"
-            "prepare.prepare('x', 'bpe1000', sys.argv[1], data_dir=sys.argv[2])\n"
-            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
+    code = (
+        "import prepare, sys\n"
+        "prepare.prepare('x', 'bpe1000', sys.argv[1], data_dir=sys.argv[2])\n"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
     peak = []
     for i, n in enumerate((20, 60)):  # 38 and 114 MB, both more than a BPE is trained on
         for kind in ("txt", "parquet"):
@@ -328,6 +351,7 @@ def test_memory_is_flat(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # load(): what does not fit is refused, with what to type
+
 
 def edit(path: Path, change) -> None:
     path.write_bytes(change(path.read_bytes()))
@@ -374,6 +398,7 @@ def test_the_highest_id_is_found(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line: one clear line, exit status 2 (a mistake) or 1 (the machine), nothing left behind
+
 
 def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), "--data_dir", str(tmp_path / "data")])
@@ -442,6 +467,7 @@ def test_a_story_without_end(tmp_path, monkeypatch, capsys):
 def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
     source = txt(tmp_path / "x.txt", stories(9))
     for error, status in ((OSError(28, "full"), 1), (RuntimeError("broken"), 1), (KeyboardInterrupt, 130)):
+
         def fail(*args, error=error):
             raise error
 
@@ -452,6 +478,7 @@ def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------------------------------
 # The Hub
+
 
 def cli(*args, **env):
     env = {k: v for k, v in os.environ.items() if not re.match("HF_|(?i:https?_proxy|all_proxy)", k)} | env
@@ -491,8 +518,11 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
     def listed(self, paths):
-        return [{"type": "file", "path": p, "size": len(self.files[p]), "oid": p} for p in paths
-                if p in self.files]
+        return [
+            {"type": "file", "path": p, "size": len(self.files[p]), "oid": p}
+            for p in paths
+            if p in self.files
+        ]
 
     def reply(self, body, status=200, **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -516,7 +546,7 @@ class Hub(BaseHTTPRequestHandler):
                 return self.reply(body, **headers)
             start, end = int(wanted[1]), min(int(wanted[2] or len(body)), len(body) - 1)
             headers["Content_Range"] = f"bytes {start}-{end}/{len(body)}"
-            return self.reply(body[start:end + 1], 206, **headers)
+            return self.reply(body[start : end + 1], 206, **headers)
         if path.startswith(f"/api/datasets/{self.name}/tree/"):
             inside = path.removeprefix(f"/api/datasets/{self.name}/tree/").partition("/")[2]
             folder = [{"type": "directory", "path": "data", "size": 0, "oid": "d"}]

@@ -17,10 +17,33 @@ import tokenizer
 from tokenizer import EOT, Tokenizer
 
 CACHE = Path(__file__).parents[1] / ".." / "shared" / "tiktoken_cache"
-WORDS = ("once upon a time there was little girl named lily who liked to play outside in the park with her "
-         "dog don't can't we'll they've I'm said she'd happy 3 12 2024 wow oh").split()
-SNIPPETS = ["'s", "'ll", "'S", "12345", "٣½Ⅷ", "👩‍👩‍👧", "🇫🇷", "e\u0301", "é", "ß", "中文字", "нет", "...",
-            "!!!", "---", EOT, "<|", "\x00", "\ufeff", "😀😀😀", "\r\n"]
+WORDS = (
+    "once upon a time there was little girl named lily who liked to play outside in the park with her "
+    "dog don't can't we'll they've I'm said she'd happy 3 12 2024 wow oh"
+).split()
+SNIPPETS = [
+    "'s",
+    "'ll",
+    "'S",
+    "12345",
+    "٣½Ⅷ",
+    "👩‍👩‍👧",
+    "🇫🇷",
+    "e\u0301",
+    "é",
+    "ß",
+    "中文字",
+    "нет",
+    "...",
+    "!!!",
+    "---",
+    EOT,
+    "<|",
+    "\x00",
+    "\ufeff",
+    "😀😀😀",
+    "\r\n",
+]
 BLANKS = " \n\t\r\u3000\xa0\u2028\x85\x1c\x0b "
 
 
@@ -180,8 +203,17 @@ def test_the_smallest_vocabulary(tmp_path):
     assert hugging_face(tok, tmp_path / "t.json").encode("hé").ids == [104, 0xC3, 0xA9]
 
 
-@pytest.mark.parametrize("name,words", [("bpe256", "257"), ("bpe0", "bpeN"), ("bpe", "bpeN"), ("-5", "bpeN"),
-                                        ("gpt3", "gpt2, byte and bpeN"), ("", "bpeN")])
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("bpe256", "257"),
+        ("bpe0", "bpeN"),
+        ("bpe", "bpeN"),
+        ("-5", "bpeN"),
+        ("gpt3", "gpt2, byte and bpeN"),
+        ("", "bpeN"),
+    ],
+)
 def test_names_that_are_none(name, words):
     with pytest.raises(ValueError, match=words):
         tokenizer.bpe_size(name)

@@ -1,4 +1,5 @@
 """The built-in corpus: what the grammar promises (proved on its data), and what the stories keep (sampled)."""
+
 import hashlib
 import math
 import random
@@ -22,12 +23,17 @@ SAMPLE = list(islice(stories(seed=0), 2000))
 # ---------------------------------------------------------------------------------------------------------------
 # Proofs about the grammar's data
 
+
 def rows_of(grammar, source, known):
     """All rows that a draw may choose from, where `known` has the possible rows of each variable."""
     if isinstance(source, Ref):
         options = [row[source.column] for row in known[source.var]]
-        assert all(isinstance(o, tuple) for o in options), f"{grammar.variables[source.var]}: a column without options"
-        assert len({len(o) for o in options}) == 1, f"{grammar.variables[source.var]}: unequal numbers of options"
+        assert all(isinstance(o, tuple) for o in options), (
+            f"{grammar.variables[source.var]}: a column without options"
+        )
+        assert len({len(o) for o in options}) == 1, (
+            f"{grammar.variables[source.var]}: unequal numbers of options"
+        )
         return {row for option in options for row in option}
     return set(source)
 
@@ -36,17 +42,24 @@ def walk(grammar, ops, known, rule=""):
     """Check that all that is told was drawn before, on every way there; return what is known behind it."""
     for op in ops:
         if isinstance(op, Choice):
-            ends = [walk(grammar, alternative, dict(known), op.rule or rule) for alternative in op.alternatives]
-            known = {var: set().union(*(end[var] for end in ends)) for var in set.intersection(*map(set, ends))}
+            ends = [
+                walk(grammar, alternative, dict(known), op.rule or rule) for alternative in op.alternatives
+            ]
+            known = {
+                var: set().union(*(end[var] for end in ends)) for var in set.intersection(*map(set, ends))
+            }
         elif isinstance(op, Draw):
             if isinstance(op.source, Ref):
                 assert op.source.var in known, f"{rule}: {grammar.variables[op.source.var]} is not drawn yet"
             known[op.var] = rows_of(grammar, op.source, known)
-            assert all(isinstance(row[op.column], str) for row in known[op.var]), f"{rule}: a draw has nothing to tell"
+            assert all(isinstance(row[op.column], str) for row in known[op.var]), (
+                f"{rule}: a draw has nothing to tell"
+            )
         elif isinstance(op, Ref):
             assert op.var in known, f"{rule}: {grammar.variables[op.var]} is not drawn yet"
             assert all(isinstance(row[op.column], str) for row in known[op.var]), (
-                f"{rule}: {grammar.variables[op.var]} has no {grammar.columns[op.column % len(grammar.columns)]}")
+                f"{rule}: {grammar.variables[op.var]} has no {grammar.columns[op.column % len(grammar.columns)]}"
+            )
     return known
 
 
@@ -79,9 +92,16 @@ def recall(grammar, ref, own, shared):
             if var == ref.var:
                 return [(row, shared)]
     mine = set(grammar.sources[grammar.variables[ref.var]])
-    taken = [row for var, row in own + shared if mine & set(grammar.sources.get((grammar.variables + [""])[var], ()))]
-    return [(row, (*shared, (ref.var, row))) for row in possible_rows(grammar, ref.var)
-            if row[ref.column] and row not in taken]
+    taken = [
+        row
+        for var, row in own + shared
+        if mine & set(grammar.sources.get((grammar.variables + [""])[var], ()))
+    ]
+    return [
+        (row, (*shared, (ref.var, row)))
+        for row in possible_rows(grammar, ref.var)
+        if row[ref.column] and row not in taken
+    ]
 
 
 def heads(grammar, todo, own, shared):
@@ -119,7 +139,12 @@ def drawn(grammar, draw, todo, own, shared):
         held = [row for var, row in own + shared_then if var in draw.rivals]
         for row in rows:
             if row not in held:
-                yield row[draw.column], todo, (*(m for m in own if m[0] != draw.var), (draw.var, row)), shared_then
+                yield (
+                    row[draw.column],
+                    todo,
+                    (*(m for m in own if m[0] != draw.var), (draw.var, row)),
+                    shared_then,
+                )
 
 
 def place(todo):
@@ -137,7 +162,7 @@ def prove_different(grammar, left, right, shared, forget):
     pairs, seen = [(left, right, shared)], set()
     while pairs:
         left, right, shared = pairs.pop()
-        rights = {}                                             # memory -> first letter -> the heads of the right side
+        rights = {}  # memory -> first letter -> the heads of the right side
         for a, todo_a, own_a, memory in [(*left, shared)] if left[0] else heads(grammar, *left[1:], shared):
             if memory not in rights:
                 rights[memory] = {}
@@ -148,7 +173,7 @@ def prove_different(grammar, left, right, shared, forget):
                 if a.startswith(b) or b.startswith(a):
                     n = min(len(a), len(b))
                     mine, theirs = own_a, own_b
-                    if forget and len(a) == len(b):             # then every story that goes on so is still followed
+                    if forget and len(a) == len(b):  # then every story that goes on so is still followed
                         mine, theirs, both = (), (), ()
                     key = a[n:], place(todo_a), mine, b[n:], place(todo_b), theirs, both
                     if key not in seen:
@@ -170,8 +195,8 @@ def prove_choice(grammar, op, after):
 
 def prove_unambiguous(grammar):
     """Each choice by itself, where that is enough; else in every place where the grammar makes it."""
-    undecided = {}                              # id of an operation -> does it, or one inside, need its surroundings?
-    alone = set()                               # ids of those that need none
+    undecided = {}  # id of an operation -> does it, or one inside, need its surroundings?
+    alone = set()  # ids of those that need none
 
     def decide(op):
         if id(op) not in undecided:
@@ -182,7 +207,12 @@ def prove_unambiguous(grammar):
             except Undecided:
                 undecided[id(op)] = True
             if isinstance(op, Choice):
-                inside = [decide(o) for alternative in op.alternatives for o in alternative if isinstance(o, Choice | Draw)]
+                inside = [
+                    decide(o)
+                    for alternative in op.alternatives
+                    for o in alternative
+                    if isinstance(o, Choice | Draw)
+                ]
                 undecided[id(op)] |= any(inside)
         return undecided[id(op)]
 
@@ -227,7 +257,10 @@ def test_the_proof_can_fail():
         ("story: <hero=kid> [very | ] [very | ] glad.\n", True),
         ("story: <hero=kid> ran. | <hero=kid> <run>.\nrun: ran | hid\n", True),
         ("story: <hero=kid> saw a <b>\nb: bee. | bee[tle. | hive.]\n", False),
-        ("story: <hero=kid> and <friend=kid> sat. {hero} fell. | <hero=kid> and <friend=kid> sat. {friend} fell.\n", False),
+        (
+            "story: <hero=kid> and <friend=kid> sat. {hero} fell. | <hero=kid> and <friend=kid> sat. {friend} fell.\n",
+            False,
+        ),
         ("story: He <hero=kid> sat. {he}. | He <friend=kid> sat. {friend.he}.\n", True),
     ]:
         grammar = Grammar(lists, rules)
@@ -242,8 +275,10 @@ def shortest_and_longest(op, memo):
     """How many spaces and line breaks an operation can tell, at least and at most."""
     if id(op) not in memo:
         if isinstance(op, Choice):
-            ends = [[sum(n) for n in zip((0, 0), *(shortest_and_longest(o, memo) for o in ops), strict=True)]
-                    for ops in op.alternatives]
+            ends = [
+                [sum(n) for n in zip((0, 0), *(shortest_and_longest(o, memo) for o in ops), strict=True)]
+                for ops in op.alternatives
+            ]
             memo[id(op)] = min(low for low, _ in ends), max(high for _, high in ends)
         else:
             if isinstance(op, str):
@@ -282,8 +317,11 @@ def exact_entropy(op, drawn, memo):
         return memo[key]
     if isinstance(op, Draw):
         if isinstance(op.source, Ref):
-            count = next(len(row[op.source.column]) for row in possible_rows(GRAMMAR, op.source.var)
-                         if isinstance(row[op.source.column], tuple))
+            count = next(
+                len(row[op.source.column])
+                for row in possible_rows(GRAMMAR, op.source.var)
+                if isinstance(row[op.source.column], tuple)
+            )
         else:
             count = len(op.source) - len(drawn & set(op.rivals))
         return math.log(count), drawn | {op.var}
@@ -295,7 +333,9 @@ def test_the_entropy_is_what_the_samples_cost():
     costs = [-logprob for _, logprob in SAMPLE]
     mean = sum(costs) / len(costs)
     error = (sum((cost - mean) ** 2 for cost in costs) / len(costs) ** 2) ** 0.5
-    print(f"entropy {entropy / math.log(2):.2f} bits a story, sampled {mean / math.log(2):.2f} +- {error / math.log(2):.2f}")
+    print(
+        f"entropy {entropy / math.log(2):.2f} bits a story, sampled {mean / math.log(2):.2f} +- {error / math.log(2):.2f}"
+    )
     assert abs(mean - entropy) < 4 * error
 
 
@@ -323,15 +363,18 @@ def test_names_are_drawn_evenly():
     counts = Counter(match[1] for text, _ in SAMPLE if (match := first.search(text)))
     mean = sum(counts.values()) / len(names)
     chi_square = sum((counts[name] - mean) ** 2 / mean for name in names)
-    assert chi_square < 95, counts                              # 47 degrees of freedom: 1 in 20,000 exceeds it
+    assert chi_square < 95, counts  # 47 degrees of freedom: 1 in 20,000 exceeds it
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Stories
 
+
 def test_the_corpus_has_not_changed():
     texts = "\n\n".join(text for text, _ in SAMPLE[:100])
-    assert (toystories.VERSION, hashlib.sha256(texts.encode()).hexdigest()) == ("1", "@SHA@"), "see the docstring"
+    assert (toystories.VERSION, hashlib.sha256(texts.encode()).hexdigest()) == ("1", "@SHA@"), (
+        "see the docstring"
+    )
 
 
 def test_a_story_depends_on_seed_and_number_only():
@@ -383,6 +426,7 @@ def test_stories_and_words_are_many(count, words):
 # ---------------------------------------------------------------------------------------------------------------
 # Broken stories
 
+
 def last(pattern, text):
     return [*re.finditer(pattern, text)][-1]
 
@@ -392,8 +436,12 @@ def swapped(text, words, sample):
     found = [*re.finditer(rf"\b({'|'.join(map(re.escape, words))})\b", text)]
     if len(found) < 2 or not any(m[0] == found[-1][0] for m in found[:-1]):
         return None
-    other = next(word for word in words[sample % len(words):] + words if not re.search(rf"\b{re.escape(word)}\b", text))
-    return text[:found[-1].start()] + other + text[found[-1].end():]
+    other = next(
+        word
+        for word in words[sample % len(words) :] + words
+        if not re.search(rf"\b{re.escape(word)}\b", text)
+    )
+    return text[: found[-1].start()] + other + text[found[-1].end() :]
 
 
 NAMES = [row[0] for row in GRAMMAR.lists["kid"]]
@@ -401,9 +449,14 @@ PLACES = [row[0] for row in GRAMMAR.lists["place"]]
 TOYS = sorted((row[0] for row in GRAMMAR.lists["toy"]), key=len, reverse=True)
 
 
-@pytest.mark.parametrize("words, rule, openings", [
-    (NAMES, "wrong name", r""), (PLACES, "wrong place", r""), (TOYS, "wrong object", r"coins|never lost|best friends"),
-])
+@pytest.mark.parametrize(
+    "words, rule, openings",
+    [
+        (NAMES, "wrong name", r""),
+        (PLACES, "wrong place", r""),
+        (TOYS, "wrong object", r"coins|never lost|best friends"),
+    ],
+)
 def test_a_wrong_word_late_in_a_story_is_named(words, rule, openings):
     verdicts = Counter()
     for number, (text, _) in enumerate(SAMPLE[:600]):
@@ -421,7 +474,7 @@ def test_a_wrong_pronoun_is_named():
         found = last(r"\b(he|she|He|She)\b", text) if re.search(r"\b(he|she|He|She)\b", text) else None
         if found:
             other = {"he": "she", "she": "he", "He": "She", "She": "He"}[found[0]]
-            verdicts[check(text[:found.start()] + other + text[found.end():]).rule] += 1
+            verdicts[check(text[: found.start()] + other + text[found.end() :]).rule] += 1
     print(verdicts)
     assert verdicts["wrong pronoun"] >= 0.98 * verdicts.total() > 300, verdicts
 
@@ -429,7 +482,7 @@ def test_a_wrong_pronoun_is_named():
 def test_a_story_cut_short_is_unfinished():
     verdicts = Counter()
     for number, (text, _) in enumerate(SAMPLE[:400]):
-        cut = text[:1 + number * 7919 % (len(text) - 1)].rstrip()
+        cut = text[: 1 + number * 7919 % (len(text) - 1)].rstrip()
         verdict = check(cut)
         verdicts[verdict.rule] += 1
         assert verdict.rule == "unfinished", (cut, verdict)
@@ -456,9 +509,17 @@ def test_a_story_without_its_turn_is_told_so():
 
 
 GARBAGE = [
-    "the", "12345", "Once upon a time, there was a little girl named Lily. She loved to play with her toys.",
+    "the",
+    "12345",
+    "Once upon a time, there was a little girl named Lily. She loved to play with her toys.",
     "One day, Tom and his mom went to the park. Tom saw a big dog. The dog was nice. They played all day.",
-    "<|endoftext|>", "a " * 50_000, "Once upon a time, " * 5_000, "\n\n\nx", "{hero} <lost>", "\0", "🙂",
+    "<|endoftext|>",
+    "a " * 50_000,
+    "Once upon a time, " * 5_000,
+    "\n\n\nx",
+    "{hero} <lost>",
+    "\0",
+    "🙂",
 ]
 
 
@@ -497,9 +558,16 @@ def test_a_changed_word_never_goes_unseen():
 # ---------------------------------------------------------------------------------------------------------------
 # The command line
 
+
 def run(*args, **kwargs):
-    return subprocess.run([sys.executable, "toystories.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                          **kwargs)
+    return subprocess.run(
+        [sys.executable, "toystories.py", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **kwargs,
+    )
 
 
 def test_told_and_checked_on_the_command_line(tmp_path):
