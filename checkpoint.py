@@ -151,7 +151,7 @@ def provenance() -> dict[str, str]:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         made["commit"] = "unknown"
-    for name in ("model.py", "train.py"):
+    for name in ("model.py", "train.py", "optim.py"):
         if (here / name).exists():
             made[name] = hashlib.sha256((here / name).read_bytes()).hexdigest()[:16]
     return made

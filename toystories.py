@@ -1,35 +1,39 @@
 """toystories.py: a built-in corpus of children's stories, with a known floor and a judge.
 
-A probabilistic grammar tells little stories in the manner of TinyStories: as many as you like, each with the exact
-log-probability of its choices. So the entropy of the corpus is known, and a model's distance to it can be measured;
-and `check` says of any text whether the grammar could have told it, or which rule it breaks first.
+A probabilistic grammar tells little stories in the manner of TinyStories: as many as you like, each with
+the exact log-probability of its choices. So the entropy of the corpus is known, and a model's distance to
+it can be measured; and `check` says of any text whether the grammar could have told it, or which rule it
+breaks first.
 
-    python toystories.py -n 3 --seed 1        # three stories on stdout, their bits on stderr
-    python toystories.py --check FILE         # the verdict on each story of a file ("-" is stdin)
+    python toystories.py -n 3 --seed 1          # three stories on stdout, their bits on stderr
+    python toystories.py --check FILE           # the verdict on each story of a file ("-" is stdin)
 
-    for text, logprob in stories(seed=0): ... # endless; story i depends on (seed, i) alone
-    check(text)                               # Verdict(ok, logprob, rule, detail)
+    for text, logprob in stories(seed=0): ...   # endless; story i depends on (seed, i) alone
+    check(text)                                 # Verdict(ok, logprob, rule, detail)
 
-The grammar is data: LISTS are what a story draws from, RULES are how it is told. The notation:
+The grammar is data: LISTS has what a story draws from, RULES how it is told. The notation:
 
-    name: text | text     a rule and its alternatives, equally likely; "(3) text" counts three times
-    [text | text | ]      the same inside a sentence; an empty alternative takes a neighbouring space with it
-    <name>                tell a rule here, or a random row of a list; <a name> puts "a" or "an" before the row
-    <hero=kid>            draw a row of the list kid, tell it, and remember it as hero; <girl hero=kid> tells its
-                          column `girl` instead. Two variables drawn from one list are never the same row.
-    {hero} {friend.he}    a remembered row, or another column of it; {a thing} puts the article before it; {Thing} is
-                          capitalised; {he} alone is {hero.he}
-    <spot=place.spot>     draw from a column that holds several options (also <place.spot>, not remembered)
-    ¶                     a new paragraph. Other line breaks are spaces.
+    name: text | text      a rule and its alternatives, equally likely; "(3) text" counts three times
+    [text | text | ]       the same inside a sentence; an empty alternative takes a space beside it along
+    <name>  <a name>       tell a rule here; put "a" or "an" before it; <Name> and <A name> are capitalised
+    <hero=kid>             draw a row of the list kid, tell it, and remember it as hero. <a thing=toy> tells
+                           it with its article, <girl hero=kid> tells its column girl instead. Variables that
+                           are drawn from one list never hold the same row.
+    <spot=place.spot>      draw from a column that has several options; <place.spot> does not remember which
+    {hero}  {friend.he}    a remembered row, or a column of it; {a thing} has its article, {Thing} is
+                           capitalised; {he} is {hero.he}
+    ¶                      a new paragraph. All other line breaks are spaces.
 
-A list starts with `name, kind: columns`; each line of it is one row, its columns separated by ";". A first column
-of several names (separated by ",") stands for as many rows. The kind is what a wrong one is called: "wrong place".
+A list starts with "name, kind: columns", then come its rows, their columns separated by ";". A first
+column of several names, separated by ",", makes as many rows; another column with "," has several
+options. The kind is what a wrong word is called: "wrong place".
 
-To add a plot, write a rule that draws its hero and add its name to the rule `story`. Whatever is drawn must be
-told at once, or the parser could not see it: one text must never have two derivations. That holds if the
-alternatives of every choice differ in their words, in whatever way they are continued: tests/test_toystories.py
-proves it for the whole grammar, proves the bounds of 60 and 250 words, and compares the entropy with the samples.
-The texts of a seed change with any change here: then give VERSION a new number, and the test its new sha256.
+To add a plot, write a rule that draws its hero, and add its name to `story`. Whatever is drawn has to be
+told soon, and the alternatives of a choice have to differ in their words, whatever follows them: then no
+text can be told in two ways, the parser finds the one, and -logprob is the information in the text. The
+tests prove that for the whole grammar; they also prove the bounds of 60 and 250 words, and compare the
+entropy with the samples. Any change here makes other stories: give VERSION a new number then, and the
+golden test its new sha256.
 """
 
 import argparse
@@ -47,39 +51,52 @@ from typing import NamedTuple
 
 VERSION = "1"
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The grammar: what stories are drawn from
 
 LISTS = """
 kid, name: girl he him his himself
-    Lily, Mia, Anna, Sue, Emma, Lucy, Ella, Zoe, Amy, Sara, Rosie, Molly, Nora, Ruby ; girl ; she ; her ; her ; herself
+    Lily, Mia, Anna, Sue, Emma, Lucy, Ella, Zoe, Amy, Sara, Rosie, Molly, Nora, Ruby ; girl ; she ; her
+        ; her ; herself
     Kate, Jane, Grace, Alice, Nina, Clara, Hazel, Ivy, Maria, Lena ; girl ; she ; her ; her ; herself
-    Tom, Ben, Tim, Max, Leo, Jack, Sam, Finn, Noah, Oscar, Toby, Jake, Henry, Peter ; boy ; he ; him ; his ; himself
+    Tom, Ben, Tim, Max, Leo, Jack, Sam, Finn, Noah, Oscar, Toby, Jake, Henry, Peter ; boy ; he ; him ; his
+        ; himself
     Billy, Joe, Luke, Theo, Eli, Charlie, Oliver, Adam, Paul, Hugo ; boy ; he ; him ; his ; himself
+
 elder, name: he him his
     mom, grandma ; she ; her ; her
     dad, grandpa ; he ; him ; his
+
 neighbor, name: he him his
-    Mrs. Bell, Mrs. Hill, Miss Honey, Mrs. Gray, Miss Berry, Mrs. Wood, Miss Plum, Mrs. Lake ; she ; her ; her
+    Mrs. Bell, Mrs. Hill, Miss Honey, Mrs. Gray, Miss Berry, Mrs. Wood, Miss Plum, Mrs. Lake ; she ; her
+        ; her
     Mr. Brown, Mr. Green, Mr. White, Mr. Baker, Mr. King, Mr. Stone, Mr. Fisher, Mr. Fox ; he ; him ; his
+
 number, number:
     fifteen, sixteen, twenty, thirty, forty, fifty, sixty, seventy, eighty, ninety
 
 toy, object:
-    ball, kite, doll, drum, boat, truck, book, hat, scarf, bell, whistle, puppet, robot, train, teddy bear, backpack
-    ring, umbrella, blanket, lantern, basket, bucket, flute, bracelet, mask, crown, pillow, cup, clock, toy horse
+    ball, kite, doll, drum, boat, truck, book, hat, scarf, bell, whistle, puppet, robot, train,
+    teddy bear, backpack, ring, umbrella, blanket, lantern, basket, bucket, flute, bracelet, mask,
+    crown, pillow, cup, clock, toy horse
+
 look, object:
-    red, blue, green, yellow, orange, purple, pink, white, black, brown, golden, silver, striped, spotted, pretty
-    bright, little, shiny, funny, lovely
+    red, blue, green, yellow, orange, purple, pink, white, black, brown, golden, silver, striped,
+    spotted, pretty, bright, little, shiny, funny, lovely
+
 place, place: at spot see
     the park ; in the park
-        ; under a bench, behind the fountain, between two rose bushes, next to the duck pond, in a pile of leaves
-        ; the swans on the pond, a man with six dogs, the children on roller skates, a lady who painted trees, the squirrels
+        ; under a bench, behind the fountain, between two rose bushes, next to the duck pond,
+          in a pile of leaves
+        ; the swans on the pond, a man with six dogs, the children on roller skates,
+          a lady who painted trees, the squirrels
     the beach ; on the beach
-        ; in a tide pool, behind a sand castle, under a rowboat, between two rocks, next to a heap of seaweed
+        ; in a tide pool, behind a sand castle, under a rowboat, between two rocks,
+          next to a heap of seaweed
         ; the waves, the seagulls, a crab that walked sideways, the sailboats, a man with a fishing net
     the forest ; in the forest
-        ; under a fern, in a hollow log, behind a mossy stone, between the roots of an oak, next to a ring of mushrooms
+        ; under a fern, in a hollow log, behind a mossy stone, between the roots of an oak,
+          next to a ring of mushrooms
         ; the tall pines, a deer with its fawn, an owl asleep on a branch, the woodpeckers, a fox far away
     the lake ; by the lake
         ; under the dock, in the reeds, behind a canoe, between two water lilies, next to a heron's nest
@@ -94,34 +111,50 @@ place, place: at spot see
         ; under the slide, in the sandbox, behind the swings, between two tires, next to the seesaw
         ; the big kids, a baby in a stroller, the twins next door, a girl on stilts, the pigeons
     the market ; at the market
-        ; under a fruit stand, in a crate of cabbages, behind the bakery, between two barrels, next to the flower cart
-        ; the heaps of apples, a woman who sold honey, the cheese wheels, a man with a parrot, the baskets of eggs
+        ; under a fruit stand, in a crate of cabbages, behind the bakery, between two barrels,
+          next to the flower cart
+        ; the heaps of apples, a woman who sold honey, the cheese wheels, a man with a parrot,
+          the baskets of eggs
     the river ; by the river
         ; under the bridge, in the mud, behind a beaver dam, between two willows, next to the ferry
         ; the little boats, an otter with a fish, the old mill, a kingfisher, the stepping stones
     the zoo ; at the zoo
-        ; under a sign, in the goat pen, behind the ticket booth, between two palm trees, next to the lion cage
+        ; under a sign, in the goat pen, behind the ticket booth, between two palm trees,
+          next to the lion cage
         ; the monkeys, a sleepy tiger, the penguins, an elephant with its calf, the tall giraffes
     the harbor ; at the harbor
-        ; in a coil of rope, under a ladder, behind a crab trap, between two crates, next to the lighthouse
+        ; in a coil of rope, under a ladder, behind a crab trap, between two crates,
+          next to the lighthouse
         ; the big ships, a sailor with a beard, the fishing boats, a pelican on a post, the tugboats
     the orchard ; in the orchard
-        ; under a plum tree, in a wheelbarrow, behind a beehive, between two baskets of pears, next to the scarecrow
+        ; under a plum tree, in a wheelbarrow, behind a beehive, between two baskets of pears,
+          next to the scarecrow
         ; the ripe cherries, a hedgehog, the apple pickers, a goose with a loud voice, the blackbirds
 
 broken, object: broke mend
-    kite ; its tail tore off, it ripped on a thorn, its frame snapped ; paper and glue, a strip of silk, two thin sticks
-    doll ; its arm came off, its dress tore, its braid came loose ; a needle and thread, a rubber band, a bit of yarn
-    teddy bear ; its ear came off, its seam split, it lost an eye ; a needle and thread, a button, some soft wool
-    wagon ; its wheel fell off, its handle broke, its side cracked ; a long screw, some strong wire, a new board
+    kite ; its tail tore off, it ripped on a thorn, its frame snapped
+        ; paper and glue, a strip of silk, two thin sticks
+    doll ; its arm came off, its dress tore, its braid came loose
+        ; a needle and thread, a rubber band, a bit of yarn
+    teddy bear ; its ear came off, its seam split, it lost an eye
+        ; a needle and thread, a button, some soft wool
+    wagon ; its wheel fell off, its handle broke, its side cracked
+        ; a long screw, some strong wire, a new board
     boat ; its mast snapped, its sail ripped, it sprang a leak ; wood glue, a scrap of cloth, hot wax
-    drum ; its skin split, its strap snapped, its rim came loose ; a piece of leather, a strong cord, six brass tacks
-    train ; its chimney broke off, a wheel came loose, its hook snapped ; a tin can, a tiny screw, a paper clip
-    music box ; its lid came off, its key got stuck, its spring jumped out ; a new hinge, a drop of oil, a pair of tweezers
-    umbrella ; a rib snapped, the wind tore it, its handle came off ; some strong wire, a patch of cloth, wood glue
-    birdhouse ; its roof fell off, its door cracked, its floor dropped out ; four nails, a new board, wood glue
-    rocking horse ; its ear broke off, a rocker cracked, its tail came out ; wood glue, a strong clamp, a bit of yarn
-    lantern ; its glass cracked, its hook snapped, its handle came off ; a clean jar, some strong wire, a loop of chain
+    drum ; its skin split, its strap snapped, its rim came loose
+        ; a piece of leather, a strong cord, six brass tacks
+    train ; its chimney broke off, a wheel came loose, its hook snapped
+        ; a tin can, a tiny screw, a paper clip
+    music box ; its lid came off, its key got stuck, its spring jumped out
+        ; a new hinge, a drop of oil, a pair of tweezers
+    umbrella ; a rib snapped, the wind tore it, its handle came off
+        ; some strong wire, a patch of cloth, wood glue
+    birdhouse ; its roof fell off, its door cracked, its floor dropped out
+        ; four nails, a new board, wood glue
+    rocking horse ; its ear broke off, a rocker cracked, its tail came out
+        ; wood glue, a strong clamp, a bit of yarn
+    lantern ; its glass cracked, its hook snapped, its handle came off
+        ; a clean jar, some strong wire, a loop of chain
 
 animal, animal: noise home food
     kitten ; meowed ; its cozy basket ; a saucer of milk, a bit of fish, a spoon of cream
@@ -161,16 +194,16 @@ giant, animal:
 trip, place: ride see do bring
     the seaside ; by train, by bus, in an old car
         ; the long white beach, a lighthouse with a red roof, the fishing boats, dolphins far out at sea
-        ; swam in the cool waves, built a castle of sand, caught tiny crabs and let them go, ate fish and chips
-        ; shell, starfish, piece of green glass, smooth pebble
+        ; swam in the cool waves, built a castle of sand, caught tiny crabs and let them go,
+          ate fish and chips ; shell, starfish, piece of green glass, smooth pebble
     the mountains ; by train, by bus, in an old car
         ; the snowy peaks, a waterfall as tall as a tower, goats on the cliffs, an eagle over the valley
         ; climbed to a high hut, drank from an icy stream, picked wild strawberries, rode in a cable car
         ; crystal, eagle feather, pine cone, walking stick
     the big city ; by train, by bus, in an old car
         ; the tall towers, a street full of lights, a clock with dancing figures, the yellow taxis
-        ; rode an elevator to the very top, ate noodles with sticks, saw a museum full of bones, fed the pigeons on a square
-        ; postcard, snow globe, toy taxi, balloon
+        ; rode an elevator to the very top, ate noodles with sticks, saw a museum full of bones,
+          fed the pigeons on a square ; postcard, snow globe, toy taxi, balloon
     the desert ; by plane, by train, in a dusty jeep
         ; the golden dunes, a row of camels, a lizard on a hot rock, the cactus flowers
         ; slid down the dunes, rode on a camel, slept in a striped tent, drank sweet tea
@@ -185,8 +218,8 @@ trip, place: ride see do bring
         ; shell, coconut, straw hat, string of beads
     the castle ; by bus, by train, in an old car
         ; the thick walls, a row of silver knights, a deep well, the drawbridge
-        ; walked along the high walls, sat on the throne, tried on a helmet, counted the stairs of the tower
-        ; wooden sword, paper crown, iron key, little flag
+        ; walked along the high walls, sat on the throne, tried on a helmet,
+          counted the stairs of the tower ; wooden sword, paper crown, iron key, little flag
     the old farm ; by bus, by train, in an old car
         ; the spotted cows, a goat that ate a glove, the red barn, a hen with nine chicks
         ; milked a cow, rode on a tractor, jumped into the hay, gathered the eggs
@@ -194,7 +227,8 @@ trip, place: ride see do bring
 
 fear, word: why see step
     the dark ; anything could hide in it, it was so very quiet, the shadows looked like monsters
-        ; the lights went out in the whole house ; lit a small candle and looked in every corner, counted to ten with open eyes
+        ; the lights went out in the whole house
+        ; lit a small candle and looked in every corner, counted to ten with open eyes
     thunder ; it was so loud, it shook the whole house, it sounded like an angry giant
         ; the sky began to rumble ; counted the seconds after each flash, beat a drum right back at the sky
     deep water ; nobody could see the bottom, fish might nibble at toes, it was so cold and green
@@ -204,7 +238,8 @@ fear, word: why see step
     big dogs ; they had such long teeth, they barked so much, one had once knocked over a bike
         ; the neighbor's big dog came by ; held out one flat hand, stood still and spoke softly
     singing on the stage ; everybody would stare, the words might just fly away, it made knees shake
-        ; the day of the school concert came ; looked at one kind face and began, took a deep breath and sang
+        ; the day of the school concert came
+        ; looked at one kind face and began, took a deep breath and sang
     the dentist ; the big chair went up and down, the drill hummed like a bee, it smelled so strange
         ; a back tooth began to ache ; opened wide and squeezed a hand, thought of ice cream the whole time
     spiders ; they had too many legs, they dropped down without a sound, they ran so fast
@@ -241,6 +276,7 @@ contest, word: did
     pancake race ; flipped pancakes on the run, ran around the stove with a pan
     stilt race ; walked on two tall poles, stepped over the fence on stilts
     scooter race ; rolled down the street, practiced every turn
+
 prize, object:
     medal, trophy, ribbon, crown, flag, star, shield, badge, sash, wreath
 
@@ -257,8 +293,9 @@ plan, word: instead
     concert ; drummed on all the pots, blew on bottles and combs
 
 talent, word:
-    whistle with two fingers, walk on both hands, draw horses, juggle three balls, do magic tricks, play the fiddle
-    count in four languages, stand on one leg, yodel, bark like a dog, make paper swans, hit any target
+    whistle with two fingers, walk on both hands, draw horses, juggle three balls, do magic tricks,
+    play the fiddle, count in four languages, stand on one leg, yodel, bark like a dog,
+    make paper swans, hit any target
 
 noise, word: cause
     tap tap tap ; a branch at the window, a bird at the window
@@ -273,18 +310,19 @@ noise, word: cause
     chomp chomp ; a rabbit in the cabbage, the dog with a bone
 
 food, object:
-    pie, cookie, cake, muffin, bun, pretzel, waffle, cheese roll, doughnut, pancake, tart, biscuit, jam roll, gingerbread man
+    pie, cookie, cake, muffin, bun, pretzel, waffle, cheese roll, doughnut, pancake, tart, biscuit,
+    jam roll, gingerbread man
 
 vase, object:
     vase, teapot, bowl, lamp, mirror, plate, jug, mug, sugar pot, glass, flower pot, picture frame
 """
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The grammar: how stories are told
 
 RULES = """
-story: <lost> | <earn> | <quarrel> | <mend> | <animal> | <fear> | <trip> | <surprise> | <storm> | <race> | <share> |
-    <grow> | <honest> | <newcomer> | <night> | <fable>
+story: <lost> | <earn> | <quarrel> | <mend> | <animal> | <fear> | <trip> | <surprise> | <storm> | <race> |
+    <share> | <grow> | <honest> | <newcomer> | <night> | <fable>
 
 trait: cheerful | curious | clever | gentle | kind | quiet | silly | playful | lively | funny | sweet |
     friendly | busy | dreamy | thoughtful | bright | polite | merry | smart | helpful | brave | honest |
@@ -292,15 +330,14 @@ trait: cheerful | curious | clever | gentle | kind | quiet | silly | playful | l
     generous | sleepy | calm | serious | cautious | talkative
 outdoors: climb trees | jump over puddles | chase butterflies | watch the clouds | ride a bike | skip rope |
     fly kites | collect stones | pick flowers | look for bugs | feed the birds | dig holes | catch frogs |
-    follow snails | play tag | roll down hills | play hide and seek | run barefoot | throw sticks |
-    build dams | make mud pies | hop on one leg | whistle at birds | count ants | row boats |
-    walk on stilts | rake leaves | catch raindrops | swing up high | wade in the creek | gather acorns |
-    play soccer
+    follow snails | play tag | roll down hills | play hide and seek | run barefoot | throw sticks | build
+    dams | make mud pies | hop on one leg | whistle at birds | count ants | row boats | walk on stilts |
+    rake leaves | catch raindrops | swing up high | wade in the creek | gather acorns | play soccer
 indoors: draw pictures | sing songs | read stories | bake cookies | build towers | tell jokes | dance |
     paint | count the stars | make up games | do puzzles | write letters | dress up | fold paper boats |
     play cards | knit | juggle | play the piano | blow bubbles | cut out stars | look at maps | make masks |
-    play chess | act like a pirate | sew buttons | carve wood | learn magic tricks | write poems |
-    sort buttons | cook soup | invent machines | listen to the radio
+    play chess | act like a pirate | sew buttons | carve wood | learn magic tricks | write poems | sort
+    buttons | cook soup | invent machines | listen to the radio
 likes: loved | liked
 fine: sunny | bright | warm | clear | breezy | cool | lovely | quiet | golden | mild | windy | fresh |
     calm | hot | hazy | busy | pleasant | lazy | glorious | ordinary
@@ -308,8 +345,9 @@ season: spring | summer | autumn
 daytime: morning | afternoon | day
 weekday: Monday | Tuesday | Wednesday | Thursday | Friday | Saturday | Sunday
 few: two | three | four | five | six | seven | eight | nine | ten | eleven | twelve
-oneday: (4) One <fine> <weekday> [morning | afternoon | evening], | (2) One <fine> <season> <daytime>, |
-    After [breakfast | lunch | school | church] one <weekday>,
+oneday: (4) One <fine> <weekday> [morning | afternoon | evening],
+    | (2) One <fine> <season> <daytime>,
+    | After [breakfast | lunch | school | supper] one <weekday>,
 thenext: The next [morning | afternoon | day] | On <weekday> | <Few> days later | After <few> days
 soon: Soon | After a while | Before long | A little later | At last | In the end | By and by | Then
 ran: ran | hurried | walked | raced | skipped | hopped | marched | rushed | dashed | trotted | strolled |
@@ -317,25 +355,28 @@ ran: ran | hurried | walked | raced | skipped | hopped | marched | rushed | dash
 cried: cried | shouted | called | yelled | exclaimed | sang out | squealed | gasped | screamed | roared |
     bellowed
 said: said | whispered | murmured | mumbled | declared | announced | muttered | remarked | stated | breathed
-softly: softly | gently | slowly | quietly | kindly | calmly | warmly | brightly | cheerfully | sweetly |
-    proudly | wisely | gladly | shyly | firmly | happily | tenderly | politely | with a smile |
-    with a wink | with a nod | with a grin | with a laugh | with a sigh
+softly: softly | gently | slowly | quietly | kindly | calmly | warmly | simply | carefully | sweetly |
+    lovingly | wisely | earnestly | shyly | firmly | thoughtfully | tenderly | politely | with a smile |
+    with a wink | with a nod | with a grin | patiently | with a sigh
 happy: happy | glad | proud | pleased | thankful | cheerful | merry | delighted | excited | joyful | lucky |
     content | grateful | jolly | thrilled | hopeful
 sad: sad | unhappy | upset | gloomy | miserable | lonely | hopeless | sorry | lost | down | terrible |
     awful | sick | empty | bitter | helpless
-weep: a tear ran down {his} [nose | cheek | chin] | {his} [lip | chin | voice] began to shake | {he} could hardly [speak | eat | sleep | swallow]
-joy: <smiled> | was so <happy> that {he} <danced> | felt <happy> from head to toe | felt as <light> as <a feather>
-smiled: smiled | grinned | laughed | clapped {his} hands | jumped up and down | giggled | beamed | did a little dance |
-    turned a somersault | threw {his} hat into the air
+weep: a tear ran down {his} [nose | cheek | chin]
+    | {his} [lip | chin | voice] began to shake
+    | {he} could hardly [speak | eat | sleep | swallow]
+joy: <smiled> | was so <happy> that {he} <danced> | felt <happy> from head to toe | felt as <light> as
+    <a feather>
+smiled: smiled | grinned | laughed | clapped {his} hands | jumped up and down | giggled | beamed | did a
+    little dance | turned a somersault | threw {his} hat into the air
 danced: danced | sang | skipped | hummed | whistled | twirled | yodeled
 light: light | free | merry | airy
 feather: feather | bird | cloud | balloon | butterfly | soap bubble | leaf | lark | snowflake | kite |
     petal | moth | breeze | ribbon | bumblebee | sunbeam
 color: red | blue | green | yellow | gray | brown | white | black | purple | pink | orange | golden |
     silver | violet | plaid | checkered | striped | spotted | turquoise | rosy
-clothes: coat | scarf | sweater | jacket | cape | shirt | vest | raincoat | apron | shawl | robe | poncho | blouse | cloak | parka |
-    nightshirt
+clothes: coat | scarf | sweater | jacket | cape | shirt | vest | raincoat | apron | shawl | robe | poncho |
+    blouse | cloak | parka | nightshirt
 cute: little | fat | tiny | sleepy | shy | noisy | curious | hungry | lazy | clever | pretty | funny |
     brave | busy | wet | cheeky | fluffy | nervous | young | old | proud | quiet | grumpy | merry | lonely |
     jolly | dusty | friendly | plump | hasty | dreamy | bold | thirsty | muddy | gentle | cross
@@ -363,10 +404,10 @@ passed: walked by | hurried past | came along | rode by | waved | nodded | stopp
 smell: hay | rain | bread | roses | pine | apples | mint | smoke | honey | soup | grass | cinnamon |
     flowers | fish | moss | coffee | lemons | onions | chocolate | lavender | earth | oranges | popcorn |
     vanilla
-sound: a dog barked | a bell rang | a train whistled | a rooster crowed | a horn blew | a clock struck |
-    a door slammed | somebody sang | an owl hooted | a cow mooed | a fiddle played | a gate creaked |
-    a baby laughed | a drum beat | a donkey brayed | thunder grumbled | a frog croaked | a flute played |
-    a cat purred | somebody sneezed
+sound: a dog barked | a bell rang | a train whistled | a rooster crowed | a horn blew | a clock struck | a
+    door slammed | somebody sang | an owl hooted | a cow mooed | a fiddle played | a gate creaked | a baby
+    laughed | a drum beat | a donkey brayed | thunder grumbled | a frog croaked | a flute played | a cat
+    purred | somebody sneezed
 far: far away | somewhere | nearby | next door
 tasty: sweet | tasty | fresh | big | tiny | warm | soft | lovely | yummy | round | golden | fine | little |
     sticky | crisp | juicy | crunchy | delicious | tender | ripe | huge | perfect | salty | crumbly
@@ -381,7 +422,7 @@ animals: ducks | goats | ponies | geese | puppies | sheep | rabbits | donkeys | 
     pigeons | swans | turkeys | piglets | calves | foxes | squirrels | horses | dogs | frogs | monkeys |
     mice | peacocks
 furniture: table | chair | sofa | bed | shelf | stove | door | curtain | piano | rug | cupboard | window |
-    armchair | desk | mirror | closet | fireplace | wardrobe | dresser | lamp | bathtub | sink | stairs |
+    armchair | desk | mirror | closet | fireplace | wardrobe | dresser | lamp | bathtub | sink | footstool |
     bookcase
 giver: uncle | aunt | cousin | godmother | sister | brother | neighbor | teacher | godfather | friend
 toyfriend: pillow | doll | teddy bear | cat | dog | diary | goldfish | rabbit | hamster | parrot | robot |
@@ -391,10 +432,10 @@ dream: dragon | whale | castle | rocket | snowman | giant | ship | mermaid | uni
     island | train | fairy
 mud: bushes | mud | sand | leaves | grass | weeds | straw | stones
 home: house | cottage | cabin | hut | farmhouse | tower | tent | mill | palace | barn | wagon | inn
-homeland: by the sea | at the edge of town | on a green hill | near the woods | in a busy street |
-    beside a mill | behind the church | under tall trees | in a quiet village | across from the school |
-    by the railroad | over a bakery | at the end of the road | on the market square | near the harbor |
-    between two lakes | behind the station | next to a pond | at the foot of a mountain | on a small island
+homeland: by the sea | at the edge of town | on a green hill | near the woods | in a busy street | beside a
+    mill | behind the church | under tall trees | in a quiet village | across from the school | by the
+    railroad | over a bakery | at the end of the road | on the market square | near the harbor | between two
+    lakes | behind the station | next to a pond | at the foot of a mountain | on a small island
 cozy: small | little | white | cozy | crooked | yellow | tidy | noisy | old | warm | narrow | pretty | red |
     wooden | funny | quiet | tall | blue | drafty | pink
 
@@ -403,30 +444,47 @@ person: <a mood> <folk> with <a color> <luggage>
 treats: <few> <tasty> <fruit>
 snack: <treats> and <a filling> sandwich | <treats> and a bottle of <drink>
 sights: <bug> and <person> | <few> <cute> <animals> and <bug> | <person> and <few> <cute> <animals>
-scene: <A cute> <creature> sat on <a old> <perch>. | <A mood> <folk> <passed> with <a color> <luggage>.
-    | It smelled of <smell>, and <far> <sound>. | <Few> <cute> <animals> ran past <a old> <perch>.
-    | One cloud looked like <a cute> <creature>, and one like <a color> <dream>. | Somebody had painted <a color> <dream> on <a old> <perch>.
-    | <A color> <clothes> hung on <a old> <perch>. | From <a cozy> <home> came the smell of <smell>.
-outfit: {He} put on {his} <color> <clothes> and packed <snack>. | {He} wore <a color> <clothes> and carried <treats>.
-meet: Once upon a time, there was <a trait> [little | young] <girl hero=kid> named {hero}. {He} lived <homeland> and <likes> to <outdoors>.
-    | Once there was <a trait> <girl hero=kid> [named | called] {hero} who <likes> to <outdoors> and <indoors>.
-    | In <a cozy> <home> <homeland>, there lived <a trait> <girl hero=kid> named {hero}. {He} <likes> to <indoors>.
+scene: <A cute> <creature> sat on <a old> <perch>.
+    | <A mood> <folk> <passed> with <a color> <luggage>.
+    | It smelled of <smell>, and <far> <sound>.
+    | <Few> <cute> <animals> ran past <a old> <perch>.
+    | One cloud looked like <a cute> <creature>, and one like <a color> <dream>.
+    | Somebody had painted <a color> <dream> on <a old> <perch>.
+    | <A color> <clothes> hung on <a old> <perch>.
+    | From <a cozy> <home> came the smell of <smell>.
+outfit: {He} put on {his} <color> <clothes> and packed <snack>.
+    | {He} wore <a color> <clothes> and carried <treats>.
+meet: Once upon a time, there was <a trait> [little | young] <girl hero=kid> named {hero}. {He} lived
+      <homeland> and <likes> to <outdoors>.
+    | Once there was <a trait> <girl hero=kid> [named | called] {hero} who <likes> to <outdoors> and
+      <indoors>.
+    | In <a cozy> <home> <homeland>, there lived <a trait> <girl hero=kid> named {hero}. {He} <likes> to
+      <indoors>.
     | <hero=kid> was <a trait> {girl} who lived in <a cozy> <home> <homeland>.
     | <hero=kid> <likes> to <outdoors>, and when it rained {he} <likes> to <indoors>.
 
 lost: <lost_open>¶ <lost_gone> <lost_ask>¶ <lost_look> <found> {hero} <joy>. <lost_end>
-lost_open: <meet> {He} owned <a look=look> <thing=toy>, and {he} took it everywhere, even to [bed | school | the table | the bath].
-    | There was once <a look=look> <thing=toy> that belonged to <a trait> <girl hero=kid> named {hero}. {His} <giver> had found it behind <a old> <perch>.
-    | "Look what I have!" <cried> <hero=kid>, and {he} held up <a look=look> <thing=toy>. {His} <giver> had made it just for {him}.
-lost_gone: <oneday> {hero} and {his} <elder=elder> <ran> to <place=place>. They saw <place.see> and <sights>. But when it was time to go home, the {thing} was gone.
-    | <oneday> {hero} played <at place=place> while {his} <elder=elder> talked to <person>. <scene> Then it began to rain, and in the rush {he} left the {thing} behind.
-    | <oneday> {hero} carried the {thing} to <place=place> to show it to {his} <elder=elder>. On the way {he} stopped to look at <sights>. When {he} got there, {his} hands were empty.
-lost_ask: "Do not cry," said {his} {elder} <softly>. "[Lost things want to be found | Let us go back and look | Two pairs of eyes are better than one]."
+lost_open: <meet> {He} owned <a look=look> <thing=toy>, and {he} took it everywhere, even to [bed | school |
+      the table | the bath].
+    | There was once <a look=look> <thing=toy> that belonged to <a trait> <girl hero=kid> named {hero}.
+      {His} <giver> had found it behind <a old> <perch>.
+    | "Look what I have!" <cried> <hero=kid>, and {he} held up <a look=look> <thing=toy>. {His} <giver> had
+      made it just for {him}.
+lost_gone: <oneday> {hero} and {his} <elder=elder> <ran> to <place=place>. They saw <place.see> and
+      <sights>. But when it was time to go home, the {thing} was gone.
+    | <oneday> {hero} played <at place=place> while {his} <elder=elder> talked to <person>. <scene> Then it
+      began to rain, and in the rush {he} left the {thing} behind.
+    | <oneday> {hero} carried the {thing} to <place=place> to show it to {his} <elder=elder>. On the way
+      {he} stopped to look at <sights>. When {he} got there, {his} hands were empty.
+lost_ask: "Do not cry," said {his} {elder} <softly>. "[Lost things want to be found | Let us go back and
+      look | Two pairs of eyes are better than one]."
     | "My {thing}!" <cried> {hero}. {He} felt so <sad> that <weep>.
     | {He} asked <person>, but nobody had seen it.
 lost_look: {hero} <ran> back to {place}. {He} searched in the <mud> and behind <a old> <perch>. <scene>
-    | They went back to {place} and looked high and low. They found <a color> <junk> and <a old> <junk2>, but that was all.
-    | "Where were you when you had it last?" asked {his} {elder}. {hero} remembered <bug>. {He} <ran> all the way to {place}.
+    | They went back to {place} and looked high and low. They found <a color> <junk> and <a old> <junk2>,
+      but that was all.
+    | "Where were you when you had it last?" asked {his} {elder}. {hero} remembered <bug>. {He} <ran> all
+      the way to {place}.
 junk: button | shoe | feather | mitten | coin | spoon | sock | marble
 junk2: bottle | wheel | pipe | kettle | comb | shovel | watch | key
 found: And there, <place.spot>, lay the {look} {thing}!
@@ -434,162 +492,243 @@ found: And there, <place.spot>, lay the {look} {thing}!
     | <A cute> <creature> sat <place.spot>, and next to it lay the {look} {thing}.
 lost_end: From that day on, {he} tied <a color> ribbon to the {thing} whenever {he} went to {place}.
     | That night, {he} held the {look} {thing} in {his} arms and dreamed of <a color> <dream>.
-    | "Next time," {he} <said>, "I will take better care of you." And the {look} {thing} always came home from {place}.
+    | "Next time," {he} <said>, "I will take better care of you." And the {look} {thing} always came home
+      from {place}.
 
-earn: <earn_open> "It costs <num=number> coins," <said> {boss}. But {hero} had only <few>. ¶ <earn_work> <scene> <earn_more>¶ <earn_turn> <earn_end>
-earn_open: <meet> <oneday> {he} saw <a look=look> <thing=toy> in the window of <boss=neighbor>. {He} wanted it more than anything.
-    | In the shop of <boss=neighbor>, between <a color> <jar> and <a old> <lamp>, stood <a look=look> <thing=toy>. Each day after school, <a trait> <girl hero=kid> named {hero} came in to look at it.
-    | "How much is the <look=look> <thing=toy>?" asked <hero=kid>. {He} had seen it in the shop of <boss=neighbor>, between <a color> <jar> and <a old> <lamp>.
+earn: <earn_open> "It costs <num=number> coins," <said> {boss}. But {hero} had only <few>. ¶ <earn_work>
+    <scene> <earn_more>¶ <earn_turn> <earn_end>
+earn_open: <meet> <oneday> {he} saw <a look=look> <thing=toy> in the window of <boss=neighbor>. {He} wanted
+      it more than anything.
+    | In the shop of <boss=neighbor>, between <a color> <jar> and <a old> <lamp>, stood <a look=look>
+      <thing=toy>. Each day after school, <a trait> <girl hero=kid> named {hero} came in to look at it.
+    | "How much is the <look=look> <thing=toy>?" asked <hero=kid>. {He} had seen it in the shop of
+      <boss=neighbor>, between <a color> <jar> and <a old> <lamp>.
 jar: book | jar | hat | box | cup | pencil | globe | broom
 lamp: candle | lamp | drawer | chest | trunk | mirror | violin | statue
 earn_work: So {he} went to work. {He} <jobhome>, {he} <jobyard>, and {he} <jobtown>.
-    | "I will work for it," {he} <said>. {He} <jobhome> for {his} <giver>. {He} <jobyard> for <person>. And {he} <jobtown>.
+    | "I will work for it," {he} <said>. {He} <jobhome> for {his} <giver>. {He} <jobyard> for <person>. And
+      {he} <jobtown>.
     | On <weekday>, {he} <jobhome>. Then {he} <jobyard>, and after that {he} <jobtown>.
-jobhome: swept the floor | washed the dishes | polished the shoes | folded the laundry | dusted the shelves | set the table |
-    made the beds | peeled the potatoes | cleaned the windows | fed the cat | baked the bread | ironed the shirts
-jobyard: raked the leaves | watered the garden | pulled the weeds | picked the berries | stacked the wood | painted the fence |
-    fed the chickens | swept the path | mowed the lawn | cleaned the stable | milked the goat | washed the dog
-jobtown: walked <few> dogs | sold <drink> on the corner | washed <few> cars | sold <tasty> <fruit> at the gate | carried <few> bags | caught <few> mice
-earn_more: Each coin went into <a color> <purse>. | It was hard work, and {his} <arms> ached, but {he} thought of the {thing}. | Sometimes {he} wanted to buy <treats> instead, but {he} did not.
+jobhome: swept the floor | washed the dishes | polished the shoes | folded the laundry | dusted the
+    shelves | set the table | made the beds | peeled the potatoes | cleaned the windows | fed the cat |
+    baked the bread | ironed the shirts
+jobyard: raked the leaves | watered the garden | pulled the weeds | picked the berries | stacked the wood |
+    painted the fence | fed the chickens | swept the path | mowed the lawn | cleaned the stable | milked the
+    goat | washed the dog
+jobtown: walked <few> dogs | sold <drink> on the corner | washed <few> cars | sold <tasty> <fruit> at the
+    gate | carried <few> bags | caught <few> mice
+earn_more: Each coin went into <a color> <purse>.
+    | It was hard work, and {his} <arms> ached, but {he} thought of the {thing}.
+    | Sometimes {he} wanted to buy <treats> instead, but {he} did not.
 purse: jar | box | sock | can | purse | mug | bag | tin
 arms: arms | hands | fingers | shoulders | feet | legs | knees | toes
-earn_turn: <soon> {hero} had {num} coins and <ran> to the shop. But the {thing} was not there! "Do not worry," said {boss} <softly>. "I hid it for you behind the <furniture>."
-    | When {he} had {num} coins, {he} put them down in a row. <scene> {boss} counted the coins <softly> and gave {him} the {thing}.
-    | But the day before {he} had {num} coins, {boss} stopped {him}. "I saw how hard you worked," said {boss} <softly>. "Here is the {thing}. Keep the coins."
+earn_turn: <soon> {hero} had {num} coins and <ran> to the shop. But the {thing} was not there! "Do not
+      worry," said {boss} <softly>. "I hid it for you behind the <furniture>."
+    | When {he} had {num} coins, {he} put them down in a row. <scene> {boss} counted the coins <softly> and
+      gave {him} the {thing}.
+    | But the day before {he} had {num} coins, {boss} stopped {him}. "I saw how hard you worked," said
+      {boss} <softly>. "Here is the {thing}. Keep the coins."
 earn_end: {hero} <ran> home with the {look} {thing} and <joy>. A thing that you earn is sweeter than a gift.
     | {hero} <joy>. No {thing} in the world was as fine as the {look} {thing} that {he} had earned.
-    | That evening, {hero} put the {look} {thing} next to the <furniture>. {He} had paid for it with {his} own hands.
+    | That evening, {hero} put the {look} {thing} next to the <furniture>. {He} had paid for it with {his}
+      own hands.
 
 quarrel: <q_open>¶ <q_pull> <q_apart>¶ <q_sorry> <q_end>
-q_open: <hero=kid> and <friend=kid> were best friends. They <likes> to <outdoors> and to <indoors>. <q_start>
-    | "It is mine!" <cried> <hero=kid>. "No, it is mine!" <cried> <friend=kid>. They had been best friends for <few> months. But then they had found <a look=look> <thing=toy> <at place=place>, next to <bug>.
+q_open: <hero=kid> and <friend=kid> were best friends. They <likes> to <outdoors> and to <indoors>.
+      <q_start>
+    | "It is mine!" <cried> <hero=kid>. "No, it is mine!" <cried> <friend=kid>. They had been best friends
+      for <few> months. But then they had found <a look=look> <thing=toy> <at place=place>, next to <bug>.
     | <meet> {His} best friend was <friend=kid>, who <likes> to <indoors>. <q_start>
-q_start: <oneday> they found <a look=look> <thing=toy> <at place=place>. "I saw it first!" <cried> {hero}. "But I touched it first!" <cried> {friend}.
-    | <oneday> they sat <at place=place> with <a look=look> <thing=toy>. <scene> {hero} wanted to have the {thing} all day. So did {friend}.
-q_pull: {hero} pulled on one side, and {friend} pulled on the other. <rip>! The {thing} flew over <a old> <perch> and landed in the <mud>.
-    | {friend} grabbed the {thing} and ran. {hero} ran after {friend.him}, past <sights>, until they fell down in the <mud>.
-    | "You are <mean>!" <cried> {hero}. "And you are <selfish>!" <cried> {friend}. They threw <treats> at each other.
+q_start: <oneday> they found <a look=look> <thing=toy> <at place=place>. "I saw it first!" <cried> {hero}.
+      "But I touched it first!" <cried> {friend}.
+    | <oneday> they sat <at place=place> with <a look=look> <thing=toy>. <scene> {hero} wanted to have the
+      {thing} all day. So did {friend}.
+q_pull: {hero} pulled on one side, and {friend} pulled on the other. <rip>! The {thing} flew over <a old>
+      <perch> and landed in the <mud>.
+    | {friend} grabbed the {thing} and ran. {hero} ran after {friend.him}, past <sights>, until they fell
+      down in the <mud>.
+    | "You are <mean>!" <cried> {hero}. "And you are <selfish>!" <cried> {friend}. They threw <treats> at
+      each other.
 rip: Rip | Crack | Plop | Bang | Snap | Crash
 mean: mean | rude | greedy | bossy | silly | horrible
 selfish: selfish | nasty | unfair | rotten | stubborn | spoiled
-q_apart: Then they went home, each one alone. {hero} sat behind the <furniture> and ate <treats>. But it was <dull> and <dull2> without {friend}.
-    | For <few> days, they did not speak. {hero} tried to <indoors>, but it was <dull> and <dull2> without {friend}.
+q_apart: Then they went home, each one alone. {hero} sat behind the <furniture> and ate <treats>. But it was
+      <dull> and <dull2> without {friend}.
+    | For <few> days, they did not speak. {hero} tried to <indoors>, but it was <dull> and <dull2> without
+      {friend}.
 dull: quiet | boring | dull | empty | gray | cold
 dull2: lonely | slow | strange | sad | sleepy | dark
-sorry: "I am sorry," <said> {hero}. "A friend is better than any {thing}." "I am sorry, too," <said> {friend}.
+sorry: "I am sorry," <said> {hero}. "A friend is better than any {thing}." "I am sorry, too," <said>
+      {friend}.
     | Then both of them said "I am sorry" at the very same time, and they <friends>.
     | {hero} held out <treats>. "I am sorry," {he} <said>. "Me too," <said> {friend}.
 friends: had to laugh | hugged | shook hands | began to giggle | felt much better | both turned red
-q_sorry: <thenext>, {hero} <ran> to find {friend}. {friend} was already waiting next to <a old> <perch>. <sorry>
+q_sorry: <thenext>, {hero} <ran> to find {friend}. {friend} was already waiting next to <a old> <perch>.
+      <sorry>
     | <thenext>, {hero} <ran> back to {place}. There was {friend} with <a cute> <creature>. <sorry>
-q_end: After that, they shared the {look} {thing}. {hero} had it on <weekday2>, and {friend} had it on <weekday>. It is more fun to share than to win.
-    | They gave the {look} {thing} to <person>, and they went off to <outdoors>. A friend is worth more than a toy.
+q_end: After that, they shared the {look} {thing}. {hero} had it on <weekday2>, and {friend} had it on
+      <weekday>. It is more fun to share than to win.
+    | They gave the {look} {thing} to <person>, and they went off to <outdoors>. A friend is worth more than
+      a toy.
     | They sat down {place.at} with <treats>, and the {look} {thing} belonged to both of them.
 weekday2: rainy days | sunny days | Mondays | Sundays | most days | good days
 
 mend: <mend_open>¶ <mend_try>¶ <scene> <mended> <mend_end>
-mend_open: <meet> {He} had <a look=look> <thing=broken> that {his} <elder=elder> had made for {him}. <mend_oops>
-    | There once stood <a look=look> <thing=broken> next to <a color> <furniture> in the <home> of <a trait> <girl hero=kid> named {hero}. It came from {his} <elder=elder>. <mend_oops>
-    | <rip>! On the floor, next to <a color> <furniture>, lay the <look=look> <thing=broken> of <hero=kid>. {He} had got it from {his} <elder=elder>. <A mood> <folk> had sat on it, and <thing.broke>.
-mend_oops: <oneday> {he} tripped over <a color> <clothes>, and <thing.broke>. | <oneday> {he} bumped into the <furniture>, and <thing.broke>.
-mend_try: "It is ruined," <said> {hero}, and {he} felt so <sad> that <weep>. "Nothing is too broken for two pairs of hands," said {his} {elder} <softly>. "All we need is <fix=thing.mend>."
-    | First, {hero} tried to mend it with <gum>. Then {he} tried it with <a color> <lace>. It only made a mess. "Why not try <fix=thing.mend>?" asked {his} {elder} <softly>.
-    | {hero} wanted to hide it behind the <furniture>. But {his} {elder} put down <a color> cup of <drink> and looked at it. "Wait," said {his} {elder} <softly>. "I think that <fix=thing.mend> will do it."
+mend_open: <meet> {He} had <a look=look> <thing=broken> that {his} <elder=elder> had made for {him}.
+      <mend_oops>
+    | There once stood <a look=look> <thing=broken> next to <a color> <furniture> in the <home> of <a trait>
+      <girl hero=kid> named {hero}. It came from {his} <elder=elder>. <mend_oops>
+    | <rip>! On the floor, next to <a color> <furniture>, lay the <look=look> <thing=broken> of <hero=kid>.
+      {He} had got it from {his} <elder=elder>. <A mood> <folk> had sat on it, and <thing.broke>.
+mend_oops: <oneday> {he} tripped over <a color> <clothes>, and <thing.broke>.
+    | <oneday> {he} bumped into the <furniture>, and <thing.broke>.
+mend_try: "It is ruined," <said> {hero}, and {he} felt so <sad> that <weep>. "Nothing is too broken for two
+      pairs of hands," said {his} {elder} <softly>. "All we need is <fix=thing.mend>."
+    | First, {hero} tried to mend it with <gum>. Then {he} tried it with <a color> <lace>. It only made a
+      mess. "Why not try <fix=thing.mend>?" asked {his} {elder} <softly>.
+    | {hero} wanted to hide it behind the <furniture>. But {his} {elder} put down <a color> cup of <drink>
+      and looked at it. "Wait," said {his} {elder} <softly>. "I think that <fix=thing.mend> will do it."
 gum: mud | gum | honey | jam | soap | butter | tape | jelly | dough | syrup | toothpaste | snow
 lace: shoelace | hair clip | leaf | straw | sock | candy wrapper | rubber band | sticker
 mended: They worked for <few> hours, and with {fix} they made the {thing} whole again. {hero} <joy>.
     | {hero} found {fix} in <a old> <chest>, and {he} fixed the {thing} <softly>.
     | It took <few> tries and <few> cups of <drink>, but thanks to {fix} the {thing} was as good as new.
 chest: chest | drawer | trunk | basket | box | crate | tin | bag
-mend_end: "Now it has a story," said {his} {elder} <softly>. And {hero} loved the {look} {thing} even more than before.
+mend_end: "Now it has a story," said {his} {elder} <softly>. And {hero} loved the {look} {thing} even more
+      than before.
     | {hero} put the {look} {thing} back next to the <furniture> and ate <treats> with {his} {elder}.
-    | The {look} {thing} was not perfect, but it was loved. {hero} learned that patience can mend almost anything.
+    | The {look} {thing} was not perfect, but it was loved. {hero} learned that patience can mend almost
+      anything.
 
 animal: <a_open> <a_what>¶ <a_help> <a_wait>¶ <a_home> <a_end>
-a_open: <meet> <oneday> {he} was on the way to <place=place> when something <noise pet=animal> behind <a old> <perch>.
-    | Something <noise pet=animal> behind <a old> <perch>. <hero=kid> stopped to listen. {He} was on the way to <place=place> with <snack>, but that could wait.
-    | It was late <at place=place>. Only <hero=kid> was still there, in {his} <color> <clothes>. <scene> Then something <noise pet=animal>.
-a_what: It was <a baby> {pet}, all alone in the <mud>. | It was <a baby> {pet}, shaking with cold. | {He} saw <a baby> {pet} that was stuck under <a old> <perch>.
+a_open: <meet> <oneday> {he} was on the way to <place=place> when something <noise pet=animal> behind
+      <a old> <perch>.
+    | Something <noise pet=animal> behind <a old> <perch>. <hero=kid> stopped to listen. {He} was on the way
+      to <place=place> with <snack>, but that could wait.
+    | It was late <at place=place>. Only <hero=kid> was still there, in {his} <color> <clothes>. <scene>
+      Then something <noise pet=animal>.
+a_what: It was <a baby> {pet}, all alone in the <mud>.
+    | It was <a baby> {pet}, shaking with cold.
+    | {He} saw <a baby> {pet} that was stuck under <a old> <perch>.
 baby: small | tiny | baby | wet | young | thin | scared | shy | gray | lost | lonely | hungry
-a_help: "Do not be afraid," <said> {hero}. {He} wrapped the {pet} in {his} <color> <clothes> and gave it <pet.food>.
-    | {hero} knelt down <softly> and offered the {pet} <pet.food>. First it hid behind <a old> <perch>, but then it began to eat.
+a_help: "Do not be afraid," <said> {hero}. {He} wrapped the {pet} in {his} <color> <clothes> and gave it
+      <pet.food>.
+    | {hero} knelt down <softly> and offered the {pet} <pet.food>. First it hid behind <a old> <perch>, but
+      then it began to eat.
     | {He} <ran> home and came back with <pet.food> and <a color> <clothes> to keep the {pet} warm.
 a_wait: <scene> The {pet} stopped shaking. {He} named it <petname>.
     | For <few> days, it slept next to the <furniture> and ate <treats>. {He} named it <petname>.
     | {His} <giver> brought <a color> <purse> full of <straw>, and soon the {pet} felt better.
 straw: hay | straw | leaves | moss | wool | feathers | rags | paper | cotton | ferns
-petname: Button | Pepper | Biscuit | Pickle | Muffin | Sunny | Cloud | Lucky | Star | Pip | Ginger | Bean | Olive | Pumpkin | Cookie | Dot
+petname: Button | Pepper | Biscuit | Pickle | Muffin | Sunny | Cloud | Lucky | Star | Pip | Ginger | Bean |
+    Olive | Pumpkin | Cookie | Dot
 a_home: Then {hero} took the {pet} back to {pet.home}. "Goodbye, little one," {he} <said> <softly>.
-    | But {hero} knew that a {pet} needs its own home. So {he} carried it back to {pet.home} and waved <softly>.
-a_end: After that, each time {hero} came to {place}, the {pet} sat next to <a old> <perch> and watched {him} <outdoors>.
+    | But {hero} knew that a {pet} needs its own home. So {he} carried it back to {pet.home} and waved
+      <softly>.
+a_end: After that, each time {hero} came to {place}, the {pet} sat next to <a old> <perch> and watched {him}
+      <outdoors>.
     | And when {hero} came to {place} <few> weeks later, there was the {pet}, twice as big and very <happy>.
     | {hero} <ran> home from {place} and felt <happy>. Even a small hand can help a lot.
 
 fear: <fear_open>¶ <fear_day> <fear_told>¶ <fear_step> <fear_end>
-fear_open: <meet> {He} was not afraid of <lions> or <ghosts>. But {he} was afraid of <fear=fear>, because <fear.why>.
-    | "I am not afraid of <lions> or <ghosts>," said <hero=kid> to {his} <color> <toyfriend>. But {he} was afraid of <fear=fear>, because <fear.why>.
-    | Only <a color> <toyfriend> knew the secret of <hero=kid>. {He} was afraid of <fear=fear>, because <fear.why>.
+fear_open: <meet> {He} was not afraid of <lions> or <ghosts>. But {he} was afraid of <fear=fear>, because
+      <fear.why>.
+    | "I am not afraid of <lions> or <ghosts>," said <hero=kid> to {his} <color> <toyfriend>. But {he} was
+      afraid of <fear=fear>, because <fear.why>.
+    | Only <a color> <toyfriend> knew the secret of <hero=kid>. {He} was afraid of <fear=fear>, because
+      <fear.why>.
 lions: lions | bulls | storms | pirates | wolves | snakes | mice | bees | bats | ladders | wasps | geese
 ghosts: ghosts | witches | dragons | bears | goblins | giants | monsters | crocodiles
 fear_day: <oneday> {fear.see}. {hero} wanted to <hide>. {His} <heart> shook like <a feather>.
     | <oneday> {fear.see}. {hero} turned as white as <milk> and wanted to <hide>.
 milk: milk | snow | chalk | a sheet | flour | a goose | a lily | salt
-hide: hide under the <furniture> | hide behind the <furniture> | run away | crawl into <a old> <chest> | fly to the moon | be <a creature> | become invisible | sleep for <few> days
+hide: hide under the <furniture> | hide behind the <furniture> | run away | crawl into <a old> <chest> | fly
+    to the moon | be <a creature> | become invisible | sleep for <few> days
 heart: heart | knees | teeth | hands | lips | legs
-fear_told: "I was afraid of {fear} too, when I was little," said {his} <elder=elder> <softly>. "A fear gets smaller when you look at it."
-    | {His} <elder=elder> sat down beside {him} with <treats>. "Everybody is afraid of something," said {his} {elder} <softly>. "I am afraid of <lions>."
-    | "[Just take one small step | Try it just once | You do not have to like it]," said {his} <elder=elder> <softly>. "I will sit here next to <bug> and wait for you."
-fear_step: So {hero} put on {his} <color> <clothes> and took <few> deep breaths. {He} <fear.step>. And nothing bad happened!
+fear_told: "I was afraid of {fear} too, when I was little," said {his} <elder=elder> <softly>. "A fear gets
+      smaller when you look at it."
+    | {His} <elder=elder> sat down beside {him} with <treats>. "Everybody is afraid of something," said
+      {his} {elder} <softly>. "I am afraid of <lions>."
+    | "[Just take one small step | Try it just once | You do not have to like it]," said {his} <elder=elder>
+      <softly>. "I will sit here next to <bug> and wait for you."
+fear_step: So {hero} put on {his} <color> <clothes> and took <few> deep breaths. {He} <fear.step>. And
+      nothing bad happened!
     | {hero} thought of <a color> <dream> and counted to <few>. Then {he} <fear.step>. <scene>
     | "I can do it," <said> {hero} <softly>. {He} <fear.step>. <scene> The next time it was almost easy.
-fear_end: After that, {hero} was no longer afraid of {fear}. {He} <joy>, and {he} told {his} {elder} about it [<few> times | over <treats>].
-    | "I was scared of {fear}, but I did it anyway," <said> {hero}, and {he} ate <treats> with {his} {elder}.
+fear_end: After that, {hero} was no longer afraid of {fear}. {He} <joy>, and {he} told {his} {elder} about
+      it [<few> times | over <treats>].
+    | "I was scared of {fear}, but I did it anyway," <said> {hero}, and {he} ate <treats> with {his}
+      {elder}.
     | {Fear} did not seem so terrible now. {hero} <joy>, and {his} {elder} <smiled2>.
 smiled2: smiled | nodded | cheered | clapped | winked | laughed
 
 restless: excited | happy | curious | nervous | restless | thrilled | glad | hopeful
 trip: <t_open> <t_pack>¶ <t_there>¶ <t_find> <t_home>
-t_open: "Pack your bag, <hero=kid>!" <cried> {his} <elder=elder>. "On <weekday> we are going to <trip=trip>!" {hero} <joy>.
-    | <meet> {He} had read <few> books about <trip=trip>. <oneday> {his} <elder=elder> came in with <few> tickets.
-    | For <few> nights, <hero=kid> had been too <restless> to sleep. {His} <elder=elder> wanted to take {him} to <trip=trip>!
-t_pack: {He} packed <treats>, <a color> <clothes>, and <a old> <camera>. They traveled <trip.ride> for <few> hours.
+t_open: "Pack your bag, <hero=kid>!" <cried> {his} <elder=elder>. "On <weekday> we are going to
+      <trip=trip>!" {hero} <joy>.
+    | <meet> {He} had read <few> books about <trip=trip>. <oneday> {his} <elder=elder> came in with <few>
+      tickets.
+    | For <few> nights, <hero=kid> had been too <restless> to sleep. {His} <elder=elder> wanted to take
+      {him} to <trip=trip>!
+t_pack: {He} packed <treats>, <a color> <clothes>, and <a old> <camera>. They traveled <trip.ride> for <few>
+      hours.
     | {hero} took {his} <color> <clothes> and <snack>. They traveled <trip.ride>, next to <person>.
 camera: map | camera | compass | notebook | telescope | pen | whistle | lamp
 t_there: What a place it was! {hero} saw <trip.see> and <sights>. Then they <trip.do>. {He} <joy>.
-    | "Is it real?" asked {hero} <softly>. In front of them lay <trip.see>. It smelled of <smell>, and <far> <sound>. After <treats>, they <trip.do>.
-    | They met <person> who showed them <trip.see>. "[You will never see this at home | Not many people know this place | Come with me]!" Then they <trip.do>. <scene>
+    | "Is it real?" asked {hero} <softly>. In front of them lay <trip.see>. It smelled of <smell>, and <far>
+      <sound>. After <treats>, they <trip.do>.
+    | They met <person> who showed them <trip.see>. "[You will never see this at home | Not many people know
+      this place | Come with me]!" Then they <trip.do>. <scene>
 t_find: On the last day, {hero} found <a thing=trip.bring> next to <a old> <perch>.
     | Before they left, {his} {elder} bought {him} <a thing=trip.bring> from <person>.
-t_home: At home, the {thing} got a place next to the <furniture>. Whenever {hero} looked at it, {he} thought of {trip} and <smiled>.
-    | {hero} showed the {thing} to {his} <giver> and talked about {trip} for <few> hours. The world is big, and there is so much to see.
+t_home: At home, the {thing} got a place next to the <furniture>. Whenever {hero} looked at it, {he} thought
+      of {trip} and <smiled>.
+    | {hero} showed the {thing} to {his} <giver> and talked about {trip} for <few> hours. The world is big,
+      and there is so much to see.
     | That night, {hero} put the {thing} under {his} <color> pillow and dreamed of {trip}.
 
 surprise: <s_open>¶ <s_work> <s_oops>¶ <s_day> <s_end>
-s_open: "Shh!" <said> <hero=kid> to {his} <color> <toyfriend>. "On <weekday> it is <Elder=elder>'s birthday. I want to make <a look=look> <thing=gift>, but it must be a secret."
-    | <meet> {His} <elder=elder> had a birthday on <weekday>. "I will make <a look=look> <thing=gift>," {he} thought, "and nobody must know."
-    | <oneday> <hero=kid> counted the days. {His} <elder=elder> had a birthday in <few> days! {He} had no money for a present. "But I can make <a look=look> <thing=gift>," {he} <said>.
+s_open: "Shh!" <said> <hero=kid> to {his} <color> <toyfriend>. "On <weekday> it is <Elder=elder>'s birthday.
+      I want to make <a look=look> <thing=gift>, but it must be a secret."
+    | <meet> {His} <elder=elder> had a birthday on <weekday>. "I will make <a look=look> <thing=gift>," {he}
+      thought, "and nobody must know."
+    | <oneday> <hero=kid> counted the days. {His} <elder=elder> had a birthday in <few> days! {He} had no
+      money for a present. "But I can make <a look=look> <thing=gift>," {he} <said>.
 s_work: {hero} got <thing.need> from {his} <giver> and hid behind the <furniture> for <few> hours. <scene>
-    | {He} found <thing.need> in <a old> <chest> and in <a color> <purse>. Then {he} locked the door and began. <scene>
+    | {He} found <thing.need> in <a old> <chest> and in <a color> <purse>. Then {he} locked the door and
+      began. <scene>
     | First, {he} needed <thing.need>. <A mood> <folk> gave {him} some in return for <treats>. <scene>
-s_oops: The first {thing} looked like <a cute> <creature>. {He} felt <sad>, but {he} began again, and the second one was just right.
-    | "What are you doing there?" asked {his} {elder}. {hero} hid the {thing} under {his} <color> <clothes>. "Nothing," {he} <said>.
-    | {His} {elder} called {him} <few> times. But {hero} only worked faster. There was <fluff> on {his} nose and <fluff2> in {his} hair.
+s_oops: The first {thing} looked like <a cute> <creature>. {He} felt <sad>, but {he} began again, and the
+      second one was just right.
+    | "What are you doing there?" asked {his} {elder}. {hero} hid the {thing} under {his} <color> <clothes>.
+      "Nothing," {he} <said>.
+    | {His} {elder} called {him} <few> times. But {hero} only worked faster. There was <fluff> on {his} nose
+      and <fluff2> in {his} hair.
 fluff: paint | flour | glue | dust | ink | soot
 fluff2: thread | wool | paper | straw | sugar | soap
-s_day: When the day came, {hero} brought the {thing} and <treats>. "Happy birthday, {Elder}!" {he} <cried>. {His} {elder} <gasped>.
-    | {hero} put the {thing} next to the <furniture> and hid. {His} {elder} came in and <gasped>. Then {hero} jumped out in <a color> <clothes>.
-    | Early in the morning, {hero} <ran> into the bedroom with the {thing}. "It is for you, {Elder}," {he} <said> <softly>. {His} {elder} <gasped>.
-gasped: laughed out loud | clapped and clapped | could not speak | sat down with surprise | cried for joy | danced around
+s_day: When the day came, {hero} brought the {thing} and <treats>. "Happy birthday, {Elder}!" {he} <cried>.
+      {His} {elder} <gasped>.
+    | {hero} put the {thing} next to the <furniture> and hid. {His} {elder} came in and <gasped>. Then
+      {hero} jumped out in <a color> <clothes>.
+    | Early in the morning, {hero} <ran> into the bedroom with the {thing}. "It is for you, {Elder}," {he}
+      <said> <softly>. {His} {elder} <gasped>.
+gasped: laughed out loud | clapped and clapped | could not speak | sat down with surprise | cried for joy |
+    danced around
 s_end: "This {look} {thing} is the best present I ever got," said {his} {elder} <softly>. And {hero} <joy>.
-    | {His} {elder} talked about the {look} {thing} for <few> years. A gift made with love is the finest of all.
+    | {His} {elder} talked about the {look} {thing} for <few> years. A gift made with love is the finest of
+      all.
     | They sat down with <snack>, and {his} {elder} looked at the {look} {thing} again and again.
 
 storm: <w_open>¶ <w_rain> <w_sad>¶ <w_idea> <w_end>
 w_open: <meet> {His} <elder=elder> had promised {him} <a plan=plan> <at place=place> on <weekday>. <outfit>
-    | "Is it <weekday> yet?" asked <hero=kid>. {His} <elder=elder> laughed. They had planned <a plan=plan> <at place=place>. <outfit>
-    | For <few> days, <hero=kid> had looked forward to <a plan=plan> <at place=place> with {his} <elder=elder>. <outfit>
-w_rain: But then <a rumble> came from above, and the sky turned as gray as <a mouse>. It began to pour on <bug>.
-    | They were already at the door when <a rumble> came from above. <plink>! One drop fell on {his} nose. <plink2>! Another one fell on {his} <color> <clothes>.
+    | "Is it <weekday> yet?" asked <hero=kid>. {His} <elder=elder> laughed. They had planned <a plan=plan>
+      <at place=place>. <outfit>
+    | For <few> days, <hero=kid> had looked forward to <a plan=plan> <at place=place> with {his}
+      <elder=elder>. <outfit>
+w_rain: But then <a rumble> came from above, and the sky turned as gray as <a mouse>. It began to pour on
+      <bug>.
+    | They were already at the door when <a rumble> came from above. <plink>! One drop fell on {his} nose.
+      <plink2>! Another one fell on {his} <color> <clothes>.
 rumble: rumble | roar | crash | growl | howl | hiss
 mouse: mouse | stone | donkey | wolf | whale | wet sock
 plink: Plink | Plop | Splash | Splat | Pling | Drip
@@ -597,140 +736,215 @@ plink2: Plonk | Splosh | Pitter | Patter | Drop | Spat
 w_sad: "Our {plan} is ruined!" <cried> {hero}. {He} felt so <sad> that <weep>.
     | "Go away, rain!" {he} <cried>. But the rain did not listen, and {he} sat down beside the <furniture>.
     | {hero} looked out. There was only <bug>. "No {plan} today," {he} <said>.
-w_idea: "Who says so?" asked {his} {elder} <softly>. "We will have the {plan} right here." They <plan.instead>. The <furniture> was {place}, and <a color> <clothes> was the sky.
-    | {His} {elder} looked at the <furniture> and had an idea. "If we cannot go to {place}, then {place} must come to us!" So they <plan.instead> and ate <treats>.
-    | Then {hero} looked at {his} <color> <toyfriend> and had an idea. They called the kitchen {place}, and they <plan.instead>. {His} {elder} brought <treats>.
-w_end: When the sun came out, they did not even notice. <scene> It was the <best> {plan} of {his} life. {hero} <joy>.
-    | <soon> there was a rainbow over {place}. But {hero} and {his} {elder} had <treats> and did not want to end their {plan}.
+w_idea: "Who says so?" asked {his} {elder} <softly>. "We will have the {plan} right here." They
+      <plan.instead>. The <furniture> was {place}, and <a color> <clothes> was the sky.
+    | {His} {elder} looked at the <furniture> and had an idea. "If we cannot go to {place}, then {place}
+      must come to us!" So they <plan.instead> and ate <treats>.
+    | Then {hero} looked at {his} <color> <toyfriend> and had an idea. They called the kitchen {place}, and
+      they <plan.instead>. {His} {elder} brought <treats>.
+w_end: When the sun came out, they did not even notice. <scene> It was the <best> {plan} of {his} life.
+      {hero} <joy>.
+    | <soon> there was a rainbow over {place}. But {hero} and {his} {elder} had <treats> and did not want to
+      end their {plan}.
     | {hero} <joy>. And on the next rainy day, {he} asked {his} {elder} for <a fine2> {plan} again.
 best: best | funniest | finest | wildest | longest | nicest
 fine2: big | little | long | wild | real | secret
 
 race: <r_open>¶ <r_train> <r_start>¶ <r_turn> <r_end>
-r_open: Every <season>, there was <a contest=contest> <at place=place>. The prize was <a look=look> <thing=prize>. <hero=kid> wanted to win it, and so did <friend=kid>.
-    | <meet> {He} dreamed of <a look=look> <thing=prize>. It was the prize of the <contest=contest> <at place=place>. But <friend=kid> had won it <few> times already.
-    | "I will win the <contest=contest> <at place=place>," said <hero=kid> to {his} <color> <toyfriend>. The prize was <a look=look> <thing=prize>. "No, I will win it," <cried> <friend=kid> over the fence.
-r_train: For <few> days, {hero} <contest.did>. {He} ate <treats> a day. But {friend} only <likes> to lie in the <mud>.
-    | For <few> days, {hero} <contest.did>. {His} <arms> ached. <A mood> <folk> cheered {him} on. But {friend} trained just as hard.
+r_open: Every <season>, there was <a contest=contest> <at place=place>. The prize was <a look=look>
+      <thing=prize>. <hero=kid> wanted to win it, and so did <friend=kid>.
+    | <meet> {He} dreamed of <a look=look> <thing=prize>. It was the prize of the <contest=contest>
+      <at place=place>. But <friend=kid> had won it <few> times already.
+    | "I will win the <contest=contest> <at place=place>," said <hero=kid> to {his} <color> <toyfriend>. The
+      prize was <a look=look> <thing=prize>. "No, I will win it," <cried> <friend=kid> over the fence.
+r_train: For <few> days, {hero} <contest.did>. {He} ate <treats> a day. But {friend} only <likes> to lie in
+      the <mud>.
+    | For <few> days, {hero} <contest.did>. {His} <arms> ached. <A mood> <folk> cheered {him} on. But
+      {friend} trained just as hard.
 r_start: On <weekday>, everybody came to {place}. There were <sights>. "Ready, set, go!"
     | Then it was <weekday>. <scene> {hero} put on {his} <color> <clothes>. "Ready, set, go!"
-    | On the big day, {hero} felt as <light> as <a feather>. {friend} wore <a color> <clothes>. "Ready, set, go!"
-r_turn: {friend} was fast, but then {friend.he} stopped to look at <sights>. {hero} kept going, bit by bit, and won the {look} {thing}.
-    | {hero} was in front. But then {friend} fell and hurt {friend.his} <knee>. {hero} turned around to help {friend.him}. They came in last, but the judge gave the {look} {thing} to {hero}.
-    | {hero} gave all {he} had, but {friend} was faster and won the {look} {thing}. {hero} felt <sad>. Then {he} said "Well done" to {friend} and shook {friend.his} hand.
+    | On the big day, {hero} felt as <light> as <a feather>. {friend} wore <a color> <clothes>. "Ready, set,
+      go!"
+r_turn: {friend} was fast, but then {friend.he} stopped to look at <sights>. {hero} kept going, bit by bit,
+      and won the {look} {thing}.
+    | {hero} was in front. But then {friend} fell and hurt {friend.his} <knee>. {hero} turned around to help
+      {friend.him}. They came in last, but the judge gave the {look} {thing} to {hero}.
+    | {hero} gave all {he} had, but {friend} was faster and won the {look} {thing}. {hero} felt <sad>. Then
+      {he} said "Well done" to {friend} and shook {friend.his} hand.
 knee: knee | foot | ankle | arm | elbow | toe
 r_end: After the {contest}, {hero} and {friend} sat down {place.at} and shared <snack>.
-    | From then on, {hero} and {friend} met every <weekday> {place.at} to <outdoors>. A good race needs good friends.
-    | That night, {hero} dreamed of the {contest} and of <a color> <dream>. To do your best is better than to be the best.
+    | From then on, {hero} and {friend} met every <weekday> {place.at} to <outdoors>. A good race needs good
+      friends.
+    | That night, {hero} dreamed of the {contest} and of <a color> <dream>. To do your best is better than
+      to be the best.
 
 share: <h_open>¶ <h_meet> <h_doubt>¶ <h_give> <h_end>
-h_open: <meet> <oneday> {he} got <a tasty> <treat=food> from {his} <giver>. {He} <ran> to <place=place> to eat it all alone.
-    | There was only one <treat=food> left in the shop of <boss=neighbor>, and <hero=kid> had bought it. {He} <ran> with it to <place=place>. It smelled of <smell>, and <far> <sound>.
-    | "This is the finest <treat=food> in the world," <said> <hero=kid>, "and it is all for me." {He} sat down with it <at place=place>. <scene>
-h_meet: But there sat <friend=kid> in <a color> <clothes>. "<A cute> <creature> ate my lunch," {friend.he} <said> <softly>.
-    | Then <friend=kid> came by in <a color> <clothes>. "My stomach growls like <a beast2>," <said> {friend} <softly>.
-    | Not far away, <friend=kid> was looking for berries. But there was only <bug>. "I am so hungry," <said> {friend}.
+h_open: <meet> <oneday> {he} got <a tasty> <treat=food> from {his} <giver>. {He} <ran> to <place=place> to
+      eat it all alone.
+    | There was only one <treat=food> left in the shop of <boss=neighbor>, and <hero=kid> had bought it.
+      {He} <ran> with it to <place=place>. It smelled of <smell>, and <far> <sound>.
+    | "This is the finest <treat=food> in the world," <said> <hero=kid>, "and it is all for me." {He} sat
+      down with it <at place=place>. <scene>
+h_meet: But there sat <friend=kid> in <a color> <clothes>. "<A cute> <creature> ate my lunch," {friend.he}
+      <said> <softly>.
+    | Then <friend=kid> came by in <a color> <clothes>. "My stomach growls like <a beast2>," <said> {friend}
+      <softly>.
+    | Not far away, <friend=kid> was looking for berries. But there was only <bug>. "I am so hungry," <said>
+      {friend}.
 beast2: bear | lion | tiger | wolf | dragon | motor
 h_doubt: {hero} thought of <treats>, but {he} had nothing but the {treat}.
     | {hero} hid the {treat} under {his} <color> <clothes>. But then {he} could not enjoy it.
     | {hero} looked at <bug>. But {he} could not eat while a friend was hungry.
-h_give: So {he} broke the {treat} in two and gave one half to {friend} <softly>. They sat side by side and watched <place.see>.
-    | "One for you and one for me," <said> {hero}, and {he} broke the {treat} in two. Even <bug> got a crumb.
+h_give: So {he} broke the {treat} in two and gave one half to {friend} <softly>. They sat side by side and
+      watched <place.see>.
+    | "One for you and one for me," <said> {hero}, and {he} broke the {treat} in two. Even <bug> got a
+      crumb.
     | "Come here," <said> {hero} <softly>. They shared the {treat}, and {friend} told {him} about <sights>.
-h_end: <thenext>, it was {hero} who had nothing to eat. But {friend} came to {place} with <snack>. "Today it is my turn," <said> {friend}.
+h_end: <thenext>, it was {hero} who had nothing to eat. But {friend} came to {place} with <snack>. "Today it
+      is my turn," <said> {friend}.
     | {hero} <joy>, because half of a {treat} with {friend} tastes better than a whole one alone.
-    | After that, {hero} and {friend} met {place.at} every <weekday> and shared <treats>. What you give comes back to you.
+    | After that, {hero} and {friend} met {place.at} every <weekday> and shared <treats>. What you give
+      comes back to you.
 
 grow: <g_open>¶ <g_sow> <g_wait>¶ <g_sprout> <g_end>
-g_open: <meet> On {his} birthday, {he} got <a color> <purse> from {his} <elder=elder>. There was only one <seed> seed in it. "Just you wait," said {his} {elder} <softly>.
-    | "What is that?" asked <hero=kid>. {His} <elder=elder> held up <a seed> seed. "If you are patient," said {his} {elder} <softly>, "it will make you <happy>."
-    | On the windowsill of <hero=kid> stood <a color> pot full of earth. {His} <elder=elder> had put <a seed> seed into it. <scene>
+g_open: <meet> On {his} birthday, {he} got <a color> <purse> from {his} <elder=elder>. There was only one
+      <seed> seed in it. "Just you wait," said {his} {elder} <softly>.
+    | "What is that?" asked <hero=kid>. {His} <elder=elder> held up <a seed> seed. "If you are patient,"
+      said {his} {elder} <softly>, "it will make you <happy>."
+    | On the windowsill of <hero=kid> stood <a color> pot full of earth. {His} <elder=elder> had put
+      <a seed> seed into it. <scene>
 seed: tiny | round | brown | flat | black | striped
 g_sow: {hero} gave it water from <a color> <purse>. Then {he} sat down with <treats> and waited.
     | {hero} sang it a song about <a color> <dream> and watered it <softly>.
-g_wait: On <weekday>, there was nothing to see. After <few> days, there was still nothing to see but <bug>. "Seeds have their own clock," said {his} {elder} <softly>.
-    | {hero} wanted to dig it up. "Good things take time," said {his} {elder} <softly>. So {hero} <jobhome> and <jobyard> instead.
+g_wait: On <weekday>, there was nothing to see. After <few> days, there was still nothing to see but <bug>.
+      "Seeds have their own clock," said {his} {elder} <softly>.
+    | {hero} wanted to dig it up. "Good things take time," said {his} {elder} <softly>. So {hero} <jobhome>
+      and <jobyard> instead.
     | {He} waited for <few> days and just as many nights. <scene> {He} felt <sad>, but {he} did not give up.
-g_sprout: Then, on <a fine> <daytime>, there was something green! "<oh>!" <cried> {hero}. It grew and grew, and by the end of <season> it was <a plant=plant>, <plant.grew>.
-    | <thenext>, {hero} saw a green tip and <joy>. It got <few> leaves, and then <few> more. It was <a plant=plant>, <plant.grew>.
+g_sprout: Then, on <a fine> <daytime>, there was something green! "<oh>!" <cried> {hero}. It grew and grew,
+      and by the end of <season> it was <a plant=plant>, <plant.grew>.
+    | <thenext>, {hero} saw a green tip and <joy>. It got <few> leaves, and then <few> more. It was
+      <a plant=plant>, <plant.grew>.
 oh: Oh | Look | Hooray | At last | Hello | It is alive
 g_end: {hero} showed the {plant} to <person>. "I only had to wait," {he} told {his} {elder}.
     | All big things begin small, and {his} {elder} was as <happy> about the {plant} as {hero}.
     | That evening, {hero} sat next to the {plant} with {his} {elder} and ate <treats>.
 
 honest: <c_open>¶ <c_hide> <c_worry>¶ <c_tell> <c_end>
-c_open: <meet> {His} <elder=elder> had <a look=look> <thing=vase> from <abroad>. But on <weekday> {hero} was <playing> in the house, and <rip2>! It lay next to the <furniture> in <few> pieces. <scene>
-    | <rip>! On the floor lay <few> pieces of <a look=look> <thing=vase>, and next to them stood <hero=kid>. {He} had been <playing> in the house. The {thing} belonged to {his} <elder=elder>, who had brought it from <abroad>.
-    | <hero=kid> was <playing> in the house, though {his} <elder=elder> had said no. And <rip2>! There went the <look=look> <thing=vase> from <abroad>. It broke into <few> pieces.
-playing: playing ball | skipping rope | riding a bike | throwing apples | dancing | chasing the cat | juggling | jumping around
+c_open: <meet> {His} <elder=elder> had <a look=look> <thing=vase> from <abroad>. But on <weekday> {hero} was
+      <playing> in the house, and <rip2>! It lay next to the <furniture> in <few> pieces. <scene>
+    | <rip>! On the floor lay <few> pieces of <a look=look> <thing=vase>, and next to them stood <hero=kid>.
+      {He} had been <playing> in the house. The {thing} belonged to {his} <elder=elder>, who had brought it
+      from <abroad>.
+    | <hero=kid> was <playing> in the house, though {his} <elder=elder> had said no. And <rip2>! There went
+      the <look=look> <thing=vase> from <abroad>. It broke into <few> pieces.
+playing: playing ball | skipping rope | riding a bike | throwing apples | dancing | chasing the cat |
+    juggling | jumping around
 rip2: crash | bang | crack
-abroad: a far country | the mountains | the city | an island | the desert | the north | the south | a big ship
-c_hide: {hero} hid the pieces behind the <furniture>. When {his} {elder} asked about the {thing}, {he} said, "It was <blame>."
-    | {He} put the pieces into <a old> <chest>. At supper, there were <treats>, but {he} could not eat. "Are you ill?" asked {his} {elder}. "No," {he} <said>.
+abroad: a far country | the mountains | the city | an island | the desert | the north | the south | a big
+    ship
+c_hide: {hero} hid the pieces behind the <furniture>. When {his} {elder} asked about the {thing}, {he} said,
+      "It was <blame>."
+    | {He} put the pieces into <a old> <chest>. At supper, there were <treats>, but {he} could not eat. "Are
+      you ill?" asked {his} {elder}. "No," {he} <said>.
 blame: the cat | the dog | the wind | <a cute> <creature> | <a mood> <folk>
 c_worry: But the lie felt as heavy as <stone>. {hero} could not sleep and could not <indoors>.
     | But the lie felt as heavy as <stone>. Even <bug> seemed to look at {him} and know.
 stone: a stone | a brick | lead | an anchor | a cannon ball | a piano | an elephant | wet sand
-c_tell: <thenext>, {hero} went to {his} {elder}, past <bug>. "I broke the {look} {thing}," {he} <said> <softly>. {His} {elder} <listened>.
-    | Outside, <few> <cute> <animals> ran past <a old> <perch>, but {he} did not even look. "It was me," {he} <said>. "I broke your {look} {thing}." {His} {elder} <listened>.
+c_tell: <thenext>, {hero} went to {his} {elder}, past <bug>. "I broke the {look} {thing}," {he} <said>
+      <softly>. {His} {elder} <listened>.
+    | Outside, <few> <cute> <animals> ran past <a old> <perch>, but {he} did not even look. "It was me,"
+      {he} <said>. "I broke your {look} {thing}." {His} {elder} <listened>.
 listened: was silent for a while | nodded <softly> | put down a cup of <drink> | took {him} in both arms
-c_end: "Thank you for telling me," said {his} {elder} <softly>. Then they glued the {look} {thing} together on the <furniture>, piece by piece.
-    | "I was sad about the {thing}," said {his} {elder} <softly>, "but a lie makes me sadder." To make up for it, {hero} <jobhome> and <jobyard>.
-    | "I knew it all along," said {his} {elder} <softly>. They ate <treats>, and {hero} felt as <light> as <a feather>. The truth is easier to carry than a lie.
+c_end: "Thank you for telling me," said {his} {elder} <softly>. Then they glued the {look} {thing} together
+      on the <furniture>, piece by piece.
+    | "I was sad about the {thing}," said {his} {elder} <softly>, "but a lie makes me sadder." To make up
+      for it, {hero} <jobhome> and <jobyard>.
+    | "I knew it all along," said {his} {elder} <softly>. They ate <treats>, and {hero} felt as <light> as
+      <a feather>. The truth is easier to carry than a lie.
 
 newcomer: <n_open>¶ <n_alone> <n_ask>¶ <n_can> <n_end>
-n_open: <oneday> there was a new child at school. "This is <friend=kid> from <abroad>," said the teacher <softly>. <hero=kid> turned around to look.
-    | <hero=kid> looked out of the window. <A color> truck had stopped next to <a old> <perch>. Out came <few> chairs, <a color> <furniture>, and <a mood2> <girl friend=kid> named {friend}, who had come from <abroad>.
-    | <meet> <oneday> somebody new came to {his} street. It was <a mood2> <girl friend=kid> named {friend}, who had come from <abroad>.
+n_open: <oneday> there was a new child at school. "This is <friend=kid> from <abroad>," said the teacher
+      <softly>. <hero=kid> turned around to look.
+    | <hero=kid> looked out of the window. <A color> truck had stopped next to <a old> <perch>. Out came
+      <few> chairs, <a color> <furniture>, and <a mood2> <girl friend=kid> named {friend}, who had come from
+      <abroad>.
+    | <meet> <oneday> somebody new came to {his} street. It was <a mood2> <girl friend=kid> named {friend},
+      who had come from <abroad>.
 n_alone: {friend} sat all alone on <a old> <seat> and ate <treats>. The other children <stared>.
     | Nobody talked to {friend}. {Friend.he} looked at <bug> and ate <treats>.
-    | {friend} wore <a color> <clothes>, and somebody laughed at it. {friend} sat down next to <a old> <perch> and felt <sad>.
+    | {friend} wore <a color> <clothes>, and somebody laughed at it. {friend} sat down next to <a old>
+      <perch> and felt <sad>.
 mood2: small | quiet | shy | pale | thin | serious | lonely | tall | young | polite | nervous | sad
 seat: wall | bench | post | stump | barrel | swing
 stared: stared | whispered | ran past | looked away | laughed | played tag
-n_ask: "How lonely that must be," {hero} thought. So {he} went over and <said>, "Hello, I am {hero}. Do you want to <outdoors>?"
-    | {hero} went over and held out <treats>. "Do you want some?" {he} asked <softly>. "And then, shall we <outdoors>?"
-n_can: {friend} turned red and <said>, "I can <talent=talent>." And so {friend.he} could! "<oh>!" <cried> {hero}.
-    | {friend} was shy at first. But then {friend.he} showed {hero} how to <talent=talent>. It took {hero} <few> tries. Then {he} <joy>.
-n_end: Soon all the children wanted to {talent}, and {friend} was never alone again. But the first friend {friend.he} had made was {hero}.
+n_ask: "How lonely that must be," {hero} thought. So {he} went over and <said>, "Hello, I am {hero}. Do you
+      want to <outdoors>?"
+    | {hero} went over and held out <treats>. "Do you want some?" {he} asked <softly>. "And then, shall we
+      <outdoors>?"
+n_can: {friend} turned red and <said>, "I can <talent=talent>." And so {friend.he} could! "<oh>!" <cried>
+      {hero}.
+    | {friend} was shy at first. But then {friend.he} showed {hero} how to <talent=talent>. It took {hero}
+      <few> tries. Then {he} <joy>.
+n_end: Soon all the children wanted to {talent}, and {friend} was never alone again. But the first friend
+      {friend.he} had made was {hero}.
     | After <few> days, {hero} could {talent}, too, and {friend} knew how to <indoors>.
     | "I like you," <said> {hero} to {friend}, "even if you could not {talent}." And they shared <snack>.
 
 night: <i_open>¶ <i_go>¶ <i_see> <i_end>
-i_open: "<Noise=noise>." <hero=kid> sat up in bed. It was the middle of the night. {He} was <a trait> {girl}, but {he} pulled the <color> blanket up to {his} nose. <i_guess>
+i_open: "<Noise=noise>." <hero=kid> sat up in bed. It was the middle of the night. {He} was <a trait>
+      {girl}, but {he} pulled the <color> blanket up to {his} nose. <i_guess>
     | <meet> One <dark> night, {he} could not sleep. And then {he} heard it: "<Noise=noise>." <i_guess>
-    | It was <a dark> night <homeland>. Everybody was asleep but <hero=kid>, who heard a strange noise: "<Noise=noise>." <i_guess>
+    | It was <a dark> night <homeland>. Everybody was asleep but <hero=kid>, who heard a strange noise:
+      "<Noise=noise>." <i_guess>
 dark: dark | cold | windy | long | still | foggy | black | stormy
-i_guess: Was it <a cute> <ghost>, or was it <a color> <dream>? | "It is <a cute> <ghost>," {he} thought, "or <few> of them!" | {He} thought of <few> <cute> <ghosts>, and {his} <heart> shook.
+i_guess: Was it <a cute> <ghost>, or was it <a color> <dream>?
+    | "It is <a cute> <ghost>," {he} thought, "or <few> of them!"
+    | {He} thought of <few> <cute> <ghosts>, and {his} <heart> shook.
 ghost: ghost | witch | bear | goblin | monster | crocodile | wolf | thief
-i_go: {hero} took {his} <color> <toyfriend> in one arm and <a color> <lamp3> in the other hand. {He} <crept> past <a old> <furniture> and <a color> <furniture2>. "{Noise}," it went again.
-    | {hero} put on {his} <color> <clothes>, took <a old> <lamp3>, and <crept> past the <furniture>. Outside, <bug> listened, too. "{Noise}," it went, a little louder.
-furniture2: coat rack | vase | umbrella stand | doll house | clock | broom | toy chest | bird cage | flower pot | basket
+i_go: {hero} took {his} <color> <toyfriend> in one arm and <a color> <lamp3> in the other hand. {He} <crept>
+      past <a old> <furniture> and <a color> <furniture2>. "{Noise}," it went again.
+    | {hero} put on {his} <color> <clothes>, took <a old> <lamp3>, and <crept> past the <furniture>.
+      Outside, <bug> listened, too. "{Noise}," it went, a little louder.
+furniture2: coat rack | vase | umbrella stand | doll house | clock | broom | toy chest | bird cage | flower
+    pot | basket
 lamp3: lamp | candle | broom | torch | slipper | pan | umbrella | spoon
 crept: crept | tiptoed | walked | crawled | slid | sneaked
 i_see: {He} counted to <few> and looked. It was only <cause=noise.cause>! {hero} <joy>.
     | Then {he} saw it. There was no <ghost> at all. It was only <cause=noise.cause>! {hero} <joy>.
-i_end: "Why are you up?" asked {his} <elder=elder> <softly>. {hero} told about {cause}, and they had <treats> in the middle of the night.
-    | Back in bed, {he} heard it again: "{Noise}." But now it was like a song, and {hero} dreamed of <a color> <dream>.
-    | <thenext>, {he} told {his} <giver> about {cause}. "{Noise}," {hero} <said> in a deep voice, and both of them laughed. Things look bigger in the dark.
+i_end: "Why are you up?" asked {his} <elder=elder> <softly>. {hero} told about {cause}, and they had
+      <treats> in the middle of the night.
+    | Back in bed, {he} heard it again: "{Noise}." But now it was like a song, and {hero} dreamed of
+      <a color> <dream>.
+    | <thenext>, {he} told {his} <giver> about {cause}. "{Noise}," {hero} <said> in a deep voice, and both
+      of them laughed. Things look bigger in the dark.
 
 fable: <b_open>¶ <b_trap> <b_pass>¶ <b_help> <b_end>
-b_open: Once upon a time, <a big> <giant=giant> and <a cute> <beast=beast> lived in the same <forest>. "You are so small," the {giant} always said. "What are you good for?" But the {beast} only <danced>.
-    | <A big> <giant=giant> lay in the sun and ate <treats>. Along came <a cute> <beast=beast> in <a color> <clothes>. "Give me one," it said <softly>, "and one day I will help you." The {giant} laughed so hard that <few> birds flew up.
-    | There was once <a cute> <beast=beast> who lived under <a old> <perch>. Its neighbor was <a big> <giant=giant>. Everybody was afraid of the {giant}, but the {beast} only <danced>.
+b_open: Once upon a time, <a big> <giant=giant> and <a cute> <beast=beast> lived in the same <forest>. "You
+      are so small," the {giant} always said. "What are you good for?" But the {beast} only <danced>.
+    | <A big> <giant=giant> lay in the sun and ate <treats>. Along came <a cute> <beast=beast> in <a color>
+      <clothes>. "Give me one," it said <softly>, "and one day I will help you." The {giant} laughed so hard
+      that <few> birds flew up.
+    | There was once <a cute> <beast=beast> who lived under <a old> <perch>. Its neighbor was <a big>
+      <giant=giant>. Everybody was afraid of the {giant}, but the {beast} only <danced>.
 big: big | huge | strong | proud | mighty | loud | grumpy | wild
 forest: forest | valley | jungle | land | woods | swamp
 b_trap: <oneday> the {giant} <beast.trap>. It <roared> so loudly that <a old> <perch> fell over.
     | On <a fine> <season> <daytime>, the {giant} <beast.trap>. It <roared> for <few> hours.
 roared: roared | bellowed | cried | howled | groaned | shouted
-b_pass: <Few> <cute> <animals> came by, but they did not know what to do. Then came <a cute> <fox>, but it only looked and <ran> on.
+b_pass: <Few> <cute> <animals> came by, but they did not know what to do. Then came <a cute> <fox>, but it
+      only looked and <ran> on.
     | <A cute> <fox> came by. "I have no time," it <said>, and it <ran> on with <treats>. <scene>
 fox: fox | badger | goose | donkey | peacock | monkey | raccoon | pig
-b_help: Then the {beast} came along in <a color> <clothes>, with <treats>. "Leave it to me," it <said>. It <beast.can>, and soon the {giant} was free.
-    | At last, the {beast} heard it. "Now you will see what I am good for!" it <cried>. It <beast.can>, and soon the {giant} was free.
-b_end: "Thank you, my friend," said the {giant} <softly>. From that day on, the {giant} and the {beast} shared <treats>. Nobody is too small to help.
+b_help: Then the {beast} came along in <a color> <clothes>, with <treats>. "Leave it to me," it <said>. It
+      <beast.can>, and soon the {giant} was free.
+    | At last, the {beast} heard it. "Now you will see what I am good for!" it <cried>. It <beast.can>, and
+      soon the {giant} was free.
+b_end: "Thank you, my friend," said the {giant} <softly>. From that day on, the {giant} and the {beast}
+      shared <treats>. Nobody is too small to help.
     | The {giant} was so <happy> that it <danced>. And after that, it never laughed at the {beast} again.
-    | That evening, the {giant} and the {beast} sat next to <a old> <perch> and ate <treats>. A good heart has no size.
+    | That evening, the {giant} and the {beast} sat next to <a old> <perch> and ate <treats>. A good heart
+      has no size.
 """
 
 # A story that lacks one of these is reported by this name.
@@ -739,7 +953,7 @@ MUST = {
     "mended": "broken thing never mended",
     "sorry": "quarrel never made up",
 }
-PRONOUNS = ["girl", "he", "him", "his", "himself"]  # a wrong one in these columns is a wrong pronoun
+PRONOUNS = ["girl", "he", "him", "his", "himself"]  # a wrong word from these columns is a wrong pronoun
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -772,7 +986,7 @@ class Draw(NamedTuple):
 
 
 class Grammar:
-    """A row is a tuple: its name, its name with an article, its other columns, and then all of these capitalised."""
+    """Both texts, compiled. A row is a tuple: name, name with article, other columns; all capitalised."""
 
     def __init__(self, lists: str, rules: str):
         blocks = re.findall(r"^(\w+), (\w+):(.*)\n((?: .*\n|\n)+)", lists, re.M)
@@ -789,16 +1003,18 @@ class Grammar:
         self.start = self.rule("story")
 
     def _rows(self, header, body):
-        for line in re.sub(r"\n\s*;", " ;", body).strip().splitlines():
+        for line in re.sub(r"\n\s*;", " ;", re.sub(r",\s*\n", ",", body)).strip().splitlines():
             names, *values = (cell.strip() for cell in line.split(";"))
-            for name in names.split(", "):
+            for name in re.split(r",\s*", names):
                 yield self._row(name, dict(zip(header, values, strict=True)))
 
     def _row(self, name, values):
         cells = [name, _article(name) + name, *map(values.get, self.columns[2:])]
-        cells += [cell and cell[0].upper() + cell[1:] for cell in cells]
+        cells += [cell and _capitalised(cell) for cell in cells]
         return tuple(
-            tuple(self._row(option, {}) for option in cell.split(", ")) if cell and ", " in cell else cell
+            tuple(self._row(option, {}) for option in re.split(r",\s*", cell))
+            if cell and "," in cell
+            else cell
             for cell in cells
         )
 
@@ -849,23 +1065,19 @@ class Grammar:
         if token[0] == "{":
             return self._ref(name, column)
         if source:
-            rivals = [
+            rivals = tuple(
                 i for i, other in enumerate(self.variables) if other != name and source in self.sources[other]
-            ]
+            )
             rows = self.lists[source] if source in self.lists else self._ref(source)
-            return Draw(self.variables.index(name), column, rows, tuple(rivals))
+            return Draw(self.variables.index(name), column, rows, rivals)
         if "." in name:  # remembered in a place that nobody refers to
             return Draw(len(self.variables), column, self._ref(name), ())
-        choice = self.rule(name)
-        if article or token[1].isupper():
-            texts = [_article(ops[0]) * bool(article) + ops[0] for ops in choice.alternatives]
-            texts = [text[0].upper() + text[1:] if token[1].isupper() else text for text in texts]
-            choice = choice._replace(
-                alternatives=tuple(
-                    (text, *ops[1:]) for text, ops in zip(texts, choice.alternatives, strict=True)
-                )
-            )
-        return choice
+        alternatives = self.rule(name).alternatives
+        if article:
+            alternatives = tuple((_article(ops[0]) + ops[0], *ops[1:]) for ops in alternatives)
+        if token[1].isupper():
+            alternatives = tuple((_capitalised(ops[0]), *ops[1:]) for ops in alternatives)
+        return self.rule(name)._replace(alternatives=alternatives)
 
     def _ref(self, name, column=0):
         var, _, attribute = name.partition(".")
@@ -878,6 +1090,10 @@ def _article(text):
     return "an " if re.match(r"(?!uni|use|one)[aeiou]|hour|hones", text) else "a "
 
 
+def _capitalised(text):
+    return text[0].upper() + text[1:]
+
+
 def _joined(ops):
     """Let an optional part of a sentence take a space beside it along; make neighbouring texts one."""
     ops = [*ops]
@@ -888,9 +1104,8 @@ def _joined(ops):
                 before, ops[i - 1] = " ", ops[i - 1][:-1]
             elif i + 1 < len(ops) and isinstance(ops[i + 1], str) and ops[i + 1].startswith(" "):
                 after, ops[i + 1] = " ", ops[i + 1][1:]
-            ops[i] = op._replace(
-                alternatives=tuple(_joined([before, *alt, after]) if alt else () for alt in op[0])
-            )
+            full = (_joined([before, *inner, after]) if inner else () for inner in op.alternatives)
+            ops[i] = op._replace(alternatives=tuple(full))
     joined = []
     for op in ops:
         if isinstance(op, str) and joined and isinstance(joined[-1], str):
@@ -914,18 +1129,13 @@ def stories(seed: int, start: int = 0) -> Iterator[tuple[str, float]]:
     generator = random.Random()
     for i in count(start):
         generator.seed(f"{seed} {i}")  # a str: hashed, and stable across versions
-        parts, logprobs = [], []
-        _tell(
-            (GRAMMAR.start,),
-            [None] * (len(GRAMMAR.variables) + 1),
-            parts.append,
-            logprobs.append,
-            generator.random,
-        )
+        memory, parts, logprobs = [None] * (len(GRAMMAR.variables) + 1), [], []
+        _tell((GRAMMAR.start,), memory, parts.append, logprobs.append, generator.random)
         yield "".join(parts), math.fsum(logprobs)
 
 
 def _tell(ops, memory, say, pay, chance):
+    """Tell operations: say what they tell, pay the log-probability of each choice."""
     for op in ops:
         kind = type(op)
         if kind is str:
@@ -944,6 +1154,7 @@ def _tell(ops, memory, say, pay, chance):
 
 
 def _open_rows(draw, memory):
+    """The rows to choose from: all that no rival holds."""
     source = draw.source
     rows = memory[source.var][source.column] if type(source) is Ref else source
     held = [memory[rival] for rival in draw.rivals if memory[rival]]
@@ -974,7 +1185,7 @@ class Miss(NamedTuple):
 
 
 def check(text: str) -> Verdict:
-    """Could the grammar have told this story? Then with what probability; else which rule does it break first?"""
+    """Could the grammar have told this story? With what probability; or which rule does it break first?"""
     text = text.strip()
     for logprobs in derivations(text):
         return Verdict(True, math.fsum(logprobs), None, "")
@@ -999,12 +1210,14 @@ def _beginning():
 
 
 def _parse(text, threads, misses=None, steps=20_000):
-    """Follow each thread (position, what is still to be told, memory, paid) through all choices; yield those that end
-    with the text. With a list for the misses, line breaks are spaces, and each failure is appended."""
+    """Follow each thread (position, what is still to be told, memory, paid) through all choices, and yield
+    those that end with the text. With a list for the misses, each failure is appended, and line breaks are
+    spaces.
+    """
     while threads and steps:
         steps -= 1
         at, todo, memory, paid = threads.pop()
-        while todo:  # until this thread forks, fails, or is through
+        while todo:  # until this thread forks, fails or ends
             ops, i, after = todo
             if i == len(ops):
                 todo = after
@@ -1060,7 +1273,7 @@ def _reach(text, at, expected):
 
 @functools.cache
 def _confusion(ref, spaces):
-    """What may stand for a remembered word: that of another row (group 1), or any; and the rule which that breaks."""
+    """What may stand for a remembered word: one of another row (group 1), or any; and what rule breaks."""
     words, kind = set(), ""
     for source in GRAMMAR.sources[GRAMMAR.variables[ref.var]]:
         var, _, attribute = source.partition(".")
@@ -1071,17 +1284,15 @@ def _confusion(ref, spaces):
                 words.update(option[ref.column] for option in options)
     if GRAMMAR.columns[ref.column % len(GRAMMAR.columns)] in PRONOUNS:
         kind = "pronoun"
-    longest_first = sorted(filter(None, words), key=len, reverse=True)
-    return re.compile(
-        rf"({'|'.join(map(re.escape, longest_first))})\b|\w+" + r" \w+" * spaces
-    ), f"wrong {kind}"
+    known = "|".join(map(re.escape, sorted(filter(None, words), key=len, reverse=True)))
+    return re.compile(rf"({known})\b|\w+" + r" \w+" * spaces), f"wrong {kind}"
 
 
 def _diagnose(text):
     """The first broken rule, and the miss that shows it.
 
-    Near the point that no way to tell the text gets past, pass over one wrong word, or one rule of MUST: that is
-    the flaw if the story goes on well behind it.
+    Near the point that no telling gets past, pass over one wrong word, or one rule of MUST: if the story goes
+    on well behind it, that was the flaw.
     """
     misses = []
     for _ in _parse(text, [_beginning()], misses):
@@ -1089,15 +1300,16 @@ def _diagnose(text):
     furthest = max(misses, key=lambda miss: miss.reach)
     if furthest.reach == len(text):
         return "unfinished", furthest
-    best = 0, False, None
+    best, flaw = (0,), None
     for miss in misses:
         if miss.thread and miss.start >= furthest.reach - 60:
             behind = []
             whole = any(True for _ in _parse(text, [miss.thread], behind))
             reach = len(text) if whole else max((after.reach for after in behind), default=0)
-            if whole or reach >= max(miss.end, furthest.reach) + 20:
-                best = max(best, (reach, miss.known, miss))
-    return (best[2].rule, best[2]) if best[2] else ("not of the grammar", furthest)
+            merit = reach, miss.known, miss.start
+            if merit > best and (whole or reach >= max(miss.end, furthest.reach) + 20):
+                best, flaw = merit, miss
+    return (flaw.rule, flaw) if flaw else ("not of the grammar", furthest)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1111,8 +1323,8 @@ def main():
     parser.add_argument(
         "--check",
         metavar="FILE",
-        help="judge the stories of FILE, or of stdin (-), instead: they end at "
-        "lines of <|endoftext|> or of dashes, else at blank lines",
+        help="judge the stories of FILE instead, or of stdin (-): "
+        "they end at lines of <|endoftext|> or of dashes, or else at blank lines",
     )
     args = parser.parse_args()
     if args.check:

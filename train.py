@@ -550,6 +550,8 @@ class Trainer:
             torch._foreach_copy_(self.average, state["average"] or now)
         self.step, self.best, self.waited = state["step"], state["best"], state["waited"]
         self.evaluated, self.skipped, self.elapsed = state["evaluated"], state["skipped"], state["elapsed"]
+        if self.step:
+            optim.set_lr(self.optimizers, optim.schedule(self.config, self.step - 1))  # as when it was saved
         return self.step
 
 
@@ -664,7 +666,7 @@ def parse(argv: list[str]) -> Plan:
         for change in changes:
             say(f"changed for the rest of the run: {change}")
         made, now = state["provenance"], checkpoint.provenance()
-        for file in ("model.py", "train.py"):
+        for file in ("model.py", "train.py", "optim.py"):
             if made.get(file) != now.get(file):
                 say(f"{file} was changed since this run was saved: the rest may come out differently")
     c = recipes.build(TrainConfig, wanted)
@@ -711,7 +713,7 @@ def last_state(folder: Path) -> dict | None:
     files = [folder / name for name in ("latest.pt", "previous.pt") if (folder / name).exists()]
     for file in files:
         try:
-            return checkpoint.read(file)
+            return checkpoint.read(file) | {"file": file.name}
         except ValueError as error:
             say(f"WARNING: {error}")
     if files:
@@ -813,10 +815,10 @@ def describe(c: TrainConfig, model: GPT, data: prepare.Data, machine: Machine, i
     )
 
 
-def take_folder(folder: Path, model: GPT, step: int) -> FileLock:
+def take_folder(folder: Path, model: GPT, state: dict | None) -> FileLock:
     """
-    Make the folder this run's alone, see that its disk has room, and cut metrics.jsonl back to `step`. The
-    lock is the system's own: it ends with the process, however that ends.
+    Make the folder this run's alone, see that its disk has room, and cut metrics.jsonl back to the step of
+    `state`. The lock is the system's own: it ends with the process, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
@@ -829,8 +831,10 @@ def take_folder(folder: Path, model: GPT, step: int) -> FileLock:
         raise OSError(
             f"checkpoints need {need >> 20:,} MB, and the disk of {folder} has {free >> 20:,} MB left"
         )
-    lines = [line for line in read_metrics(folder) if step and line["step"] <= step]
-    old = () if step else ("latest.pt", "previous.pt", "best.pt", "loss.png")
+    lines = [line for line in read_metrics(folder) if state and line["step"] <= state["step"]]
+    old = () if state else ("latest.pt", "previous.pt", "best.pt", "loss.png")
+    if state and state["file"] == "previous.pt":  # a damaged latest.pt must not take its place
+        old = ("latest.pt",)
     for file in [*folder.glob("*.tmp"), *(folder / name for name in old)]:  # .tmp: a kill while saving
         file.unlink(missing_ok=True)
     temporary = folder / "metrics.tmp"
@@ -971,7 +975,7 @@ def main(argv: list[str]) -> int:
         step = trainer.load_checkpoint(plan.state) if plan.state else 0
         lock = contextlib.nullcontext()
         if machine.rank == 0:  # only now, since it throws away what is after `step`
-            lock = take_folder(folder, model, step)
+            lock = take_folder(folder, model, plan.state)
         say(f"going on with {folder} at step {step:,}" if plan.state else f"run      {folder}")
     except (ValueError, FileNotFoundError) as error:
         return fail(error, 2)

@@ -1,5 +1,5 @@
 """
-A plain Llama (RMSNorm, RoPE, SwiGLU, no bias), the shape that other programs read: python export.py --to hf DIR.
+A plain Llama (RMSNorm, RoPE, SwiGLU, no bias), which other programs read: python export.py --to hf DIR.
 7.2M parameters, 16% of them embeddings (also the head). Meant for one GPU.
 """
 

@@ -1,6 +1,6 @@
 """
 The Small Language Model of the seeds: GPT-2 style (LayerNorm, learned positions, GELU, biases, dropout) with
-GPT-2's own tokenizer. 51.1M parameters, 51% of them embeddings (the tokens' is also the head). Meant for one GPU.
+GPT-2's own tokenizer. 51.1M parameters, 51% of them embeddings (also the head). Meant for one GPU.
 """
 
 dataset = "tinystories"

@@ -345,6 +345,13 @@ def test_a_torn_line_of_metrics_is_cut_off(here):
     assert lines("run") == lines("straight")
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(here):
+    assert here("run", stop_after=18) == 143
+    os.truncate("run/latest.pt", 5000)
+    assert here("run", "--resume", stop_after=17) == 143 and "at step 15" in here.said
+    assert checkpoint.read("run/latest.pt")["step"] == 17 and checkpoint.read("run/previous.pt")["step"] == 15
+
+
 def test_what_a_kill_left_behind_is_cleared(here):
     assert here("run", stop_after=10) == 143
     shutil.copy("run/latest.pt", "run/latest.pt.99999.tmp")

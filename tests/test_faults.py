@@ -150,9 +150,8 @@ class Watch:
 
     def __init__(self, tmp_path: Path, corpus: Path, seed: int):
         self.root, self.argv, self.draw = tmp_path, words(corpus, **RUN), random.Random(seed)
-        self.table: dict[
-            str, list[int]
-        ] = {}  # fault -> times injected, survived, lost, most updates made again
+        self.table: dict[str, list[int]] = {}  # fault -> injected, survived, lost, most updates made again
+        self.damaged = b""  # what latest.pt was turned into
         for name in ("warm-up", "straight"):  # the first one waits for the fork server to start
             began, self.straight = time.monotonic(), self.folder(name)
             assert Program(self.argv, self.straight.parent).wait() == 0
@@ -162,11 +161,15 @@ class Watch:
         (self.root / name).mkdir()
         return self.root / name / "run"
 
-    def once(self, folder: Path, fault: str | None, allowed: int) -> tuple[bool, int]:
+    def once(self, folder: Path, fault: str | None) -> tuple[bool, int]:
         """
         Start or resume the run, with one fault on the way. -> (whether it is finished, updates that the start
-        had to make again). `allowed`: how many these may be.
+        had to make again).
         """
+        latest = folder / "latest.pt"
+        if latest.exists() and latest.read_bytes() != self.damaged:
+            self.damaged = b""  # there is a newer one
+        allowed = 2 * INTERVAL if self.damaged else INTERVAL
         done = max((x["step"] for x in train.read_metrics(folder) if x["split"] == "train"), default=0)
         saved = (folder / "latest.pt").exists() or (folder / "previous.pt").exists()
         begun = (folder / "metrics.jsonl").exists()
@@ -193,21 +196,19 @@ class Watch:
 
     def disturb(self, name: str, faults: list[str]) -> None:
         """One run with these faults, one after the other, and then to its end."""
-        folder, injected, allowed = self.folder(name), [], INTERVAL
+        folder, injected, self.damaged = self.folder(name), [], b""
         for fault in faults:
-            finished, lost = self.once(folder, fault, allowed)
+            finished, lost = self.once(folder, fault)
             self.note(injected, lost)
             if finished and fault != "disk full at one save":
                 break  # it was over before the fault could strike
             injected.append(fault)
-            allowed = INTERVAL
             if OTHERS.get(fault) in ("flip", "cut") and (folder / "previous.pt").exists():
                 self.damage(folder / "latest.pt", OTHERS[fault])
-                allowed = 2 * INTERVAL
             if finished:
                 break
         else:
-            finished, lost = self.once(folder, None, allowed)
+            finished, lost = self.once(folder, None)
             self.note(injected, lost)
         assert finished
         equal = lines(folder) == lines(self.straight) and same(kept(folder), kept(self.straight))
@@ -233,6 +234,7 @@ class Watch:
         else:
             content[place] ^= 1 << self.draw.randrange(8)
         file.write_bytes(content)
+        self.damaged = bytes(content)
 
     def print(self) -> None:
         order = {name: i for i, name in enumerate([*STAGES, *OTHERS])}

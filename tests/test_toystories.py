@@ -1,4 +1,4 @@
-"""The built-in corpus: what the grammar promises (proved on its data), and what the stories keep (sampled)."""
+"""The built-in corpus: what the grammar promises (proved on its data), what the stories keep (sampled)."""
 
 import hashlib
 import math
@@ -20,7 +20,7 @@ ROOT = Path(toystories.__file__).parent
 SAMPLE = list(islice(stories(seed=0), 2000))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Proofs about the grammar's data
 
 
@@ -58,7 +58,7 @@ def walk(grammar, ops, known, rule=""):
         elif isinstance(op, Ref):
             assert op.var in known, f"{rule}: {grammar.variables[op.var]} is not drawn yet"
             assert all(isinstance(row[op.column], str) for row in known[op.var]), (
-                f"{rule}: {grammar.variables[op.var]} has no {grammar.columns[op.column % len(grammar.columns)]}"
+                f"{rule}: {grammar.variables[op.var]} has no column {op.column}"
             )
     return known
 
@@ -105,9 +105,9 @@ def recall(grammar, ref, own, shared):
 
 
 def heads(grammar, todo, own, shared):
-    """The next texts of what is still to be told: (text, todo, own, shared), where the text is None at the end.
+    """The next texts of what is still to be told: (text, todo, own, shared); the text is None at the end.
 
-    `own` has the rows drawn on this side, behind the choice; `shared` those drawn before it, guessed when needed.
+    `own` has the rows drawn on this side, behind the choice; `shared` those drawn before, guessed on demand.
     """
     while todo and todo[1] == len(todo[0]):
         todo = todo[2]
@@ -258,7 +258,7 @@ def test_the_proof_can_fail():
         ("story: <hero=kid> ran. | <hero=kid> <run>.\nrun: ran | hid\n", True),
         ("story: <hero=kid> saw a <b>\nb: bee. | bee[tle. | hive.]\n", False),
         (
-            "story: <hero=kid> and <friend=kid> sat. {hero} fell. | <hero=kid> and <friend=kid> sat. {friend} fell.\n",
+            "story: <hero=kid> and <friend=kid> sat. {hero}. | <hero=kid> and <friend=kid> sat. {friend}.\n",
             False,
         ),
         ("story: He <hero=kid> sat. {he}. | He <friend=kid> sat. {friend.he}.\n", True),
@@ -333,9 +333,7 @@ def test_the_entropy_is_what_the_samples_cost():
     costs = [-logprob for _, logprob in SAMPLE]
     mean = sum(costs) / len(costs)
     error = (sum((cost - mean) ** 2 for cost in costs) / len(costs) ** 2) ** 0.5
-    print(
-        f"entropy {entropy / math.log(2):.2f} bits a story, sampled {mean / math.log(2):.2f} +- {error / math.log(2):.2f}"
-    )
+    print("bits a story:", *(f"{nats / math.log(2):.2f}" for nats in (entropy, mean, error)))
     assert abs(mean - entropy) < 4 * error
 
 
@@ -357,6 +355,19 @@ def test_probabilities_are_those_that_are_drawn():
     assert chances == pytest.approx([0.25, 0.75])
 
 
+def test_what_is_drawn_twice_differs(monkeypatch):
+    lists = "kid, name:\n    Tom, Lily, Max\n"
+    grammar = Grammar(lists, "story: <hero=kid> [and <friend=kid> | alone], <third=kid>\n")
+    monkeypatch.setattr(toystories, "GRAMMAR", grammar)
+    counts = Counter(islice(stories(seed=0), 3000))
+    assert len(counts) == 6 + 6
+    for (text, logprob), n in counts.items():
+        assert logprob == pytest.approx(math.log(1 / 12)), text
+        assert len(set(re.findall(r"[A-Z]\w+", text))) == 3 - ("alone" in text)
+        assert check(text).logprob == logprob
+        assert 180 < n < 330, text  # 250 expected, 15 the standard deviation
+
+
 def test_names_are_drawn_evenly():
     names = [row[0] for row in GRAMMAR.lists["kid"]]
     first = re.compile(rf"\b({'|'.join(names)})\b")
@@ -366,15 +377,15 @@ def test_names_are_drawn_evenly():
     assert chi_square < 95, counts  # 47 degrees of freedom: 1 in 20,000 exceeds it
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Stories
 
 
 def test_the_corpus_has_not_changed():
     texts = "\n\n".join(text for text, _ in SAMPLE[:100])
-    assert (toystories.VERSION, hashlib.sha256(texts.encode()).hexdigest()) == ("1", "@SHA@"), (
-        "see the docstring"
-    )
+    digest = hashlib.sha256(texts.encode()).hexdigest()
+    expected = "59dbcd3384dd984f7193ddb33df6e3956b049830e6fa3501febfb12b27092044"
+    assert (toystories.VERSION, digest) == ("1", expected), "other stories need another VERSION"
 
 
 def test_a_story_depends_on_seed_and_number_only():
@@ -423,16 +434,12 @@ def test_stories_and_words_are_many(count, words):
     assert len(set(texts)) > 0.999 * count
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Broken stories
 
 
-def last(pattern, text):
-    return [*re.finditer(pattern, text)][-1]
-
-
 def swapped(text, words, sample):
-    """The text with the last of the words in it replaced by another one; None if there is none, or only once."""
+    """The text with the last of these words exchanged; None if that word did not come before."""
     found = [*re.finditer(rf"\b({'|'.join(map(re.escape, words))})\b", text)]
     if len(found) < 2 or not any(m[0] == found[-1][0] for m in found[:-1]):
         return None
@@ -459,29 +466,29 @@ TOYS = sorted((row[0] for row in GRAMMAR.lists["toy"]), key=len, reverse=True)
 )
 def test_a_wrong_word_late_in_a_story_is_named(words, rule, openings):
     verdicts = Counter()
-    for number, (text, _) in enumerate(SAMPLE[:600]):
+    for number, (text, _) in enumerate(SAMPLE[:300]):
         wrong = swapped(text, words, number) if re.search(openings, text) else None
         if wrong:
             verdicts[check(wrong).rule] += 1
     print(rule, verdicts)
-    assert verdicts[rule] >= 0.9 * verdicts.total() > 20, verdicts
-    assert None not in verdicts
+    assert verdicts[rule] >= 0.98 * verdicts.total() > 10, verdicts
 
 
 def test_a_wrong_pronoun_is_named():
     verdicts = Counter()
-    for text, _ in SAMPLE[:600]:
-        found = last(r"\b(he|she|He|She)\b", text) if re.search(r"\b(he|she|He|She)\b", text) else None
+    for text, _ in SAMPLE[:200]:
+        found = [*re.finditer(r"\b(he|she|He|She)\b", text)]
         if found:
-            other = {"he": "she", "she": "he", "He": "She", "She": "He"}[found[0]]
-            verdicts[check(text[: found.start()] + other + text[found.end() :]).rule] += 1
+            last = found[-1]
+            other = {"he": "she", "she": "he", "He": "She", "She": "He"}[last[0]]
+            verdicts[check(text[: last.start()] + other + text[last.end() :]).rule] += 1
     print(verdicts)
-    assert verdicts["wrong pronoun"] >= 0.98 * verdicts.total() > 300, verdicts
+    assert verdicts["wrong pronoun"] >= 0.98 * verdicts.total() > 100, verdicts
 
 
 def test_a_story_cut_short_is_unfinished():
     verdicts = Counter()
-    for number, (text, _) in enumerate(SAMPLE[:400]):
+    for number, (text, _) in enumerate(SAMPLE[:200]):
         cut = text[: 1 + number * 7919 % (len(text) - 1)].rstrip()
         verdict = check(cut)
         verdicts[verdict.rule] += 1
@@ -494,7 +501,7 @@ def test_a_story_without_its_turn_is_told_so():
     must = "|".join(toystories.MUST)
     marked = Grammar(LISTS, re.sub(rf"<({must})>", r"#\1 <\1>#", RULES))
     verdicts = Counter()
-    for seed in range(600):
+    for seed in range(400):
         parts = []
         memory = [None] * (len(marked.variables) + 1)
         toystories._tell((marked.start,), memory, parts.append, [].append, random.Random(seed).random)
@@ -531,7 +538,7 @@ def test_garbage_is_not_of_the_grammar(text):
 
 
 def test_what_stands_in_the_middle_or_behind_is_seen():
-    for text, _ in SAMPLE[:100]:
+    for text, _ in SAMPLE[:40]:
         half = text.index(" ", len(text) // 2)
         assert check(text + " And then the moon sneezed.").rule == "not of the grammar"
         verdict = check(text[:half] + " xyzzy" + text[half:])
@@ -555,7 +562,7 @@ def test_a_changed_word_never_goes_unseen():
             assert verdict.ok or verdict.detail
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The command line
 
 
