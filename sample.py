@@ -409,7 +409,7 @@ def choose(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 def lay_out(model: GPT) -> None:
     """
-    Lay matrices out by column, in which a CPU multiplies one row by them 1.2 to 3 times as fast: the same
+    Lay matrices out by column, in which a CPU multiplies one row by them faster: the same
     numbers, in another order in memory. Not for a model that goes on training: its optimizer would lag.
     """
     for weight in model.parameters():
