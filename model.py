@@ -38,6 +38,7 @@ class GPTConfig:
     norm_eps: float = 1e-5  # added to the mean square (RMSNorm) or the variance (LayerNorm)
     norm_weight: bool = True  # learned scale in the norms; False as in nanochat
     embed_norm: bool = False  # one more norm right after the embedding
+    pairs: int = 0  # rows of a second embedding, of this token and the one before it, by a hash; 0 = none
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (arXiv 2302.05442), as in Qwen3
     position: str = "rope"  # rope | learned | sinusoidal | shaw | alibi | none
     rope_theta: float = 10000.0  # base of RoPE's and the sinusoids' wave lengths
@@ -217,23 +218,31 @@ class Block(nn.Module):
 
 
 class Embedder(nn.Module):
-    """ids (B, T) and their positions (T,) or (B, T) -> (B, T, n_embd)."""
+    """
+    ids (B, T) and their positions (T,) or (B, T) -> (B, T, n_embd). `before` (B, 1): the ids to the left of
+    these, where a cache goes on; at position 0 there are none.
+    """
 
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.config = c
         self.tokens = nn.Embedding(c.padded_vocab, c.n_embd)
         self.positions = nn.Embedding(c.block_size, c.n_embd) if c.position == "learned" else None
+        self.pairs = nn.Embedding(c.pairs, c.n_embd) if c.pairs else None
         self.norm = NORMS[c.norm](c) if c.embed_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(self, idx: Tensor, position: Tensor) -> Tensor:
+    def forward(self, idx: Tensor, position: Tensor, before: Tensor | None = None) -> Tensor:
         x = self.tokens(idx)
         if self.positions is not None:
             x = x + self.positions(position)
         elif self.config.position == "sinusoidal":
             x = x + sinusoids(position, self.config.n_embd, self.config.rope_theta).to(x.dtype)
-        return self.drop(self.norm(x))
+        x = self.norm(x)
+        if self.pairs is not None:
+            row = hash_pairs(idx, before, self.config.pairs)
+            x = x + self.pairs(row) * (position > 0).unsqueeze(-1)
+        return self.drop(x)
 
 
 class Core(nn.Module):
@@ -306,9 +315,11 @@ class GPT(nn.Module):
         `last` gives the logits of the last position only, (B, 1, vocab_size).
         """
         position, place = locate(self.config, idx, cache, segments)
-        x = self.core(self.embedder(idx, position), place, cache)
+        before = () if cache is None or cache.last is None else (cache.last,)
+        x = self.core(self.embedder(idx, position, *before), place, cache)
         if cache is not None:
             cache.seen += idx.shape[1]
+            cache.last = idx[:, -1:] if self.config.pairs else None
         if targets is not None:
             return self.head.loss(x, targets)
         return self.head(x[:, -1:] if last else x), None
@@ -435,6 +446,9 @@ def locate(
     position = torch.arange(T, device=idx.device) + seen
     if start is not None:
         position = (position - start[:, None]).clamp(min=0)  # (B, T): rows were padded on the left
+    if segments is not None:  # each begins at position 0, as if it stood alone
+        begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+        position = position - (position * begins).cummax(dim=1).values
     rope = None
     if c.position == "rope":
         rope = rope_table(position if position.ndim == 1 else position[:, None], c.head_dim, c.rope_theta)
@@ -481,6 +495,7 @@ class KVCache:
         shape = (c.n_layer, batch, c.kv_heads, self.size, c.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
         self.start, self.seen = start, 0
+        self.last: Tensor | None = None  # (B, 1): the id before those to come, kept if the embedder asks
 
     def distance(self) -> Tensor:
         """How far back each column in use stands from the token to come: (columns,)."""
@@ -504,6 +519,7 @@ class KVCache:
         """Make these rows of the batch the batch; a row may come more than once."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.start = None if self.start is None else self.start[rows]
+        self.last = None if self.last is None else self.last[rows]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -542,6 +558,15 @@ def sinusoids(position: Tensor, dim: int, theta: float) -> Tensor:
     """Fixed positions (Vaswani et al. 2017, arXiv 1706.03762): (...,) -> (..., dim), sines in even places."""
     cos, sin = rope_table(position, dim + dim % 2, theta)
     return torch.stack((sin, cos), dim=-1).flatten(-2)[..., :dim]
+
+
+def hash_pairs(idx: Tensor, before: Tensor | None, rows: int) -> Tensor:
+    """
+    The row for each id (B, T) and the one to its left; different pairs may meet in one row. An embedding of
+    pairs costs no arithmetic (hashed n-grams: Joulin et al. 2017, arXiv 1607.01759, section 2.2).
+    """
+    left = torch.cat((idx[:, :1] if before is None else before, idx[:, :-1]), dim=1)
+    return (left * 1_000_003 + idx) % rows
 
 
 def alibi_slopes(heads: int, device=None) -> Tensor:
@@ -645,6 +670,45 @@ INITS: dict[str, Callable[[GPTConfig, str, int], float]] = {
     "zero": zero_std,
     "fan_in": fan_in_std,
 }
+
+
+@torch.no_grad()
+def start_from_pairs(model: GPT, ids: Tensor, prior: float = 20.0) -> None:
+    """
+    Set embedding and head so that the model begins as the best bigram model of rank n_embd - 1 of the text
+    `ids` (N,) int64, rather than as one that knows nothing: for blocks that start as the identity
+    (init="zero") and a head that is not tied.
+
+    With n(a, b) the count of b after a, n(b) that of b and P(b) = n(b) / N, and `prior` counts spread as P,
+    log P(b | a) = log P(b) + log(1 + n(a, b) / (prior P(b))) + something that only hangs on a, which a softmax
+    does not see. The middle term is 0 for pairs that never came, so its factors are those of a sparse matrix.
+    """
+    c = model.config
+    V, rank, device = c.padded_vocab, c.n_embd - 1, ids.device
+    pairs, n = torch.unique(ids[:-1] * V + ids[1:], return_counts=True)
+    a, b = pairs // V, pairs % V
+    count = torch.bincount(ids, minlength=V).float() + 0.5
+    p = count / count.sum()
+    weight = count.sqrt()  # frequent tokens matter more: least squares over the text, not over the vocabulary
+    value = torch.log1p(n / (prior * p[b])) * weight[a]
+    table = torch.sparse_coo_tensor(torch.stack((a, b)), value, (V, V)).coalesce()  # (V, V), of weight * term
+    generator = torch.Generator(device).manual_seed(0)
+    q = torch.randn(V, min(V, rank + 8), generator=generator, device=device)
+    for _ in range(3):  # randomized subspace iteration (Halko et al. 2011, arXiv 0909.4061)
+        q = torch.linalg.qr(table.t() @ torch.linalg.qr(table @ q).Q).Q
+    u, s, _ = torch.linalg.svd(table @ q, full_matrices=False)
+    e = u[:, :rank] * s[:rank] / weight[:, None]
+    e = torch.cat((e, 0.3 * e.norm(dim=1).median().expand(V, 1)), dim=1)  # the last one carries log P(b)
+    e = F.normalize(e) * c.n_embd**0.5  # as a norm sees it
+    # the head by least squares: e @ h = log P(b) + the middle term, in the mean over the text
+    left = e * weight[:, None]
+    right = left.t() @ table + (left.t() @ weight)[:, None] * p.log()
+    gram = left.t() @ left
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+    h = torch.linalg.solve(gram, right)
+    turn = torch.linalg.qr(torch.randn(c.n_embd, c.n_embd, generator=generator, device=device)).Q
+    model.embedder.tokens.weight.copy_(e @ turn)  # no dimension is special
+    model.head.linear.weight.copy_((turn.t() @ h).t())
 
 
 def init_weights(model: GPT, given: list[nn.Module]) -> None:

@@ -72,16 +72,16 @@ def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group["base_lr"] * factor
 
 
-def points(text: str) -> list[tuple[float, float]]:
-    """'0:0.0, 500:0.1' -> [(0, 0.0), (500, 0.1)]. ValueError unless steps rise and values are in [0, 1)."""
+def points(name: str, text: str, low: float = 0.0, high: float = 0.999) -> list[tuple[float, float]]:
+    """'0:0.0, 500:0.1' -> [(0, 0.0), (500, 0.1)]. ValueError unless steps rise and values fit."""
     try:
         found = [(float(step), float(value)) for step, value in (pair.split(":") for pair in text.split(","))]
     except ValueError:
-        raise ValueError(f"dropout_schedule is a list like '0:0.0, 500:0.1', not {text!r}") from None
+        raise ValueError(f"{name} is a list like '0:0.0, 500:0.1', not {text!r}") from None
     if sorted({step for step, _ in found}) != [step for step, _ in found]:
-        raise ValueError(f"the steps of dropout_schedule must rise: {text!r}")
-    if not all(0 <= value < 1 for _, value in found):
-        raise ValueError(f"dropout must be at least 0 and less than 1: {text!r}")
+        raise ValueError(f"the steps of {name} must rise: {text!r}")
+    if not all(low <= value <= high for _, value in found):
+        raise ValueError(f"the values of {name} must be between {low} and {high}: {text!r}")
     return found
 
 

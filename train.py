@@ -37,7 +37,7 @@ import config as recipes
 import evaluate
 import optim
 import prepare
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, start_from_pairs
 from tokenizer import Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------
@@ -67,6 +67,8 @@ class TrainConfig:
     source: str = ""  # where prepare.py finds a data set that is not there yet: a path or a Hub id
     fallback: str = ""  # a data set for where this one cannot be reached
     story_windows: bool = False  # windows begin at the starts of stories rather than one behind the other
+    context_schedule: str = ""  # shorter windows first, by share of the run: "0:64, 0.4:256"; empty = none
+    pair_tokens: int = 0  # embedding and head start from the pairs in this many training tokens; 0 = off
     cross_stories: bool = True  # False: attention does not look back into the story before
     eval_tokens: int = 0  # tokens of the validation file that an evaluation reads; 0 = all
     # -- optimizer
@@ -116,8 +118,23 @@ class TrainConfig:
         if max(self.beta1, self.beta2, self.muon_momentum, self.ema) >= 1 or self.decay_share > 1:
             raise ValueError("beta1, beta2, muon_momentum and ema must be less than 1, decay_share at most 1")
         if self.dropout_schedule:
-            optim.points(self.dropout_schedule)
+            optim.points("dropout_schedule", self.dropout_schedule)
+        if self.pair_tokens and (self.model.tied or self.init_from):
+            raise ValueError("pair_tokens needs a new model with a head of its own: tied=False, no init_from")
         self.model.validate()
+        self.stages()
+
+    def stages(self) -> list[tuple[int, int]]:
+        """context_schedule as (first update, tokens in a window), the last as long as the context."""
+        if not self.context_schedule:
+            return [(0, self.model.block_size)]
+        T, end = self.model.block_size, self.lr_decay_iters or self.max_iters
+        points = optim.points("context_schedule", self.context_schedule, 1, T)
+        found = [(round(share * end), int(length)) for share, length in points]
+        if points[0][0] or points[-1][0] > 1 or points[-1][1] != T or any(T % length for _, length in points):
+            raise ValueError(f"context_schedule={self.context_schedule!r} must go from 0 to a share of the run, "
+                             f"and over lengths that divide block_size to block_size={T}")  # fmt: skip
+        return found
 
 
 # a run that goes on may change these; others would silently make it another model or order of the data
@@ -227,12 +244,14 @@ def set_up(machine: Machine, c: TrainConfig) -> None:
 class Batches:
     """
     Row r of update s is window perm[(s * rows + r) mod W] of that epoch's permutation of the W windows. Each
-    process takes a fixed slice of the rows, so the batch does not depend on how many there are.
+    process takes a fixed slice of the rows, so the batch does not depend on how many there are. A stage of
+    context_schedule has windows of `length` tokens and permutations of its own, and counts from its `first`
+    update; an update has as many tokens in every stage.
     """
 
-    def __init__(self, c: TrainConfig, data: prepare.Data, machine: Machine):
-        self.c, self.ids, self.machine = c, data.train, machine
-        T = c.model.block_size
+    def __init__(self, c: TrainConfig, data: prepare.Data, machine: Machine, length=0, first=0, stage=0):
+        self.c, self.ids, self.machine, self.first, self.stage = c, data.train, machine, first, stage
+        self.length = T = length or c.model.block_size
         if c.story_windows:  # a window begins with the end-of-text before a story
             ends = np.flatnonzero(self.ids == data.tokenizer.eot)
             self.starts = ends[ends + T + 1 <= len(self.ids)]
@@ -241,11 +260,11 @@ class Batches:
         if not len(self.starts):
             raise ValueError(f"{data.folder}/train.bin has {len(self.ids):,} tokens, too few for one window "
                              f"of block_size={T} and its next token")  # fmt: skip
-        A, B, world = c.gradient_accumulation_steps, c.batch_size, machine.world
-        if A % world and B % world:
-            raise ValueError(
-                f"{world} processes divide neither gradient_accumulation_steps={A} nor batch_size={B}"
-            )
+        A, world = c.gradient_accumulation_steps, machine.world
+        B = c.batch_size * c.model.block_size // T
+        if A % world and c.batch_size % world:
+            raise ValueError(f"{world} processes divide neither gradient_accumulation_steps={A} nor "
+                             f"batch_size={c.batch_size}")  # fmt: skip
         rows = np.arange(A * B).reshape(A, B)  # micro-batches by rows
         share = np.split(rows, world, axis=A % world and 1)[machine.rank]
         self.rows, self.per_step = share, A * B
@@ -253,12 +272,12 @@ class Batches:
 
     def windows(self, step: int) -> np.ndarray:
         """Where the windows of this process' rows begin at `step`: (micro-batches, rows)."""
-        at, W = step * self.per_step + self.rows, len(self.starts)
+        at, W = (step - self.first) * self.per_step + self.rows, len(self.starts)
         epochs = at // W
         order = np.empty_like(at)
         for epoch in np.unique(epochs):
             if epoch not in self.permutations:
-                generator = np.random.default_rng([self.c.seed, int(epoch)])
+                generator = np.random.default_rng([self.c.seed, int(epoch), self.stage])
                 self.permutations = {e: p for e, p in self.permutations.items() if e >= epoch - 1}
                 self.permutations[int(epoch)] = generator.permutation(W)
             inside = epochs == epoch
@@ -266,8 +285,8 @@ class Batches:
         return self.starts[order]
 
     def __call__(self, step: int):
-        """This process' micro-batches of `step`: (idx, targets), each (rows, block_size), on the device."""
-        reach = np.arange(self.c.model.block_size + 1)
+        """This process' micro-batches of `step`: (idx, targets), each (rows, length), on the device."""
+        reach = np.arange(self.length + 1)
         for starts in self.windows(step):
             tokens = torch.from_numpy(self.ids[starts[:, None] + reach].astype(np.int64))
             if self.machine.device.type == "cuda":
@@ -300,17 +319,18 @@ class Trainer:
         self.model = model.to(self.machine.device)
         self.compiled = self.model  # what is called; the weights are those of self.model
         self.out_dir = Path(out_dir) if out_dir else None
-        self.batches = Batches(c, data, self.machine)
+        self.stages = [Batches(c, data, self.machine, T, first, stage)
+                       for stage, (first, T) in enumerate(c.stages())]  # fmt: skip
         if self.out_dir:
             self.out_dir.mkdir(parents=True, exist_ok=True)
         fused = self.machine.device.type in ("cuda", "cpu")
         self.optimizers = optim.build(self.model, c, fused)
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.scales)
         self.average = [p.detach().clone() for p in self.model.parameters()] if c.ema else None
-        self.dropout = optim.points(c.dropout_schedule) if c.dropout_schedule else None
+        self.dropout = optim.points("dropout_schedule", c.dropout_schedule) if c.dropout_schedule else None
         self.bytes = evaluate.token_bytes(data.tokenizer)
         self.origin = {"data": fingerprint(data), "provenance": checkpoint.provenance()}  # as they are now
-        self.tokens_per_step = self.batches.per_step * c.model.block_size
+        self.tokens_per_step = self.stages[0].per_step * self.stages[0].length
         self.step = 0  # finished updates
         self.best = math.inf  # validation loss
         self.waited = 0  # evaluations since the best one
@@ -334,14 +354,15 @@ class Trainer:
             optim.set_dropout(self.model, optim.interpolate(self.dropout, step))
         self.model.train()
         total = torch.zeros((), device=self.machine.device)
-        for micro, (idx, targets) in enumerate(self.batches(step)):
+        batches = self.batches(step)
+        for micro, (idx, targets) in enumerate(batches(step)):
             if c.model.dropout or self.dropout:  # dropout depends on where we are, not on how we came here
                 words = np.random.SeedSequence([c.seed, step, micro, self.machine.rank]).generate_state(2)
                 torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
             segments = None if c.cross_stories else (idx == self.data.tokenizer.eot).cumsum(dim=1)
             with self.machine.autocast():
                 loss = self.compiled(idx, targets, segments=segments)[1]
-            loss = loss / len(self.batches.rows)  # every row has block_size targets: the mean of means
+            loss = loss / len(batches.rows)  # every row has as many targets: the mean of means
             self.scaler.scale(loss).backward()
             total += loss.detach()
         params = [p for p in self.model.parameters() if p.grad is not None]
@@ -354,6 +375,10 @@ class Trainer:
         self.timed[0] += self.tokens_per_step
         self.timed[1] += time.perf_counter() - began
         return {"loss": loss, "lr": c.learning_rate * lr, "grad_norm": norm}
+
+    def batches(self, step: int) -> Batches:
+        """Those of the stage that `step` is in."""
+        return next(batches for batches in reversed(self.stages) if batches.first <= step)
 
     def sum_over_processes(self, params: list[torch.Tensor], loss: torch.Tensor) -> float:
         """One all-reduce: the mean of gradients and loss, and whether a process was asked to stop."""
@@ -401,7 +426,7 @@ class Trainer:
         began = time.perf_counter()
         try:
             compiled = torch.compile(self.model)
-            idx, targets = next(self.batches(self.step))
+            idx, targets = next(self.batches(self.step)(self.step))
             segments = None if self.config.cross_stories else torch.zeros_like(idx)
             self.model.train()
             with self.machine.autocast():
@@ -965,6 +990,8 @@ def main(argv: list[str]) -> int:
         if model is None:
             c.model.vocab_size = data.tokenizer.vocab_size
             model = GPT(c.model)
+            if c.pair_tokens and not plan.state:
+                start_from_pairs(model, torch.from_numpy(data.train[: c.pair_tokens].astype(np.int64)))
         iters = c.max_iters or plan.recipe.get("max_iters", TrainConfig.max_iters)
         say(describe(c, model, data, machine, iters))
         if not c.max_iters:

@@ -193,16 +193,16 @@ def test_schedules_between_their_corners():
 def test_points_make_triangle_linear_and_constant():
     """stlm.md, section 18: triangle(0, 0.1, 100 iterations, 4 cycles)."""
     peaks = [f"{12.5 * i}:{0.1 * (i % 2)}" for i in range(9)]
-    triangle = optim.points(", ".join(peaks))
+    triangle = optim.points("dropout_schedule", ", ".join(peaks))
     for start in (0, 25, 50, 75):
         found = [optim.interpolate(triangle, start + step) for step in (0, 5, 10, 15, 20, 25)]
         assert found == pytest.approx([0, 0.04, 0.08, 0.08, 0.04, 0])
-    linear = optim.points("10:0.0,20:0.5")
+    linear = optim.points("dropout_schedule", "10:0.0,20:0.5")
     assert [optim.interpolate(linear, s) for s in (0, 10, 15, 20, 99)] == [0, 0, 0.25, 0.5, 0.5]
-    assert [optim.interpolate(optim.points("0:0.3"), s) for s in (0, 7)] == [0.3, 0.3]
+    assert [optim.interpolate(optim.points("dropout_schedule", "0:0.3"), s) for s in (0, 7)] == [0.3, 0.3]
     for wrong in ("0.1", "0:0.1,0:0.2", "5:0.1,3:0.2", "0:1.0", "0:-0.1", "a:b", "0:0.1;5:0.2", "0:nan"):
         with pytest.raises(ValueError):
-            optim.points(wrong)
+            optim.points("dropout_schedule", wrong)
 
 
 def test_dropout_follows_its_points_in_every_layer(monkeypatch):
