@@ -67,7 +67,7 @@ class TrainConfig:
     source: str = ""  # where prepare.py finds a data set that is not there yet: a path or a Hub id
     fallback: str = ""  # a data set for where this one cannot be reached
     story_windows: bool = False  # windows begin at the starts of stories rather than one behind the other
-    cross_stories: bool = True  # False: attention does not look back into the story before
+    cross_stories: bool = True  # False: no attention to the story before, in training and in evaluation
     eval_tokens: int = 0  # tokens of the validation file that an evaluation reads; 0 = all
     # -- optimizer
     optimizer: str = "adamw"  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
@@ -418,12 +418,13 @@ class Trainer:
     def val_step(self) -> dict[str, float]:
         """Loss (nats a token) and bits per byte of the validation file, of the averaged weights if kept."""
         c, machine = self.config, self.machine
-        ids = self.data.val[: c.eval_tokens or None]
-        batches = evaluate.windows(ids, self.data.tokenizer.eot, c.model.block_size, c.batch_size)
+        ids, eot = self.data.val[: c.eval_tokens or None], self.data.tokenizer.eot
+        batches = evaluate.windows(ids, eot, c.model.block_size, c.batch_size)
         mine = (batch for i, batch in enumerate(batches) if i % machine.world == machine.rank)
         self.model.eval()
         with self.averaged(), machine.autocast():
-            sums = torch.tensor(evaluate.total_nats(self.compiled, mine, machine.device), dtype=torch.float64)
+            found = evaluate.total_nats(self.compiled, mine, machine.device, None if c.cross_stories else eot)
+        sums = torch.tensor(found, dtype=torch.float64)
         if machine.world > 1:
             sums = sums.to(machine.device)
             all_reduce(sums)

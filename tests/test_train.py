@@ -659,12 +659,14 @@ def test_resuming_in_another_precision(before, after, here):
 # Metrics
 
 
-def slow_bpb(model: GPT, ids: list[int], tok) -> tuple[float, float]:
+def slow_bpb(model: GPT, ids: list[int], tok, cross_stories: bool = True) -> tuple[float, float]:
     """(nats a token, bits per byte), one token at a time: fixed windows, end-of-text before the first."""
     T, nats, size = model.config.block_size, 0.0, 0
     stream = [tok.eot, *ids]
     for i, target in enumerate(ids):
         start = i - i % T  # of this token's window
+        if not cross_stories:  # of its story, where that is nearer (RoPE knows distances only)
+            start = max([start, *(k for k in range(start, i + 1) if stream[k] == tok.eot)])
         with torch.no_grad():
             logits, _ = model.eval()(torch.tensor([stream[start : i + 1]]))
         nats -= F.log_softmax(logits[0, -1].double(), -1)[target].item()
@@ -684,6 +686,25 @@ def test_bits_per_byte_against_a_slow_formula(eval_tokens, batch_size):
     assert torch.equal(state, torch.get_rng_state()), "draws on no random state"
     loss, bpb = slow_bpb(t.model, data.val[: eval_tokens or None].tolist(), data.tokenizer)
     assert result["loss"] == pytest.approx(loss, rel=1e-5) and result["bpb"] == pytest.approx(bpb, rel=1e-5)
+
+
+def test_evaluation_keeps_stories_apart_where_training_does():
+    t, crossing = trainer(cross_stories=False, eval_tokens=0), trainer(eval_tokens=0)
+    loss, _ = slow_bpb(t.model, t.data.val.tolist(), t.data.tokenizer, cross_stories=False)
+    assert t.val_step()["loss"] == pytest.approx(loss, rel=1e-6)
+    assert crossing.val_step()["loss"] != pytest.approx(loss, rel=1e-6), "no empty claim"
+
+
+@pytest.mark.parametrize("cross_stories", [True, False])
+def test_evaluate_says_what_training_said(cross_stories, here, tmp_path, monkeypatch, capsys):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {i}" for i in range(30)))
+    prepare.prepare("short", "byte", source=str(tmp_path), data_dir="data")
+    changes = dict(dataset="short", data_dir="data", eval_tokens=0, cross_stories=cross_stories)
+    assert here("run", learning_rate=0.1, **changes) == 0
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out_dir=run"])
+    assert evaluate.main() == 0
+    assert f"{lines('run', 'val')[-1]['loss']:.4f} nats a token" in capsys.readouterr().out
 
 
 def test_bits_per_byte_of_a_bpe_counts_the_bytes_of_its_tokens():
