@@ -448,15 +448,18 @@ class Trainer:
                 torch._foreach_copy_(params, kept)
 
     def judge(self, step: int, result: dict[str, float]) -> bool:
-        """Keep the weights if this evaluation is the best so far; whether `patience` is at its end."""
-        self.evaluated = step
-        if result["loss"] < self.best:
-            self.best, self.waited = result["loss"], 0
-            if self.out_dir and step and self.machine.rank == 0:
-                with self.averaged():
-                    self.write("best.pt", self.portrait(step) | {"val": result})
-        else:
-            self.waited += 1
+        """
+        Keep the weights if this evaluation is the best so far; whether `patience` is at its end. A closing
+        evaluation off the interval counts for best.pt alone: made longer later, the run goes on as if it had
+        not ended, but for best.pt, which is the closing one until one on the interval beats those before it.
+        """
+        best = result["loss"] < self.best
+        if best and self.out_dir and step and self.machine.rank == 0:
+            with self.averaged():
+                self.write("best.pt", self.portrait(step) | {"val": result})
+        if step % self.config.eval_interval == 0:
+            self.evaluated = step
+            self.best, self.waited = (result["loss"], 0) if best else (self.best, self.waited + 1)
         return bool(self.config.patience) and self.waited >= self.config.patience
 
     # -- signals
@@ -816,23 +819,22 @@ def describe(c: TrainConfig, model: GPT, data: prepare.Data, machine: Machine, i
     )
 
 
-def take_folder(folder: Path, model: GPT, state: dict | None) -> FileLock:
+def take_folder(trainer: Trainer, state: dict | None) -> FileLock:
     """
     Make the folder this run's alone, see that its disk has room, and cut metrics.jsonl back to the step of
     `state`. The lock is the system's own: it ends with the process, however that ends.
     """
+    folder = trainer.out_dir
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another run is writing to {folder}") from None
-    need, free = 44 * model.num_params()["total"], shutil.disk_usage(folder).free
+    need, free = 44 * trainer.model.num_params()["total"], shutil.disk_usage(folder).free
     if free < need:
-        raise OSError(
-            f"checkpoints need {need >> 20:,} MB, and the disk of {folder} has {free >> 20:,} MB left"
-        )
-    lines = [line for line in read_metrics(folder) if state and line["step"] <= state["step"]]
+        raise OSError(f"checkpoints need {need >> 20:,} MB; the disk of {folder} has {free >> 20:,} MB left")
+    lines = lines_until(state, read_metrics(folder), trainer.config.max_iters) if state else []
     old = () if state else ("latest.pt", "previous.pt", "best.pt", "loss.png")
     if state and state["file"] == "previous.pt":  # a damaged latest.pt must not take its place
         old = ("latest.pt",)
@@ -842,6 +844,21 @@ def take_folder(folder: Path, model: GPT, state: dict | None) -> FileLock:
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, folder / "metrics.jsonl")
     return lock
+
+
+def lines_until(state: dict, lines: list[dict], max_iters: int) -> list[dict]:
+    """
+    The lines of metrics up to the step of `state`, without the closing lines of a run that ended there off
+    its intervals: if that is still the end, its evaluation is made again; if not, they do not belong there.
+    """
+    end, every = state["step"], state["train_config"]
+
+    def stays(step: int, split: str) -> bool:
+        if split == "val":
+            return step % every["eval_interval"] == 0
+        return step % every["log_interval"] == 0 or step == 1 or step >= max_iters
+
+    return [x for x in lines if x["step"] < end or x["step"] == end and stays(end, x["split"])]
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -976,7 +993,7 @@ def main(argv: list[str]) -> int:
         step = trainer.load_checkpoint(plan.state) if plan.state else 0
         lock = contextlib.nullcontext()
         if machine.rank == 0:  # only now, since it throws away what is after `step`
-            lock = take_folder(folder, model, plan.state)
+            lock = take_folder(trainer, plan.state)
         say(f"going on with {folder} at step {step:,}" if plan.state else f"run      {folder}")
     except (ValueError, FileNotFoundError) as error:
         return fail(error, 2)

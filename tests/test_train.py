@@ -608,16 +608,30 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(name, here):
     assert len(lines("straight")) > 12 or name == "patience" and 7 < kept("straight")["step"] < 24
 
 
-@pytest.mark.parametrize("half", [2, 6, 12])
+@pytest.mark.parametrize("half", [1, 2, 6, 7, 9, 12])
 def test_n_steps_and_n_more_are_2n_steps(half, here):
-    """The literal promise, the length of the run given anew."""
-    same_end = dict(lr_decay_iters=2 * half, eval_interval=2, save_interval=3, dropout=0.1, warmup_iters=1)
+    """The literal promise, the length of the run given anew, on the intervals (of 2 and 3) and off them."""
+    same_end = dict(lr_decay_iters=2 * half, eval_interval=3, save_interval=4, dropout=0.1, warmup_iters=0,
+                    patience=3, learning_rate=0.05)  # fmt: skip
     assert here("straight", max_iters=2 * half, **same_end) == 0
     assert here("halves", max_iters=half, **same_end) == 0
+    assert [line["step"] for line in lines("halves")[-2:]] == [half, half], "a train line and a val line"
+    once = lines("halves")
+    assert here("halves", "--resume", alone=True) == 0 and lines("halves") == once, "it is finished"
     assert here("halves", "--resume", alone=True, max_iters=2 * half) == 0
     assert f"max_iters: {half} -> {2 * half}" in here.said
     assert lines("halves") == lines("straight")
     assert same(kept("halves"), kept("straight"))
+
+
+def test_a_closing_evaluation_keeps_the_best_weights_but_uses_up_no_patience(tmp_path):
+    t = trainer(out_dir=tmp_path, max_iters=8, eval_interval=5, patience=3)
+    losses = iter([5.0, 4.0, 3.0])
+    t.val_step = lambda: {"loss": next(losses), "bpb": 1.0}
+    train.run(t)
+    assert checkpoint.read(tmp_path / "best.pt")["step"] == 8
+    state = checkpoint.read(tmp_path / "latest.pt")
+    assert (state["best"], state["waited"], state["evaluated"]) == (4.0, 0, 5), "as where it did not end"
 
 
 def test_the_intervals_change_no_training_loss(here):
