@@ -447,11 +447,11 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_copy_(params, kept)
 
-    def judge(self, step: int, result: dict[str, float]) -> bool:
+    def judge(self, step: int, result: dict[str, float]) -> None:
         """
-        Keep the weights if this evaluation is the best so far; whether `patience` is at its end. A closing
-        evaluation off the interval counts for best.pt alone: made longer later, the run goes on as if it had
-        not ended, but for best.pt, which is the closing one until one on the interval beats those before it.
+        Keep the weights if this evaluation is the best so far, else lose patience. A closing evaluation off
+        the interval counts for best.pt alone: made longer later, the run goes on as if it had not ended, but
+        for best.pt, which is the closing one until one on the interval beats those before it.
         """
         best = result["loss"] < self.best
         if best and self.out_dir and step and self.machine.rank == 0:
@@ -460,7 +460,6 @@ class Trainer:
         if step % self.config.eval_interval == 0:
             self.evaluated = step
             self.best, self.waited = (result["loss"], 0) if best else (self.best, self.waited + 1)
-        return bool(self.config.patience) and self.waited >= self.config.patience
 
     # -- signals
 
@@ -650,7 +649,7 @@ def parse(argv: list[str]) -> Plan:
     name = Path(path).stem or "run"
     default = {s.name: s.default for s in recipes.settings(TrainConfig).values()}
     wanted = default | recipe | given
-    folder, state = run_folder(wanted, name, flags, "max_iters" in given)
+    folder, state = run_folder(wanted, name, flags, bool({"max_iters", "patience"} & given.keys()))
     if state is not None:
         before = state["train_config"] | state["train_config"]["model"]
         del before["model"]
@@ -686,24 +685,18 @@ def run_folder(wanted: dict, name: str, flags: set[str], longer: bool) -> tuple[
     given = Path(wanted["out_dir"]) if wanted["out_dir"] else None
     if "resume" in flags:
         for folder in [given] if given else runs_of(name):
-            if not (folder / "metrics.jsonl").exists():
-                continue
-            state = last_state(folder)
-            if state is None:
-                say(f"{folder} was ended before its first checkpoint: it starts again at step 0")
-            elif not given and not longer and state["step"] >= state["train_config"]["max_iters"]:
-                continue
-            return folder, state
-        raise ValueError(
-            f"nothing to resume: {f'{given} holds no run' if given else f'no unfinished run out/{name}'}"
-        )
-    if given:
-        if (given / "metrics.jsonl").exists():
-            if "overwrite" not in flags:
-                raise ValueError(f"{given} holds a run; --resume goes on with it, --overwrite throws it away")
-        return given, None
+            if (folder / "metrics.jsonl").exists():
+                state = last_state(folder)
+                over = state and finished(state["step"], state["waited"], state["train_config"])
+                if given or longer or not over:
+                    return folder, state
+        what = f"{given} holds no run" if given else f"no unfinished run out/{name}"
+        raise ValueError(f"nothing to resume: {what}")
+    if given and (given / "metrics.jsonl").exists() and "overwrite" not in flags:
+        raise ValueError(f"{given} holds a run; --resume goes on with it, --overwrite throws it away")
     numbers = (f"-{n}" if n > 1 else "" for n in range(1, 1 << 30))
-    return next(Path("out", name + n) for n in numbers if not Path("out", name + n).exists()), None
+    folders = (Path("out", name + n) for n in numbers)
+    return given or next(folder for folder in folders if not folder.exists()), None
 
 
 def runs_of(name: str) -> list[Path]:
@@ -722,6 +715,7 @@ def last_state(folder: Path) -> dict | None:
             say(f"WARNING: {error}")
     if files:
         raise ValueError(f"no checkpoint in {folder} is whole")
+    say(f"{folder} was ended before its first checkpoint: it starts again at step 0")
     return None
 
 
@@ -935,6 +929,11 @@ def report(trainer: Trainer, name: str) -> None:
 # The loop
 
 
+def finished(step: int, waited: int, c: dict) -> bool:
+    """Whether a run of these settings has made all its steps, or used up its patience."""
+    return step >= c["max_iters"] or 0 < c["patience"] <= waited
+
+
 def run(trainer: Trainer) -> None:
     """Train to max_iters, or until patience or a signal ends it; what is done is saved."""
     c, step, begun = trainer.config, trainer.step, trainer.step
@@ -945,13 +944,12 @@ def run(trainer: Trainer) -> None:
         disable=not sys.stderr.isatty() or trainer.machine.rank > 0,
     )
     while True:
-        last = step >= c.max_iters
-        if (step % c.eval_interval == 0 or last) and trainer.evaluated != step:
+        if (step % c.eval_interval == 0 or step >= c.max_iters) and trainer.evaluated != step:
             result = trainer.val_step()
             trainer.log(step, result, split="val")
-            last |= trainer.judge(step, result)
+            trainer.judge(step, result)
             say(f"step {step:6,}  val loss {result['loss']:.4f}  {result['bpb']:.4f} bits per byte")
-        last |= bool(trainer.stop)
+        last = trainer.stop or finished(step, trainer.waited, vars(c))
         if last or (step % c.save_interval == 0 and step > begun) or trainer.save_now:
             trainer.save_checkpoint(step)
         if last:

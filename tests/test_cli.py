@@ -275,6 +275,18 @@ def test_resume_takes_the_newest_unfinished_run_of_this_recipe(here):
     assert here("", other, "--resume", alone=True) == 0 and "out/micro2 at step 2" in here.said
 
 
+def test_a_run_that_its_patience_ended_is_finished(here):
+    """Unless it is given more of it, then it goes on as if it had had that from the start."""
+    micro = recipe("micro", eval_interval=2, learning_rate=0.5)
+    assert here("", micro, alone=True, patience=2) == 0
+    ended = kept("out/micro")["step"]
+    assert ended < 24
+    refused(here, "nothing to resume: no unfinished run out/micro", "", micro, "--resume", alone=True)
+    assert here("", micro, "--resume", alone=True, patience=0) == 0 and f"at step {ended}" in here.said
+    assert here("", micro, alone=True) == 0 and "out/micro-2" in here.said
+    assert lines("out/micro") == lines("out/micro-2") and lines("out/micro")[-1]["step"] == 24
+
+
 def test_no_steps_print_the_plan(here):
     refused_before = contents(".")
     assert (
