@@ -319,6 +319,7 @@ class Trainer:
         self.asked = self.stop = 0  # the signal that this process got; the one that all have agreed on
         self.save_now = False  # SIGUSR1: save at the next step and go on
         self.report_to = open_logger(c, self.out_dir) if self.machine.rank == 0 else None
+        self.lines: list[str] = []  # of metrics, not yet written
         self.recipe: dict = {}  # as it was written, so that a later change of it is noticed
         self.began, self.elapsed = time.perf_counter(), 0.0
         self.timed = [0, 0.0]  # tokens and seconds of training since the last line of metrics
@@ -488,7 +489,7 @@ class Trainer:
     # -- what is written
 
     def log(self, step: int, result: dict[str, float], split: str = "train") -> dict[str, float]:
-        """Add a line to metrics.jsonl. -> the line."""
+        """Add a line to metrics.jsonl, or keep it for later where that fails. -> the line."""
         line = {"step": step, "split": split, **result, "tokens": step * self.tokens_per_step}
         line["elapsed_s"] = round(self.elapsed + time.perf_counter() - self.began, 3)
         if split == "train":
@@ -496,11 +497,30 @@ class Trainer:
             line["tokens_per_s"] = round(tokens / seconds) if seconds else 0
             self.timed = [0, 0.0]
         if self.out_dir and self.machine.rank == 0:
-            with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.lines.append(json.dumps(line) + "\n")
+            try:
+                self.write_lines()
+            except OSError as error:
+                say(f"WARNING: could not write metrics.jsonl at step {step}: {error}; trying again later")
         if self.report_to:
             self.report_to(line)
         return line
+
+    def write_lines(self, sync: bool = False) -> None:
+        """Append the lines that wait to metrics.jsonl: all, or none with an OSError. `sync`: to the disk."""
+        path = self.out_dir / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(self.lines))
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no half line
+            raise
+        self.lines.clear()
 
     def portrait(self, step: int) -> dict:
         """What a model needs to be used: weights, settings, tokenizer, and where it comes from."""
@@ -523,9 +543,13 @@ class Trainer:
         self.write("latest.pt", state, previous=self.out_dir / "previous.pt")
 
     def write(self, name: str, state: dict, previous: Path | None = None) -> None:
-        """Save `state` in the folder; where that fails, say so and try again, and in the end give up."""
+        """
+        Save `state` in the folder, after the lines of metrics up to it; where that fails, say so and try
+        again, and in the end give up.
+        """
         for wait in (1, 5, 0):
             try:
+                self.write_lines(sync=True)
                 return checkpoint.save(self.out_dir / name, state, previous)
             except (OSError, RuntimeError) as error:  # the writer inside torch raises the latter
                 again = ", trying again" if wait else ""
@@ -835,7 +859,10 @@ def take_folder(trainer: Trainer, state: dict | None) -> FileLock:
     for file in [*folder.glob("*.tmp"), *(folder / name for name in old)]:  # .tmp: a kill while saving
         file.unlink(missing_ok=True)
     temporary = folder / "metrics.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, folder / "metrics.jsonl")
     return lock
 
