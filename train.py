@@ -464,7 +464,6 @@ class Trainer:
 
     # -- signals
 
-    @contextlib.contextmanager
     def signals(self):
         """Inside, SIGINT and SIGTERM end the run after this step, saved; a second one ends it at once."""
 
@@ -476,15 +475,7 @@ class Trainer:
         def save(number, frame):
             self.save_now = True
 
-        handlers = dict.fromkeys(STOPS, ask)
-        if hasattr(signal, "SIGUSR1"):
-            handlers[signal.SIGUSR1] = save
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handling(ask, save)
 
     # -- what is written
 
@@ -583,6 +574,20 @@ class Trainer:
 
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def handling(stop, save):
+    """Inside, SIGINT and SIGTERM call stop(number, frame), and SIGUSR1 save(number, frame)."""
+    handlers = dict.fromkeys(STOPS, stop)
+    if hasattr(signal, "SIGUSR1"):
+        handlers[signal.SIGUSR1] = save
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def open_logger(c: TrainConfig, folder: Path | None) -> Callable[[dict], None] | None:
@@ -994,6 +999,14 @@ def run(trainer: Trainer) -> None:
     bar.close()
 
 
+def leave(number, frame):
+    """A signal before the loop, when there is nothing to save, or after it, when all is saved."""
+    signal.signal(number, signal.SIG_DFL)
+    say(f"{signal.Signals(number).name}: ended, with no update lost")
+    sys.exit(128 + number)
+
+
+@handling(leave, signal.SIG_IGN)
 def main(argv: list[str]) -> int:
     try:
         plan = parse(argv)
@@ -1048,7 +1061,4 @@ def fail(error: Exception | str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """The whole line as a person types it: prepare, train, resume, sample; mistakes, signals, processes."""
 
+import hashlib
 import json
 import os
 import re
@@ -408,6 +409,42 @@ def test_a_signal_saves_within_one_step(number, status, tmp_path, corpus, here):
 
 
 @posix
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str)
+@pytest.mark.parametrize("when", ["preparing", "compiling"])
+def test_a_signal_before_the_first_step(when, number, status, tmp_path, corpus):
+    changes = dict(dataset="mine", source=corpus.parent / "mini.txt", data_dir="data", compile="True")
+    run = Program(words(corpus, **changes, out_dir="run"), tmp_path, hook=(slow_start, when))
+    run.until("busy now")
+    run.signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    assert run.process.is_alive(), "there is nothing to save yet, and no reason to die"
+    run.signal(number)
+    assert run.wait(10) == status
+    name = signal.Signals(number).name
+    assert run.text.splitlines()[-1] == f"{name}: ended, with no update lost" and "Traceback" not in run.text
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    made = {f"data/mine/byte/{name}" for name in ("train.bin", "val.bin", "meta.json")}
+    made |= {"run/lock", "run/metrics.jsonl"}
+    assert left - {run.output.name} == (made if when == "compiling" else set())
+
+
+def slow_start(when: str) -> None:
+    """Preparing the data or compiling takes a minute."""
+    import prepare
+
+    def busy(*args, **kwargs):
+        print("busy now", file=sys.stderr, flush=True)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            time.sleep(0.01)
+
+    if when == "preparing":
+        prepare.Bin.write = busy
+    else:
+        torch.compile = busy
+
+
+@posix
 def test_sigusr1_saves_and_goes_on(tmp_path, corpus):
     run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
     run.until("step      1")
@@ -442,16 +479,16 @@ def test_a_second_ctrl_c_leaves_at_once_and_hurts_nothing(tmp_path, corpus, here
 
 def slow_saves(seconds: float) -> None:
     """Each save takes its time between the writing and the renaming."""
-    real = os.fsync
+    real = hashlib.file_digest
 
-    def fsync(handle):
+    def file_digest(*args):
         print("saving now", file=sys.stderr, flush=True)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(0.01)
-        real(handle)
+        return real(*args)
 
-    os.fsync = fsync
+    hashlib.file_digest = file_digest
 
 
 @posix
