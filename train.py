@@ -135,7 +135,7 @@ class Machine(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of matrix products
     compile: bool
-    why: str  # the choice in words
+    why: str  # device and dtype in words
     rank: int = 0  # this process
     world: int = 1  # of so many
 
@@ -202,7 +202,7 @@ def choose_machine(c: TrainConfig) -> Machine:
         dtype, why = DTYPES[c.dtype], "as asked"
     pays = device.type == "cuda" and c.max_iters >= COMPILE_PAYS
     compile = pays if c.compile == "auto" else c.compile == "True"
-    why = f"{name}, {str(dtype).removeprefix('torch.')} ({why}), {'compiled' if compile else 'not compiled'}"
+    why = f"{name}, {str(dtype).removeprefix('torch.')} ({why})"
     return Machine(device, dtype, compile, why, rank, world)
 
 
@@ -215,7 +215,7 @@ def set_up(machine: Machine, c: TrainConfig) -> None:
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
     elif c.threads or machine.world > 1:  # torchrun would give each process one thread
-        torch.set_num_threads(c.threads or max(1, (os.cpu_count() or 1) // machine.world))
+        torch.set_num_threads(c.threads or max(1, prepare.cpus() // machine.world))
     if machine.world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
 
@@ -529,7 +529,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(), "average": self.average, "data": self.origin["data"],
             "best": self.best, "waited": self.waited, "evaluated": self.evaluated, "skipped": self.skipped,
             "elapsed": self.elapsed + time.perf_counter() - self.began, "recipe": self.recipe,
-            "compiled": self.compiled is not self.model,
+            "compiled": self.compiled is not self.model, "machine": self.machine.why,
         }  # fmt: skip
         self.write("latest.pt", state, previous=self.out_dir / "previous.pt")
 
@@ -568,6 +568,8 @@ class Trainer:
             torch._foreach_copy_(self.average, state["average"] or now)
         self.step, self.best, self.waited = state["step"], state["best"], state["waited"]
         self.evaluated, self.skipped, self.elapsed = state["evaluated"], state["skipped"], state["elapsed"]
+        if state["machine"] != self.machine.why:  # its precision may be another
+            say(f"the steps so far were made on {state['machine']}")
         if self.step:
             optim.set_lr(self.optimizers, optim.schedule(self.config, self.step - 1))  # as when it was saved
         return self.step
@@ -837,7 +839,7 @@ def describe(c: TrainConfig, model: GPT, data: prepare.Data, machine: Machine, i
         f"data     {data.folder}: {meta['train']['stories']:,} stories, {len(data.train) / 1e6:.2f}M tokens\n"
         f"batch    {rows} rows x {c.model.block_size} = {tokens:,} tokens a step; "
         f"{iters:,} steps = {iters * tokens / 1e6:.1f}M tokens = {epochs:.2f} epochs\n"
-        f"machine  {machine.why}\n"
+        f"machine  {machine.why}, {'compiled' if machine.compile else 'not compiled'}\n"
         f"needs    about {held / 2**20:,.0f} MB of memory, {44 * sizes['total'] / 2**20:,.0f} MB of disk"
     )
 

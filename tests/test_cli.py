@@ -384,6 +384,22 @@ def test_bins_that_changed_under_a_run_are_refused(here, corpus, tmp_path):
     assert here("run", "--resume", data_dir=place) == 0
 
 
+def test_another_number_of_stories_needs_other_data(here, corpus, tmp_path):
+    """The setting itself makes no other run: it only says what is to be prepared."""
+    import prepare
+
+    made = dict(source=str(corpus.parent / "mini.txt"), data_dir=tmp_path / "few")
+    prepare.prepare("mini", "byte", stories=20, **made)
+    assert here("run", data_dir=tmp_path / "few", stories=20, stop_after=4) == 143
+    assert here("run", "--resume", alone=True, data_dir=tmp_path / "few", stories=19, stop_after=6) == 143
+    assert "changed for the rest of the run: stories: 20 -> 19" in here.said
+    refused(here, "only the first 20", "run", "--resume", alone=True, data_dir=tmp_path / "few", stories=30)
+    prepare.prepare("mini", "byte", stories=30, **made)
+    refused(
+        here, "not those that this run", "run", "--resume", alone=True, data_dir=made["data_dir"], stories=30
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Signals, kills, two runs at once
 

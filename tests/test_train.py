@@ -1,6 +1,5 @@
 """Training: batches, schedules, the machine, one update, metrics, and going on where a run stopped."""
 
-import contextlib
 import json
 import math
 import os
@@ -669,6 +668,20 @@ def test_resuming_in_another_precision(before, after, here):
     assert lines("run", "train")[-1]["step"] == 24
 
 
+def test_resuming_on_another_machine_is_said(here, monkeypatch):
+    """Its precision may be another where dtype is auto; compiled is what the run was begun with."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
+    assert here("run", dtype="auto", compile="auto", stop_after=4) == 143
+    assert here("run", "--resume", alone=True, stop_after=5) == 143 and "so far" not in here.said
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64", "bf16": True})
+    state = checkpoint.read("run/latest.pt")
+    checkpoint.save("run/latest.pt", state | {"compiled": True})
+    monkeypatch.setattr(torch, "compile", lambda model: lambda *args, **kwargs: model(*args, **kwargs))
+    assert here("run", "--resume", alone=True) == 0
+    assert "machine  CPU (arm64), bfloat16 (it has bf16 matrix units), compiled" in here.said
+    assert "the steps so far were made on CPU (x86_64), float32 (it has no bf16 matrix units)" in here.said
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Metrics
 
@@ -914,9 +927,8 @@ def test_out_of_memory_is_one_clear_line(here, monkeypatch):
 def test_threads_are_shared_fairly(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    with contextlib.suppress(AttributeError):
-        monkeypatch.setattr(os, "process_cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)  # of the 64
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     train.set_up(machine(), settings(threads=0))  # PyTorch knows best
     train.set_up(machine(1, 4), settings(threads=0))
