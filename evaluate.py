@@ -46,12 +46,18 @@ def windows(
 
 
 @torch.no_grad()
-def total_nats(model, batches, device: str | torch.device = "cpu") -> tuple[float, int]:
-    """Sum over batches (idx, targets) of the cross entropy in nats, and the number of targets."""
+def total_nats(
+    model, batches, device: str | torch.device = "cpu", eot: int | None = None
+) -> tuple[float, int]:
+    """
+    Sum over batches (idx, targets) of the cross entropy in nats, and the number of targets. With `eot`, for
+    models of cross_stories=False, attention does not look back past that id.
+    """
     nats, count = 0.0, 0
     for idx, targets in batches:
-        n = int((targets != -1).sum())
-        nats += n * model(idx.to(device), targets.to(device))[1].item()
+        idx, n = idx.to(device), int((targets != -1).sum())
+        segments = None if eot is None else (idx == eot).cumsum(dim=1)
+        nats += n * model(idx, targets.to(device), segments=segments)[1].item()
         count += n
     return nats, count
 
@@ -122,7 +128,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     batches = windows(data.val, tokenizer.eot, model.config.block_size, options.rows)
-    nats, count = total_nats(model, batches)
+    nats, count = total_nats(model, batches, eot=None if trained["cross_stories"] else tokenizer.eot)
     size = token_bytes(tokenizer)[data.val].sum()
     print(f"{path}: {nats / count:.4f} nats a token, {bits_per_byte(nats, size):.4f} bits per byte "
           f"({count:,} tokens of {data.folder}/val.bin)")  # fmt: skip

@@ -11,6 +11,7 @@ From a notebook: trainer = Trainer(config, model, data), then trainer.train_step
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -69,7 +70,7 @@ class TrainConfig:
     story_windows: bool = False  # windows begin at the starts of stories rather than one behind the other
     context_schedule: str = ""  # shorter windows first, by share of the run: "0:64, 0.4:256"; empty = none
     pair_tokens: int = 0  # embedding and head start from the pairs in this many training tokens; 0 = off
-    cross_stories: bool = True  # False: attention does not look back into the story before
+    cross_stories: bool = True  # False: no attention to the story before, in training and in evaluation
     eval_tokens: int = 0  # tokens of the validation file that an evaluation reads; 0 = all
     # -- optimizer
     optimizer: str = "adamw"  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
@@ -132,12 +133,13 @@ class TrainConfig:
         points = optim.points("context_schedule", self.context_schedule, 1, T)
         found = [(round(share * end), int(length)) for share, length in points]
         if points[0][0] or points[-1][0] > 1 or points[-1][1] != T or any(T % length for _, length in points):
-            raise ValueError(f"context_schedule={self.context_schedule!r} must go from 0 to a share of the run, "
-                             f"and over lengths that divide block_size to block_size={T}")  # fmt: skip
+            raise ValueError(f"context_schedule={self.context_schedule!r} must begin at 0 and go over lengths "
+                             f"that divide block_size to block_size={T}")  # fmt: skip
         return found
 
 
-# a run that goes on may change these; others would silently make it another model or order of the data
+# A run that goes on may change these, and says so; others would silently make it another model or order of
+# the data. dtype and loss_chunk change the rounding, `stories` what is prepared: fingerprint() sees that.
 FREE = ("max_iters", "eval_interval", "log_interval", "save_interval", "batch_size", "device", "dtype",
         "compile", "gradient_accumulation_steps", "out_dir", "data_dir", "source", "fallback", "patience",
         "logger", "threads", "prompt", "loss_chunk", "stories")  # fmt: skip
@@ -152,7 +154,7 @@ class Machine(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of matrix products
     compile: bool
-    why: str  # the choice in words
+    why: str  # device and dtype in words
     rank: int = 0  # this process
     world: int = 1  # of so many
 
@@ -174,9 +176,8 @@ class Machine(NamedTuple):
             import resource
         except ImportError:  # Windows
             return math.nan
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            2**20 if sys.platform == "darwin" else 2**10
-        )
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def choose_machine(c: TrainConfig) -> Machine:
@@ -186,21 +187,16 @@ def choose_machine(c: TrainConfig) -> Machine:
     if kind == "auto":
         mps = torch.backends.mps.is_available() and world == 1
         kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        device = torch.device(kind)
-    except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {c.device!r}") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", kind):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {c.device!r}")
+    device = torch.device(kind)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(
-                "device=cuda, but PyTorch finds no CUDA GPU here; --device=cpu trains without one"
-            )
+            raise ValueError("device=cuda, but PyTorch finds no CUDA GPU here; --device=cpu needs none")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise ValueError(
-                f"{device} is asked for, and there are {torch.cuda.device_count()} CUDA GPUs here"
-            )
+            raise ValueError(f"{device} is asked for: here are {torch.cuda.device_count()} CUDA GPUs")
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones only emulate bf16
         name, dtype = torch.cuda.get_device_name(device), torch.bfloat16 if native else torch.float16
         why = "bf16 is native" if native else "no native bf16, so fp16 with a GradScaler"
@@ -208,18 +204,16 @@ def choose_machine(c: TrainConfig) -> Machine:
         if not torch.backends.mps.is_available():
             raise ValueError("device=mps, but this is no Mac with Metal; --device=cpu trains without it")
         name, dtype, why = "Apple GPU", torch.float32, "the precision that MPS is sure of"
-    elif device.type == "cpu":
+    else:
         can = torch.cpu.get_capabilities()
         native = bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
         name, dtype = f"CPU ({can.get('architecture', '?')})", torch.bfloat16 if native else torch.float32
         why = "it has bf16 matrix units" if native else "it has no bf16 matrix units"
-    else:
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {c.device!r}")
     if c.dtype != "auto":
         dtype, why = DTYPES[c.dtype], "as asked"
     pays = device.type == "cuda" and c.max_iters >= COMPILE_PAYS
     compile = pays if c.compile == "auto" else c.compile == "True"
-    why = f"{name}, {str(dtype).removeprefix('torch.')} ({why}), {'compiled' if compile else 'not compiled'}"
+    why = f"{name}, {str(dtype).removeprefix('torch.')} ({why})"
     return Machine(device, dtype, compile, why, rank, world)
 
 
@@ -232,7 +226,7 @@ def set_up(machine: Machine, c: TrainConfig) -> None:
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
     elif c.threads or machine.world > 1:  # torchrun would give each process one thread
-        torch.set_num_threads(c.threads or max(1, (os.cpu_count() or 1) // machine.world))
+        torch.set_num_threads(c.threads or max(1, prepare.cpus() // machine.world))
     if machine.world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
 
@@ -339,6 +333,7 @@ class Trainer:
         self.asked = self.stop = 0  # the signal that this process got; the one that all have agreed on
         self.save_now = False  # SIGUSR1: save at the next step and go on
         self.report_to = open_logger(c, self.out_dir) if self.machine.rank == 0 else None
+        self.lines: list[str] = []  # of metrics, not yet written
         self.recipe: dict = {}  # as it was written, so that a later change of it is noticed
         self.began, self.elapsed = time.perf_counter(), 0.0
         self.timed = [0, 0.0]  # tokens and seconds of training since the last line of metrics
@@ -443,12 +438,13 @@ class Trainer:
     def val_step(self) -> dict[str, float]:
         """Loss (nats a token) and bits per byte of the validation file, of the averaged weights if kept."""
         c, machine = self.config, self.machine
-        ids = self.data.val[: c.eval_tokens or None]
-        batches = evaluate.windows(ids, self.data.tokenizer.eot, c.model.block_size, c.batch_size)
+        ids, eot = self.data.val[: c.eval_tokens or None], self.data.tokenizer.eot
+        batches = evaluate.windows(ids, eot, c.model.block_size, c.batch_size)
         mine = (batch for i, batch in enumerate(batches) if i % machine.world == machine.rank)
         self.model.eval()
         with self.averaged(), machine.autocast():
-            sums = torch.tensor(evaluate.total_nats(self.compiled, mine, machine.device), dtype=torch.float64)
+            found = evaluate.total_nats(self.compiled, mine, machine.device, None if c.cross_stories else eot)
+        sums = torch.tensor(found, dtype=torch.float64)
         if machine.world > 1:
             sums = sums.to(machine.device)
             all_reduce(sums)
@@ -471,21 +467,22 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_copy_(params, kept)
 
-    def judge(self, step: int, result: dict[str, float]) -> bool:
-        """Keep the weights if this evaluation is the best so far; whether `patience` is at its end."""
-        self.evaluated = step
-        if result["loss"] < self.best:
-            self.best, self.waited = result["loss"], 0
-            if self.out_dir and step and self.machine.rank == 0:
-                with self.averaged():
-                    self.write("best.pt", self.portrait(step) | {"val": result})
-        else:
-            self.waited += 1
-        return bool(self.config.patience) and self.waited >= self.config.patience
+    def judge(self, step: int, result: dict[str, float]) -> None:
+        """
+        Keep the weights if this evaluation is the best so far, else lose patience. A closing evaluation off
+        the interval counts for best.pt alone: made longer later, the run goes on as if it had not ended, but
+        for best.pt, which is the closing one until one on the interval beats those before it.
+        """
+        best = result["loss"] < self.best
+        if best and self.out_dir and step and self.machine.rank == 0:
+            with self.averaged():
+                self.write("best.pt", self.portrait(step) | {"val": result})
+        if step % self.config.eval_interval == 0:
+            self.evaluated = step
+            self.best, self.waited = (result["loss"], 0) if best else (self.best, self.waited + 1)
 
     # -- signals
 
-    @contextlib.contextmanager
     def signals(self):
         """Inside, SIGINT and SIGTERM end the run after this step, saved; a second one ends it at once."""
 
@@ -497,20 +494,12 @@ class Trainer:
         def save(number, frame):
             self.save_now = True
 
-        handlers = dict.fromkeys(STOPS, ask)
-        if hasattr(signal, "SIGUSR1"):
-            handlers[signal.SIGUSR1] = save
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handling(ask, save)
 
     # -- what is written
 
     def log(self, step: int, result: dict[str, float], split: str = "train") -> dict[str, float]:
-        """Add a line to metrics.jsonl. -> the line."""
+        """Add a line to metrics.jsonl, or keep it for later where that fails. -> the line."""
         line = {"step": step, "split": split, **result, "tokens": step * self.tokens_per_step}
         line["elapsed_s"] = round(self.elapsed + time.perf_counter() - self.began, 3)
         if split == "train":
@@ -518,11 +507,30 @@ class Trainer:
             line["tokens_per_s"] = round(tokens / seconds) if seconds else 0
             self.timed = [0, 0.0]
         if self.out_dir and self.machine.rank == 0:
-            with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.lines.append(json.dumps(line) + "\n")
+            try:
+                self.write_lines()
+            except OSError as error:
+                say(f"WARNING: could not write metrics.jsonl at step {step}: {error}; trying again later")
         if self.report_to:
             self.report_to(line)
         return line
+
+    def write_lines(self, name: str = "metrics.jsonl", sync: bool = False) -> None:
+        """Append the lines that wait to a file: all, or none with an OSError. `sync`: as far as the disk."""
+        path = self.out_dir / name
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(self.lines))
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no half line
+            raise
+        self.lines.clear()
 
     def portrait(self, step: int) -> dict:
         """What a model needs to be used: weights, settings, tokenizer, and where it comes from."""
@@ -540,14 +548,15 @@ class Trainer:
             "scaler": self.scaler.state_dict(), "average": self.average, "data": self.origin["data"],
             "best": self.best, "waited": self.waited, "evaluated": self.evaluated, "skipped": self.skipped,
             "elapsed": self.elapsed + time.perf_counter() - self.began, "recipe": self.recipe,
-            "compiled": self.compiled is not self.model,
+            "compiled": self.compiled is not self.model, "machine": self.machine.why,
         }  # fmt: skip
         self.write("latest.pt", state, previous=self.out_dir / "previous.pt")
 
     def write(self, name: str, state: dict, previous: Path | None = None) -> None:
-        """Save `state` in the folder; where that fails, say so and try again, and in the end give up."""
+        """Save `state`, after the lines of metrics up to it; where that fails, warn, try again, give up."""
         for wait in (1, 5, 0):
             try:
+                self.write_lines(sync=True)
                 return checkpoint.save(self.out_dir / name, state, previous)
             except (OSError, RuntimeError) as error:  # the writer inside torch raises the latter
                 again = ", trying again" if wait else ""
@@ -575,12 +584,28 @@ class Trainer:
             torch._foreach_copy_(self.average, state["average"] or now)
         self.step, self.best, self.waited = state["step"], state["best"], state["waited"]
         self.evaluated, self.skipped, self.elapsed = state["evaluated"], state["skipped"], state["elapsed"]
+        if state["machine"] != self.machine.why:  # its precision may be another
+            say(f"the steps so far were made on {state['machine']}")
         if self.step:
             optim.set_lr(self.optimizers, optim.schedule(self.config, self.step - 1))  # as when it was saved
         return self.step
 
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def handling(stop, save):
+    """Inside, SIGINT and SIGTERM call stop(number, frame), and SIGUSR1 save(number, frame)."""
+    handlers = dict.fromkeys(STOPS, stop)
+    if hasattr(signal, "SIGUSR1"):
+        handlers[signal.SIGUSR1] = save
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def open_logger(c: TrainConfig, folder: Path | None) -> Callable[[dict], None] | None:
@@ -593,17 +618,13 @@ def open_logger(c: TrainConfig, folder: Path | None) -> Callable[[dict], None] |
         else:
             from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError(
-            f"logger={c.logger} needs a package that is not here: pip install {c.logger}"
-        ) from None
+        raise ValueError(f"logger={c.logger} needs another package: pip install {c.logger}") from None
 
     @functools.cache
     def opened():  # at the first line, when the folder is this run's alone
-        if c.logger == "wandb":
-            return wandb.init(
-                project="nanostlm", id=folder.name, resume="allow", dir=folder, config=asdict(c)
-            )
-        return SummaryWriter(folder)
+        if c.logger == "tensorboard":
+            return SummaryWriter(folder)
+        return wandb.init(project="nanostlm", id=folder.name, resume="allow", dir=folder, config=asdict(c))
 
     def report(line: dict) -> None:
         values = {f"{line['split']}/{key}": x for key, x in line.items() if key not in ("split", "step")}
@@ -625,9 +646,7 @@ def all_reduce(tensor: torch.Tensor) -> None:
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
-        raise ConnectionError(
-            f"another process of this run is gone, so this one ends too: {error}"
-        ) from error
+        raise ConnectionError(f"another process of this run is gone, so this ends too: {error}") from error
 
 
 def fingerprint(data: prepare.Data) -> dict:
@@ -671,29 +690,11 @@ def parse(argv: list[str]) -> Plan:
     name = Path(path).stem or "run"
     default = {s.name: s.default for s in recipes.settings(TrainConfig).values()}
     wanted = default | recipe | given
-    folder, state = run_folder(wanted, name, flags, "max_iters" in given)
+    longer = not given.keys().isdisjoint(("max_iters", "patience"))
+    folder, state = run_folder(wanted["out_dir"], name, flags, longer)
     if state is not None:
-        before = state["train_config"] | state["train_config"]["model"]
-        del before["model"]
         recipe = recipe if path else state["recipe"]
-        then, edited = default | state["recipe"], default | recipe
-        changed = {k: v for k, v in edited.items() if v != then[k]} | given
-        wanted = default | before | changed
-        changes = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in wanted.items() if v != before.get(k)]
-        rows = "batch_size", "gradient_accumulation_steps"
-        other = [change for change in changes if change.split(":")[0] not in FREE]
-        if math.prod(before[k] for k in rows) != math.prod(wanted[k] for k in rows):
-            other.append("batch_size * gradient_accumulation_steps")
-        if other and "override" not in flags:
-            raise ValueError(
-                f"these would make it another run: {'; '.join(other)}. --override takes them all the same"
-            )
-        for change in changes:
-            say(f"changed for the rest of the run: {change}")
-        made, now = state["provenance"], checkpoint.provenance()
-        for file in ("model.py", "train.py", "optim.py"):
-            if made.get(file) != now.get(file):
-                say(f"{file} was changed since this run was saved: the rest may come out differently")
+        wanted = default | continued(state, default | recipe, default | state["recipe"], given, flags)
     c = recipes.build(TrainConfig, wanted)
     c.validate()
     if 0 < c.max_iters <= c.warmup_iters:
@@ -702,29 +703,44 @@ def parse(argv: list[str]) -> Plan:
     return Plan(c, name, recipe, folder, state)
 
 
-def run_folder(wanted: dict, name: str, flags: set[str], longer: bool) -> tuple[Path, dict | None]:
+def run_folder(out_dir: str, name: str, flags: set[str], longer: bool) -> tuple[Path, dict | None]:
     """The folder of a run, and the checkpoint to go on from; `longer`: it may be that of a finished run."""
-    given = Path(wanted["out_dir"]) if wanted["out_dir"] else None
     if "resume" in flags:
-        for folder in [given] if given else runs_of(name):
-            if not (folder / "metrics.jsonl").exists():
-                continue
-            state = last_state(folder)
-            if state is None:
-                say(f"{folder} was ended before its first checkpoint: it starts again at step 0")
-            elif not given and not longer and state["step"] >= state["train_config"]["max_iters"]:
-                continue
-            return folder, state
-        raise ValueError(
-            f"nothing to resume: {f'{given} holds no run' if given else f'no unfinished run out/{name}'}"
-        )
-    if given:
-        if (given / "metrics.jsonl").exists():
-            if "overwrite" not in flags:
-                raise ValueError(f"{given} holds a run; --resume goes on with it, --overwrite throws it away")
-        return given, None
-    numbers = (f"-{n}" if n > 1 else "" for n in range(1, 1 << 30))
-    return next(Path("out", name + n) for n in numbers if not Path("out", name + n).exists()), None
+        for folder in [Path(out_dir)] if out_dir else runs_of(name):
+            if (folder / "metrics.jsonl").exists():
+                state = last_state(folder)
+                over = state and finished(state["step"], state["waited"], state["train_config"])
+                if out_dir or longer or not over:
+                    return folder, state
+        what = f"{out_dir} holds no run" if out_dir else f"no unfinished run out/{name}"
+        raise ValueError(f"nothing to resume: {what}")
+    if out_dir:
+        if Path(out_dir, "metrics.jsonl").exists() and "overwrite" not in flags:
+            raise ValueError(f"{out_dir} holds a run; --resume goes on with it, --overwrite throws it away")
+        return Path(out_dir), None
+    folders = (Path("out", f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists()), None
+
+
+def continued(state: dict, recipe: dict, recipe_then: dict, given: dict, flags: set[str]) -> dict:
+    """The settings of a run that goes on: its own, but for what is given or was since edited."""
+    before = state["train_config"] | state["model_config"]
+    del before["model"]
+    wanted = before | {k: v for k, v in recipe.items() if v != recipe_then[k]} | given
+    changes = {k: f"{k}: {before.get(k)!r} -> {v!r}" for k, v in wanted.items() if v != before.get(k)}
+    other = [change for name, change in changes.items() if name not in FREE]
+    rows = "batch_size", "gradient_accumulation_steps"
+    if math.prod(before[k] for k in rows) != math.prod(wanted[k] for k in rows):
+        other.append(" * ".join(rows))
+    if other and "override" not in flags:
+        raise ValueError(f"these would make it another run: {'; '.join(other)}; --override takes them")
+    for change in changes.values():
+        say(f"changed for the rest of the run: {change}")
+    made, now = state["provenance"], checkpoint.provenance()
+    for file in ("model.py", "train.py", "optim.py"):
+        if made.get(file) != now.get(file):
+            say(f"{file} was changed since this run was saved: the rest may come out differently")
+    return wanted
 
 
 def runs_of(name: str) -> list[Path]:
@@ -743,6 +759,7 @@ def last_state(folder: Path) -> dict | None:
             say(f"WARNING: {error}")
     if files:
         raise ValueError(f"no checkpoint in {folder} is whole")
+    say(f"{folder} was ended before its first checkpoint: it starts again at step 0")
     return None
 
 
@@ -786,23 +803,23 @@ def load_data(c: TrainConfig, tokenizer: Tokenizer | None = None) -> prepare.Dat
     names. May change c.dataset to c.fallback.
     """
 
-    def make() -> tuple[str, int]:
-        wish = c.tokenizer, c.source or None, c.stories or None, None, c.data_dir, tokenizer
+    def made(name: str, source: str | None, stories: int | None) -> str:
+        if not Path(c.data_dir, name, c.tokenizer, "meta.json").exists():
+            prepare.prepare(name, c.tokenizer, source, stories, data_dir=c.data_dir, given=tokenizer)
+        return name
+
+    def choose() -> tuple[str, int]:
         try:
-            if not Path(c.data_dir, c.dataset, c.tokenizer, "meta.json").exists():
-                prepare.prepare(c.dataset, *wish)
-            return c.dataset, c.stories
+            return made(c.dataset, c.source or None, c.stories or None), c.stories
         except prepare.Unreachable as error:
             if not c.fallback:
                 raise
             line = "!" * 100
             say(f"{line}\n{error}\nTRAINING ON {c.fallback.upper()} INSTEAD, a built-in corpus of made-up "
                 f"stories; --fallback= insists on {c.dataset}\n{line}")  # fmt: skip
-        if not Path(c.data_dir, c.fallback, c.tokenizer, "meta.json").exists():
-            prepare.prepare(c.fallback, c.tokenizer, data_dir=c.data_dir, given=tokenizer)
-        return c.fallback, 0
+            return made(c.fallback, None, None), 0
 
-    c.dataset, c.stories = agree(make)
+    c.dataset, c.stories = agree(choose)
     data = prepare.load(Path(c.data_dir, c.dataset, c.tokenizer))
     limit = data.meta["limit"] if c.dataset != "toystories" or c.stories else None
     if limit and (not c.stories or c.stories > limit):
@@ -835,37 +852,46 @@ def describe(c: TrainConfig, model: GPT, data: prepare.Data, machine: Machine, i
         f"data     {data.folder}: {meta['train']['stories']:,} stories, {len(data.train) / 1e6:.2f}M tokens\n"
         f"batch    {rows} rows x {c.model.block_size} = {tokens:,} tokens a step; "
         f"{iters:,} steps = {iters * tokens / 1e6:.1f}M tokens = {epochs:.2f} epochs\n"
-        f"machine  {machine.why}\n"
+        f"machine  {machine.why}, {'compiled' if machine.compile else 'not compiled'}\n"
         f"needs    about {held / 2**20:,.0f} MB of memory, {44 * sizes['total'] / 2**20:,.0f} MB of disk"
     )
 
 
-def take_folder(folder: Path, model: GPT, state: dict | None) -> FileLock:
+def take_folder(trainer: Trainer, state: dict | None) -> FileLock:
     """
     Make the folder this run's alone, see that its disk has room, and cut metrics.jsonl back to the step of
     `state`. The lock is the system's own: it ends with the process, however that ends.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = trainer.out_dir
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another run is writing to {folder}") from None
-    need, free = 44 * model.num_params()["total"], shutil.disk_usage(folder).free
+    need, free = 44 * trainer.model.num_params()["total"], shutil.disk_usage(folder).free
     if free < need:
-        raise OSError(
-            f"checkpoints need {need >> 20:,} MB, and the disk of {folder} has {free >> 20:,} MB left"
-        )
-    lines = [line for line in read_metrics(folder) if state and line["step"] <= state["step"]]
+        raise OSError(f"checkpoints need {need >> 20:,} MB; the disk of {folder} has {free >> 20:,} MB left")
+    lines = lines_until(state, read_metrics(folder), trainer.config.max_iters) if state else []
     old = () if state else ("latest.pt", "previous.pt", "best.pt", "loss.png")
     if state and state["file"] == "previous.pt":  # a damaged latest.pt must not take its place
         old = ("latest.pt",)
     for file in [*folder.glob("*.tmp"), *(folder / name for name in old)]:  # .tmp: a kill while saving
         file.unlink(missing_ok=True)
-    temporary = folder / "metrics.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, folder / "metrics.jsonl")
+    trainer.lines = [json.dumps(line) + "\n" for line in lines]
+    trainer.write_lines("metrics.tmp", sync=True)
+    os.replace(folder / "metrics.tmp", folder / "metrics.jsonl")
     return lock
+
+
+def lines_until(state: dict, lines: list[dict], max_iters: int) -> list[dict]:
+    """
+    The lines of metrics up to the step of `state`, without the closing lines of a run that ended there off
+    its intervals: if that is still the end, its evaluation is made again; if not, they do not belong there.
+    """
+    end, every = state["step"], state["train_config"]
+    stays = {"val": end % every["eval_interval"] == 0,
+             "train": end % every["log_interval"] == 0 or end == 1 or end >= max_iters}  # fmt: skip
+    return [x for x in lines if x["step"] < end or x["step"] == end and stays[x["split"]]]
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -877,23 +903,23 @@ def read_metrics(folder: Path) -> list[dict]:
     return lines
 
 
-def plot(folder: Path, previous: Path | None, floor: float | None) -> None:
-    """loss.png: loss against tokens, the recipe's previous run in grey, and the floor (nats) where known."""
+def plot(runs: dict[Path, list[dict]], floor: float | None) -> None:
+    """loss.png: loss against tokens, the run before in grey, and the floor (nats) where it is known."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    runs = [(previous, {"train": ("0.8", None), "val": ("0.6", "the run before")})] if previous else []
-    runs.append((folder, {"train": ("tab:blue", "train"), "val": ("tab:orange", "val")}))
-    for run, looks in runs:
-        for split, (color, label) in looks.items():
-            lines = [line for line in read_metrics(run) if line["split"] == split]
-            axes.plot([x["tokens"] for x in lines], [x["loss"] for x in lines], color=color, label=label,
-                      linewidth=1 if split == "train" else 2)  # fmt: skip
+    looks = [{"train": ("tab:blue", "train"), "val": ("tab:orange", "val")},
+             {"train": ("0.8", None), "val": ("0.6", "the run before")}]  # fmt: skip
+    for lines, look in reversed(list(zip(runs.values(), looks, strict=False))):  # grey lies below
+        for split, (color, label) in look.items():
+            x, y = ([line[k] for line in lines if line["split"] == split] for k in ("tokens", "loss"))
+            axes.plot(x, y, color=color, label=label, linewidth=1 if split == "train" else 2)
     if floor:
         axes.axhline(floor, color="tab:green", linestyle="--", label="floor of the corpus")
+    folder = next(iter(runs))
     axes.set(xlabel="tokens", ylabel="loss (nats a token)", title=str(folder))
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
@@ -905,27 +931,22 @@ def report(trainer: Trainer, name: str) -> None:
     from sample import stories
 
     c, folder, data = trainer.config, trainer.out_dir, trainer.data
-    previous = next(
-        (run for run in runs_of(name) if run != folder and (run / "metrics.jsonl").exists()), None
-    )
-    meta = data.meta["val"]
-    floor = data.meta.get("floor_bpb")
-    size = (meta["bytes"] + meta["stories"]) / max(1, meta["tokens"])  # bytes a token
-    plot(folder, previous, floor and floor * math.log(2) * size)
-    best = {}
-    for run in filter(None, (folder, previous)):
-        val = [line for line in read_metrics(run) if line["split"] == "val"]
-        best[run] = min(val, key=lambda line: line["loss"]) if val else None
-    lines = read_metrics(folder)
-    speed = [line["tokens_per_s"] for line in lines if line["split"] == "train"]
+    earlier = [run for run in runs_of(name) if run != folder and (run / "metrics.jsonl").exists()]
+    runs = {run: read_metrics(run) for run in [folder, *earlier[:1]]}
+    val, floor = data.meta["val"], data.meta.get("floor_bpb")
+    size = (val["bytes"] + val["stories"]) / max(1, val["tokens"])  # bytes a token
+    plot(runs, floor and floor * math.log(2) * size)
+    speed = [line["tokens_per_s"] for line in runs[folder] if line["split"] == "train"]
+    seconds = runs[folder][-1]["elapsed_s"] if runs[folder] else 0
     tokens = trainer.step * trainer.tokens_per_step
     say(f"\n{trainer.step:,} updates, {tokens / 1e6:.2f}M tokens = {tokens / len(data.train):.2f} epochs in "
-        f"{lines[-1]['elapsed_s'] if lines else 0:.0f} s; {np.median(speed) if speed else 0:,.0f} tokens/s; "
+        f"{seconds:.0f} s; {np.median(speed) if speed else 0:,.0f} tokens/s; "
         f"peak memory {trainer.machine.peak_memory():,.0f} MB")  # fmt: skip
-    for run, line in best.items():
-        if line:
-            say(f"best val loss {line['loss']:.4f} nats a token, {line['bpb']:.4f} bits per byte "
-                f"(step {line['step']}) in {run}")  # fmt: skip
+    for run, lines in runs.items():
+        if found := [line for line in lines if line["split"] == "val"]:
+            best = min(found, key=lambda line: line["loss"])
+            say(f"best val loss {best['loss']:.4f} nats a token, {best['bpb']:.4f} bits per byte "
+                f"(step {best['step']}) in {run}")  # fmt: skip
     if trainer.skipped:
         say(f"{trainer.skipped} updates were left out: their loss or gradient was not finite")
     trainer.model.eval()
@@ -942,23 +963,23 @@ def report(trainer: Trainer, name: str) -> None:
 # The loop
 
 
+def finished(step: int, waited: int, c: dict) -> bool:
+    """Whether a run of these settings has made all its steps, or used up its patience."""
+    return step >= c["max_iters"] or 0 < c["patience"] <= waited
+
+
 def run(trainer: Trainer) -> None:
     """Train to max_iters, or until patience or a signal ends it; what is done is saved."""
     c, step, begun = trainer.config, trainer.step, trainer.step
-    bar = tqdm(
-        total=c.max_iters,
-        initial=step,
-        unit="step",
-        disable=not sys.stderr.isatty() or trainer.machine.rank > 0,
-    )
+    quiet = not sys.stderr.isatty() or trainer.machine.rank > 0
+    bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=quiet)
     while True:
-        last = step >= c.max_iters
-        if (step % c.eval_interval == 0 or last) and trainer.evaluated != step:
+        if (step % c.eval_interval == 0 or step >= c.max_iters) and trainer.evaluated != step:
             result = trainer.val_step()
             trainer.log(step, result, split="val")
-            last |= trainer.judge(step, result)
+            trainer.judge(step, result)
             say(f"step {step:6,}  val loss {result['loss']:.4f}  {result['bpb']:.4f} bits per byte")
-        last |= bool(trainer.stop)
+        last = trainer.stop or finished(step, trainer.waited, vars(c))
         if last or (step % c.save_interval == 0 and step > begun) or trainer.save_now:
             trainer.save_checkpoint(step)
         if last:
@@ -968,14 +989,22 @@ def run(trainer: Trainer) -> None:
         bar.update()
         if step == 1 or step % c.log_interval == 0 or step == c.max_iters:
             line = trainer.log(step, result)
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:,} tokens/s")
-            if bar.disable and (step == 1 or step % (10 * c.log_interval) == 0):
-                left = (c.max_iters - step) * trainer.tokens_per_step / max(1, line["tokens_per_s"])
-                speed = f"{line['tokens_per_s']:,} tokens/s"
-                say(f"step {step:6,}  loss {line['loss']:.4f}  {speed}  {left:.0f} s left")
+            loss, speed = line["loss"], line["tokens_per_s"]
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s")
+            if quiet and (step == 1 or step % (10 * c.log_interval) == 0):
+                left = (c.max_iters - step) * trainer.tokens_per_step / max(1, speed)
+                say(f"step {step:6,}  loss {loss:.4f}  {speed:,} tokens/s  {left:.0f} s left")
     bar.close()
 
 
+def leave(number, frame):
+    """A signal before the loop, when there is nothing to save, or after it, when all is saved."""
+    signal.signal(number, signal.SIG_DFL)
+    say(f"{signal.Signals(number).name}: ended, with no update lost")
+    sys.exit(128 + number)
+
+
+@handling(leave, signal.SIG_IGN)
 def main(argv: list[str]) -> int:
     try:
         plan = parse(argv)
@@ -999,11 +1028,12 @@ def main(argv: list[str]) -> int:
         folder = agree(lambda: plan.folder)
         trainer = Trainer(c, model, data, folder, machine)
         trainer.recipe = plan.recipe
-        step = trainer.load_checkpoint(plan.state) if plan.state else 0
+        if plan.state:
+            trainer.load_checkpoint(plan.state)
         lock = contextlib.nullcontext()
-        if machine.rank == 0:  # only now, since it throws away what is after `step`
-            lock = take_folder(folder, model, plan.state)
-        say(f"going on with {folder} at step {step:,}" if plan.state else f"run      {folder}")
+        if machine.rank == 0:  # only now, since it throws away what is not to stay
+            lock = take_folder(trainer, plan.state)
+        say(f"going on with {folder} at step {trainer.step:,}" if plan.state else f"run      {folder}")
     except (ValueError, FileNotFoundError) as error:
         return fail(error, 2)
     except (OSError, RuntimeError) as error:
@@ -1032,7 +1062,4 @@ def fail(error: Exception | str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))

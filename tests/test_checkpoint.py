@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, found out when damaged, never executed, kept when the disk fails."""
 
 import errno
+import io
 import os
 import pickle
 import random
@@ -320,20 +321,67 @@ def limit_files(size: int) -> None:
     time.sleep = lambda seconds: None
 
 
-def test_metrics_that_cannot_be_written_end_the_run_in_one_line(here, monkeypatch):
-    log = train.Trainer.log
+def full_disk(monkeypatch, steps: range) -> None:
+    """In the updates of these numbers no line gets to metrics.jsonl, only half of it."""
+    step, now = train.Trainer.train_step, [0]
 
-    def full(self, step, result, split="train"):
-        if step == 8:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl")
-        return log(self, step, result, split)
+    class Full(io.TextIOWrapper):
+        def write(self, text):
+            if now[0] in steps:
+                super().write(text[: len(text) // 2])
+                self.flush()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(text)
 
+    def counting(self, n):
+        now[0] = n + 1
+        return step(self, n)
+
+    monkeypatch.setattr(train.Trainer, "train_step", counting)
+    monkeypatch.setattr(train, "open", lambda f, m, encoding: Full(open(f, m + "b"), encoding), raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def test_metrics_that_cannot_be_written_are_written_later(here, monkeypatch):
+    assert here("straight") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "log", full)
+        full_disk(patch, range(7, 10))
+        assert here("run") == 0
+    warning = "WARNING: could not write metrics.jsonl at step 8: [Errno 28] No space left on device"
+    assert warning in here.said and here.said.count("WARNING") == 1
+    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+
+
+def test_a_checkpoint_is_not_saved_where_the_lines_before_it_cannot_be(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        full_disk(patch, range(7, 100))
         assert here("run") == 1
-        assert "No space left" in here.said and "Traceback" not in here.said
+    assert here.said.count("WARNING: could not save latest.pt at step 10") == 3
+    assert "error: run cannot be written to" in here.said and "Traceback" not in here.said
+    assert kept("run")["step"] == 5 and lines("run")[-1]["step"] == 6, "and no half line"
     assert here("run", "--resume") == 0 and "at step 5" in here.said
     assert here("straight") == 0 and lines("run") == lines("straight")
+
+
+def test_metrics_survive_a_power_cut_as_far_as_checkpoints_do(here, monkeypatch):
+    """Before a file takes its name, the lines of metrics up to it are synced."""
+    synced, checked, fsync, replace = {}, [], os.fsync, os.replace
+
+    def syncing(handle):
+        fsync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    def replacing(old, new):
+        if Path(new).name in ("latest.pt", "metrics.jsonl"):
+            found = Path(old if Path(new).suffix == ".jsonl" else "run/metrics.jsonl").stat()
+            assert synced.get(found.st_ino) == found.st_size
+            checked.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", replacing)
+    assert here("run", stop_after=12) == 143 and here("run", "--resume") == 0
+    assert checked.count("metrics.jsonl") == 2 and checked.count("latest.pt") == 6
 
 
 def test_a_torn_line_of_metrics_is_cut_off(here):

@@ -1,5 +1,6 @@
 """The whole line as a person types it: prepare, train, resume, sample; mistakes, signals, processes."""
 
+import hashlib
 import json
 import os
 import re
@@ -275,6 +276,18 @@ def test_resume_takes_the_newest_unfinished_run_of_this_recipe(here):
     assert here("", other, "--resume", alone=True) == 0 and "out/micro2 at step 2" in here.said
 
 
+def test_a_run_that_its_patience_ended_is_finished(here):
+    """Unless it is given more of it, then it goes on as if it had had that from the start."""
+    micro = recipe("micro", eval_interval=2, learning_rate=0.5)
+    assert here("", micro, alone=True, patience=2) == 0
+    ended = kept("out/micro")["step"]
+    assert ended < 24
+    refused(here, "nothing to resume: no unfinished run out/micro", "", micro, "--resume", alone=True)
+    assert here("", micro, "--resume", alone=True, patience=0) == 0 and f"at step {ended}" in here.said
+    assert here("", micro, alone=True) == 0 and "out/micro-2" in here.said
+    assert lines("out/micro") == lines("out/micro-2") and lines("out/micro")[-1]["step"] == 24
+
+
 def test_no_steps_print_the_plan(here):
     refused_before = contents(".")
     assert (
@@ -371,6 +384,22 @@ def test_bins_that_changed_under_a_run_are_refused(here, corpus, tmp_path):
     assert here("run", "--resume", data_dir=place) == 0
 
 
+def test_another_number_of_stories_needs_other_data(here, corpus, tmp_path):
+    """The setting itself makes no other run: it only says what is to be prepared."""
+    import prepare
+
+    made = dict(source=str(corpus.parent / "mini.txt"), data_dir=tmp_path / "few")
+    prepare.prepare("mini", "byte", stories=20, **made)
+    assert here("run", data_dir=tmp_path / "few", stories=20, stop_after=4) == 143
+    assert here("run", "--resume", alone=True, data_dir=tmp_path / "few", stories=19, stop_after=6) == 143
+    assert "changed for the rest of the run: stories: 20 -> 19" in here.said
+    refused(here, "only the first 20", "run", "--resume", alone=True, data_dir=tmp_path / "few", stories=30)
+    prepare.prepare("mini", "byte", stories=30, **made)
+    refused(
+        here, "not those that this run", "run", "--resume", alone=True, data_dir=made["data_dir"], stories=30
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Signals, kills, two runs at once
 
@@ -393,6 +422,42 @@ def test_a_signal_saves_within_one_step(number, status, tmp_path, corpus, here):
     assert here("run", "--resume", alone=True, max_iters=step + 7) == 0
     assert here("straight", **LONG | dict(max_iters=step + 7)) == 0
     assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+
+
+@posix
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str)
+@pytest.mark.parametrize("when", ["preparing", "compiling"])
+def test_a_signal_before_the_first_step(when, number, status, tmp_path, corpus):
+    changes = dict(dataset="mine", source=corpus.parent / "mini.txt", data_dir="data", compile="True")
+    run = Program(words(corpus, **changes, out_dir="run"), tmp_path, hook=(slow_start, when))
+    run.until("busy now")
+    run.signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    assert run.process.is_alive(), "there is nothing to save yet, and no reason to die"
+    run.signal(number)
+    assert run.wait(10) == status
+    name = signal.Signals(number).name
+    assert run.text.splitlines()[-1] == f"{name}: ended, with no update lost" and "Traceback" not in run.text
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    made = {f"data/mine/byte/{name}" for name in ("train.bin", "val.bin", "meta.json")}
+    made |= {"run/lock", "run/metrics.jsonl"}
+    assert left - {run.output.name} == (made if when == "compiling" else set())
+
+
+def slow_start(when: str) -> None:
+    """Preparing the data or compiling takes a minute."""
+    import prepare
+
+    def busy(*args, **kwargs):
+        print("busy now", file=sys.stderr, flush=True)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            time.sleep(0.01)
+
+    if when == "preparing":
+        prepare.Bin.write = busy
+    else:
+        torch.compile = busy
 
 
 @posix
@@ -430,16 +495,16 @@ def test_a_second_ctrl_c_leaves_at_once_and_hurts_nothing(tmp_path, corpus, here
 
 def slow_saves(seconds: float) -> None:
     """Each save takes its time between the writing and the renaming."""
-    real = os.fsync
+    real = hashlib.file_digest
 
-    def fsync(handle):
+    def file_digest(*args):
         print("saving now", file=sys.stderr, flush=True)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(0.01)
-        real(handle)
+        return real(*args)
 
-    os.fsync = fsync
+    hashlib.file_digest = file_digest
 
 
 @posix

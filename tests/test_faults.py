@@ -39,7 +39,7 @@ STAGES = {  # where kill -9 strikes: at a call of what is named here, from the 1
     "a line of metrics, half written": 15,
     "cutting metrics back on a resume": 1,
     "writing latest.pt": 3,
-    "syncing latest.pt": 3,
+    "syncing latest.pt": 4,  # or the lines of metrics before it
     "renaming latest.pt to previous.pt": 2,
     "between the two renames": 3,
     "after the renames": 3,
@@ -82,11 +82,12 @@ def inject(stage: str, n: int) -> None:
 
         setattr(module, name, wrapped)
 
-    save = checkpoint.save
+    write = train.Trainer.write
 
-    def spying_save(path, *args, **kwargs):
-        saving[0] = Path(path).name
-        save(path, *args, **kwargs)
+    def spying_write(self, name, *args, **kwargs):
+        saving[0] = name
+        write(self, name, *args, **kwargs)
+        saving[0] = None
 
     def half_written(content, file, **kwargs):
         whole = io.BytesIO()
@@ -103,7 +104,7 @@ def inject(stage: str, n: int) -> None:
                 die()
             return super().write(text)
 
-    checkpoint.save, torch_save = spying_save, torch.save
+    train.Trainer.write, torch_save = spying_write, torch.save
     name = next((word for word in stage.split() if word.endswith(".pt")), "latest.pt")
     match stage.split():
         case ["setting", *_]:
@@ -132,7 +133,7 @@ def inject(stage: str, n: int) -> None:
             real = os.fsync
 
             def full(handle):
-                if arrived():
+                if saving[0] and arrived():
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 real(handle)
 

@@ -1,6 +1,5 @@
 """Training: batches, schedules, the machine, one update, metrics, and going on where a run stopped."""
 
-import contextlib
 import json
 import math
 import os
@@ -603,21 +602,35 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(name, here):
     assert lines("stopped") == lines("straight")
     assert same(kept("stopped"), kept("straight"))
     assert same(kept("stopped", "best.pt"), kept("straight", "best.pt"))
-    if name != "patience":  # a finished run that is resumed is finished, and the same
-        assert here("stopped", "--resume", alone=True) == 0 and same(kept("stopped"), kept("straight"))
+    assert here("stopped", "--resume", alone=True) == 0, "a finished run that is resumed is finished"
+    assert same(kept("stopped"), kept("straight")) and lines("stopped") == lines("straight")
     assert len(lines("straight")) > 12 or name == "patience" and 7 < kept("straight")["step"] < 24
 
 
-@pytest.mark.parametrize("half", [2, 6, 12])
+@pytest.mark.parametrize("half", [1, 2, 6, 7, 9, 12])
 def test_n_steps_and_n_more_are_2n_steps(half, here):
-    """The literal promise, the length of the run given anew."""
-    same_end = dict(lr_decay_iters=2 * half, eval_interval=2, save_interval=3, dropout=0.1, warmup_iters=1)
+    """The literal promise, the length of the run given anew, on the intervals (of 2 and 3) and off them."""
+    same_end = dict(lr_decay_iters=2 * half, eval_interval=3, save_interval=4, dropout=0.1, warmup_iters=0,
+                    patience=3, learning_rate=0.05)  # fmt: skip
     assert here("straight", max_iters=2 * half, **same_end) == 0
     assert here("halves", max_iters=half, **same_end) == 0
+    assert [line["step"] for line in lines("halves")[-2:]] == [half, half], "a train line and a val line"
+    once = lines("halves")
+    assert here("halves", "--resume", alone=True) == 0 and lines("halves") == once, "it is finished"
     assert here("halves", "--resume", alone=True, max_iters=2 * half) == 0
     assert f"max_iters: {half} -> {2 * half}" in here.said
     assert lines("halves") == lines("straight")
     assert same(kept("halves"), kept("straight"))
+
+
+def test_a_closing_evaluation_keeps_the_best_weights_but_uses_up_no_patience(tmp_path):
+    t = trainer(out_dir=tmp_path, max_iters=8, eval_interval=5, patience=3)
+    losses = iter([5.0, 4.0, 3.0])
+    t.val_step = lambda: {"loss": next(losses), "bpb": 1.0}
+    train.run(t)
+    assert checkpoint.read(tmp_path / "best.pt")["step"] == 8
+    state = checkpoint.read(tmp_path / "latest.pt")
+    assert (state["best"], state["waited"], state["evaluated"]) == (4.0, 0, 5), "as where it did not end"
 
 
 def test_the_intervals_change_no_training_loss(here):
@@ -655,16 +668,32 @@ def test_resuming_in_another_precision(before, after, here):
     assert lines("run", "train")[-1]["step"] == 24
 
 
+def test_resuming_on_another_machine_is_said(here, monkeypatch):
+    """Its precision may be another where dtype is auto; compiled is what the run was begun with."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
+    assert here("run", dtype="auto", compile="auto", stop_after=4) == 143
+    assert here("run", "--resume", alone=True, stop_after=5) == 143 and "so far" not in here.said
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64", "bf16": True})
+    state = checkpoint.read("run/latest.pt")
+    checkpoint.save("run/latest.pt", state | {"compiled": True})
+    monkeypatch.setattr(torch, "compile", lambda model: lambda *args, **kwargs: model(*args, **kwargs))
+    assert here("run", "--resume", alone=True) == 0
+    assert "machine  CPU (arm64), bfloat16 (it has bf16 matrix units), compiled" in here.said
+    assert "the steps so far were made on CPU (x86_64), float32 (it has no bf16 matrix units)" in here.said
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Metrics
 
 
-def slow_bpb(model: GPT, ids: list[int], tok) -> tuple[float, float]:
+def slow_bpb(model: GPT, ids: list[int], tok, cross_stories: bool = True) -> tuple[float, float]:
     """(nats a token, bits per byte), one token at a time: fixed windows, end-of-text before the first."""
     T, nats, size = model.config.block_size, 0.0, 0
     stream = [tok.eot, *ids]
     for i, target in enumerate(ids):
         start = i - i % T  # of this token's window
+        if not cross_stories:  # of its story, where that is nearer (RoPE knows distances only)
+            start = max([start, *(k for k in range(start, i + 1) if stream[k] == tok.eot)])
         with torch.no_grad():
             logits, _ = model.eval()(torch.tensor([stream[start : i + 1]]))
         nats -= F.log_softmax(logits[0, -1].double(), -1)[target].item()
@@ -684,6 +713,25 @@ def test_bits_per_byte_against_a_slow_formula(eval_tokens, batch_size):
     assert torch.equal(state, torch.get_rng_state()), "draws on no random state"
     loss, bpb = slow_bpb(t.model, data.val[: eval_tokens or None].tolist(), data.tokenizer)
     assert result["loss"] == pytest.approx(loss, rel=1e-5) and result["bpb"] == pytest.approx(bpb, rel=1e-5)
+
+
+def test_evaluation_keeps_stories_apart_where_training_does():
+    t, crossing = trainer(cross_stories=False, eval_tokens=0), trainer(eval_tokens=0)
+    loss, _ = slow_bpb(t.model, t.data.val.tolist(), t.data.tokenizer, cross_stories=False)
+    assert t.val_step()["loss"] == pytest.approx(loss, rel=1e-6)
+    assert crossing.val_step()["loss"] != pytest.approx(loss, rel=1e-6), "no empty claim"
+
+
+@pytest.mark.parametrize("cross_stories", [True, False])
+def test_evaluate_says_what_training_said(cross_stories, here, tmp_path, monkeypatch, capsys):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {i}" for i in range(30)))
+    prepare.prepare("short", "byte", source=str(tmp_path), data_dir="data")
+    changes = dict(dataset="short", data_dir="data", eval_tokens=0, cross_stories=cross_stories)
+    assert here("run", learning_rate=0.1, **changes) == 0
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out_dir=run"])
+    assert evaluate.main() == 0
+    assert f"{lines('run', 'val')[-1]['loss']:.4f} nats a token" in capsys.readouterr().out
 
 
 def test_bits_per_byte_of_a_bpe_counts_the_bytes_of_its_tokens():
@@ -879,9 +927,8 @@ def test_out_of_memory_is_one_clear_line(here, monkeypatch):
 def test_threads_are_shared_fairly(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    with contextlib.suppress(AttributeError):
-        monkeypatch.setattr(os, "process_cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)  # of the 64
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     train.set_up(machine(), settings(threads=0))  # PyTorch knows best
     train.set_up(machine(1, 4), settings(threads=0))
