@@ -41,8 +41,10 @@ from model import GPT  # noqa: E402
 
 
 def parser(doc: str, repeats: int = 3) -> argparse.ArgumentParser:
+    """Its options are --threads and, where there is a default for it, --repeats."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--repeats", type=int, default=repeats, help="runs in turn; default %(default)s")
+    if repeats:
+        made.add_argument("--repeats", type=int, default=repeats, help="runs in turn; default %(default)s")
     made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
     return made
 
