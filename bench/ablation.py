@@ -127,7 +127,8 @@ def summary(found: list[dict], names: list[str]) -> None:
                      statistics.mean(apart) if apart else None, *means])  # fmt: skip
     rows.sort(key=lambda row: row[2])
     rows = [
-        [*row[:2], *(f"{x:.4f}" for x in row[2:5]), row[5] and f"{row[5]:+.4f}", *row[6:]] for row in rows
+        [*row[:2], *(f"{x:.4f}" for x in row[2:5]), None if row[5] is None else f"{row[5]:+.4f}", *row[6:]]
+        for row in rows
     ]
     head = ["variant", "seeds", "bits per byte", "least", "most", "against base", "tokens", "tokens/s"]
     common.table(head, rows)

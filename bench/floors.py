@@ -25,11 +25,7 @@ from model import GPT
 
 CARDS = {"H100 SXM 80 GB": common.CARDS["H100 80GB HBM3"], "RTX 4090 24 GB": common.CARDS["RTX 4090"]}
 STORIES, BYTES = 2_119_719, 1.92e9
-BYTES_A_TOKEN = {
-    "gpt2": 4.062,
-    "bpe4096": 3.974,
-    "bpe8192": 4.114,
-}  # end-of-text counted as a byte and a token
+BYTES_A_TOKEN = {"gpt2": 4.062, "bpe4096": 3.974, "bpe8192": 4.114}  # end-of-text: a byte and a token
 
 
 def tokens_of_a_pass(data_dir: str, tokenizer: str) -> float:
@@ -39,7 +35,7 @@ def tokens_of_a_pass(data_dir: str, tokenizer: str) -> float:
         train_split = json.loads(meta.read_text(encoding="utf-8"))["train"]
         size = (train_split["bytes"] + train_split["stories"]) / train_split["tokens"]
     else:
-        size = BYTES_A_TOKEN[tokenizer]
+        size = BYTES_A_TOKEN.get(tokenizer, 4.0)
     return (BYTES + STORIES) / size
 
 
@@ -82,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
                   "bytes": made["bytes_a_step"] / rate / 1e12}  # fmt: skip
             hours = made["tokens_a_pass"] / speed / 3600
             rows.append([file.stem, name, f"{made['parameters'] / 1e6:.1f}M", made["flops_a_token"] / 1e6,
-                         f"{speed / 1e6:.2f}M", f"{hours:.2f}", by["operations"] * 1000, by["bytes"] * 1000,
+                         f"{speed / 1e6:.2f}M", f"{hours:.2g}", by["operations"] * 1000, by["bytes"] * 1000,
                          made["memory"] / 2**30])  # fmt: skip
             found.append({"recipe": file.stem, "card": name, "tokens_per_s": speed, "hours_a_pass": hours,
                           "step_s": by} | made)  # fmt: skip

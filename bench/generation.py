@@ -10,7 +10,8 @@ The first two: 6 layers, 384 wide, context 512, 4,096 ids; with --llama2c also i
 32,000 ids, or a trained --checkpoint, whose bits per byte are then printed. Random weights do not change
 the speed: with tied ones the likeliest token is the one before, so that no text ends early. Ours is the rate
 that `python sample.py --temperature 0` prints for each --dtype (one that it does not take is shown as "-"),
-run.c's is that which it prints, the prompt's tokens counted, too; both leave out loading. A few minutes.
+run.c's is that which it prints, the prompt's tokens counted, too; both leave out loading.
+With --tokens past the context, ours goes on with its window full. A few minutes.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
 PROMPT = "Once upon a time"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def save_random(file: Path, c: GPTConfig) -> Path:
@@ -44,21 +46,24 @@ def save_random(file: Path, c: GPTConfig) -> Path:
     return file
 
 
-def ours(file: Path, dtype: str, streams: int, tokens: int) -> Callable[[], float]:
-    """Tokens a second that sample.py reports."""
-    settings = dict(out_dir=file, dtype=dtype, num_samples=streams, max_new_tokens=tokens)
+def ours(file: Path, dtype: str, streams: int, tokens: int, device: str) -> Callable[[], float]:
+    """Tokens a second that sample.py reports; nan where it takes no such dtype."""
+    settings = dict(out_dir=file, dtype=dtype, num_samples=streams, max_new_tokens=tokens, device=device)
     settings |= dict(temperature=0, prompt=PROMPT)
+    command = [sys.executable, common.ROOT / "sample.py", *common.words(settings)]
 
     def rate() -> float:
-        ran = common.run([sys.executable, common.ROOT / "sample.py", *common.words(settings)], check=False)
-        return float(ran.find(r" ([\d,]+) tokens/s")[1][1].replace(",", "")) if not ran.status else math.nan
+        ran = common.run(command, check=False)
+        if ran.status == 2 and "--dtype" in ran.lines[-1][1] + ran.lines[-2][1]:
+            return math.nan
+        return float(ran.find(r" ([\d,]+) tokens/s")[1][1].replace(",", ""))
 
     return rate
 
 
 def whole_window(c: GPTConfig, tokens: int) -> Callable[[], float]:
     """Tokens a second of one row when a full window of our model is run again for each token."""
-    model, ids = GPT(c).eval(), torch.randint(c.vocab_size, (1, c.block_size))
+    model, ids = GPT(c).to(DEVICE).eval(), torch.randint(c.vocab_size, (1, c.block_size), device=DEVICE)
 
     @torch.inference_mode()
     def go() -> None:
@@ -75,8 +80,8 @@ def nanogpt(path: str, c: GPTConfig, prompt: int, tokens: int) -> Callable[[], f
     shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size)
     config = theirs.GPTConfig(**shape, vocab_size=c.vocab_size, bias=False, dropout=0.0)
     with contextlib.redirect_stdout(sys.stderr):  # it says how many parameters it has
-        model = theirs.GPT(config).eval()
-    ids = torch.randint(c.vocab_size, (1, prompt))
+        model = theirs.GPT(config).to(DEVICE).eval()
+    ids = torch.randint(c.vocab_size, (1, prompt), device=DEVICE)
     return lambda: tokens / common.seconds(lambda: model.generate(ids, tokens))
 
 
@@ -139,10 +144,11 @@ def main(argv: list[str] | None = None) -> None:
             files[runs_c] = file, count
             sides[runs_c, "run.c float32"] = run_c(options.llama2c, file, folder, count)
         for weights, (file, count) in files.items():
+            device = DEVICE if weights == own else "cpu"  # where run.c is
             for dtype in options.dtype:
                 for n in options.streams:
                     name = f"sample.py {dtype}, {n} stream{'s' * (n > 1)}"
-                    sides[weights, name] = ours(file, dtype, n, count)
+                    sides[weights, name] = ours(file, dtype, n, count, device)
         if options.checkpoint and options.data:
             data = prepare.load(options.data)
             loss = {dtype: bits_per_byte(files[runs_c][0], dtype, data, options.eval_tokens)
