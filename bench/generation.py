@@ -1,77 +1,171 @@
 """
-Tokens a second of generation: with the cache, and with the whole window anew for each token as in nanoGPT.
+Tokens a second of generation: sample.py against nanoGPT's generate() and llama2.c's run.c.
 
-    python bench/generation.py [--streams 1 16] [--dtype float32] [--threads 2]
+    python bench/generation.py                          # 1 and 16 streams, beside the whole window each time
+    python bench/generation.py --nanogpt PATH           # nanoGPT, its window full, and from a short prompt
+    python bench/generation.py --llama2c PATH           # run.c on weights that export.py wrote, greedy
+    python bench/generation.py --llama2c PATH --checkpoint out/llama --data data/tinystories/bpe4096
 
-Random weights (the speed does not depend on them); 6 layers, 384 wide, context 512, 4,096 ids unless told
-otherwise. Each figure is the median of `--repeats` runs in turn; prints a table and one line of JSON.
+The first two: 6 layers, 384 wide, context 512, 4,096 ids; with --llama2c also its 15M shape, 288 wide, with
+32,000 ids, or a trained --checkpoint, whose bits per byte are then printed. Random weights do not change
+the speed: with tied ones the likeliest token is the one before, so that no text ends early. Ours is the rate
+that `python sample.py --temperature 0` prints for each --dtype (one that it does not take is shown as "-"),
+run.c's is that which it prints, the prompt's tokens counted, too; both leave out loading.
+With --tokens past the context, ours goes on with its window full. A few minutes.
 """
 
-import argparse
-import json
-import statistics
+import contextlib
+import math
+import shutil
+import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import common
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint
+import export
+import prepare
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
 
-import sample  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-
-
-def cached(model: GPT, streams: int, tokens: int) -> float:
-    """Tokens a second of `streams` rows together, prompts of one token, all samplers off."""
-    prompts = [[i + 1] for i in range(streams)]
-    began = time.perf_counter()
-    made = sample.generate(model, prompts, tokens, eot=model.config.vocab_size - 1)
-    return sum(map(len, made)) / (time.perf_counter() - began)
+PROMPT = "Once upon a time"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@torch.inference_mode()
-def rerun(model: GPT, tokens: int) -> float:
-    """Tokens a second of one row when a full window is run again for each token."""
-    ids = torch.randint(model.config.vocab_size, (1, model.config.block_size))
-    began = time.perf_counter()
-    for _ in range(tokens):
-        logits = model(ids)[0][:, -1]
-        ids = torch.cat((ids[:, 1:], torch.multinomial(logits.softmax(dim=-1), 1)), dim=1)
-    return tokens / (time.perf_counter() - began)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--tokens", type=int, default=500)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's own choice")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--n_layer", type=int, default=6)
-    parser.add_argument("--n_embd", type=int, default=384)
-    parser.add_argument("--block_size", type=int, default=512)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def save_random(file: Path, c: GPTConfig) -> Path:
+    """A checkpoint of random weights, with a made-up vocabulary of as many ids."""
     torch.manual_seed(0)
-    shape = dict(n_layer=options.n_layer, n_head=6, n_embd=options.n_embd, block_size=options.block_size)
-    model = GPT(GPTConfig(vocab_size=4096, **shape)).to(getattr(torch, options.dtype)).eval()
-    plain = GPT(model.config).to(getattr(torch, options.dtype)).eval()
-    sample.lay_out(model)
-    rates: dict[str, list[float]] = {}
-    for _ in range(options.repeats):
-        rates.setdefault("whole window for each token", []).append(rerun(plain, 20))
-        for streams in options.streams:
-            name = f"cached, {streams} stream{'s' if streams > 1 else ''}"
-            rates.setdefault(name, []).append(cached(model, streams, options.tokens))
-    found = {name: statistics.median(values) for name, values in rates.items()}
-    base = found["whole window for each token"]
-    for name, rate in found.items():
-        spread = f"{min(rates[name]):,.1f} to {max(rates[name]):,.1f}"
-        print(f"{name:30} {rate:9,.1f} tokens/s ({spread})  {rate / base:6.1f} times")
-    print(json.dumps({"bench": "generation", **shape, "dtype": options.dtype, "torch": torch.__version__,
-                      "threads": torch.get_num_threads(), "tokens_per_s": found}))  # fmt: skip
+    pairs = (bytes([a, b]) for a in range(256) for b in range(256))
+    tokens = [bytes([b]) for b in range(256)] + [next(pairs) for _ in range(c.vocab_size - 257)]
+    state = Tokenizer(f"bpe{c.vocab_size}", tokens).state()
+    checkpoint.save(file, {"model": GPT(c).state_dict(), "model_config": vars(c), "tokenizer": state})
+    return file
+
+
+def ours(file: Path, dtype: str, streams: int, tokens: int, device: str) -> Callable[[], float]:
+    """Tokens a second that sample.py reports; nan where it takes no such dtype."""
+    settings = dict(out_dir=file, dtype=dtype, num_samples=streams, max_new_tokens=tokens, device=device)
+    settings |= dict(temperature=0, prompt=PROMPT)
+    command = [sys.executable, common.ROOT / "sample.py", *common.words(settings)]
+
+    def rate() -> float:
+        ran = common.run(command, check=False)
+        if ran.status == 2 and "--dtype" in ran.lines[-1][1] + ran.lines[-2][1]:
+            return math.nan
+        return float(ran.find(r" ([\d,]+) tokens/s")[1][1].replace(",", ""))
+
+    return rate
+
+
+def whole_window(c: GPTConfig, tokens: int) -> Callable[[], float]:
+    """Tokens a second of one row when a full window of our model is run again for each token."""
+    model, ids = GPT(c).to(DEVICE).eval(), torch.randint(c.vocab_size, (1, c.block_size), device=DEVICE)
+
+    @torch.inference_mode()
+    def go() -> None:
+        window = ids
+        for _ in range(tokens):
+            window = torch.cat((window[:, 1:], model(window)[0][:, -1:].argmax(dim=-1)), dim=1)
+
+    return lambda: tokens / common.seconds(go)
+
+
+def nanogpt(path: str, c: GPTConfig, prompt: int, tokens: int) -> Callable[[], float]:
+    """Tokens a second of its own generate(), from a prompt of so many ids."""
+    theirs = common.nanogpt_module(path)
+    shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size)
+    config = theirs.GPTConfig(**shape, vocab_size=c.vocab_size, bias=False, dropout=0.0)
+    with contextlib.redirect_stdout(sys.stderr):  # it says how many parameters it has
+        model = theirs.GPT(config).to(DEVICE).eval()
+    ids = torch.randint(c.vocab_size, (1, prompt), device=DEVICE)
+    return lambda: tokens / common.seconds(lambda: model.generate(ids, tokens))
+
+
+def run_c(path: str, file: Path, folder: Path, tokens: int) -> Callable[[], float]:
+    """Tokens a second that run.c reports for the checkpoint's weights."""
+    source = common.checkout(path, "run.c") / "run.c"
+    compiler = shutil.which("gcc") or shutil.which("cc") or "gcc"
+    flags = ["-Ofast", "-fopenmp", "-march=native"]
+    subprocess.run([compiler, *flags, "-o", folder / "run", source, "-lm"], check=True)
+    vocabulary = export.to_llama2c(*checkpoint.load(file), folder / "model.bin")
+    words = [folder / "run", folder / "model.bin", "-z", vocabulary, "-t", 0, "-n", tokens, "-i", PROMPT]
+    return lambda: float(common.run(words).find(r"achieved tok/s: ([\d.]+)")[1][1])
+
+
+def bits_per_byte(file: Path, dtype: str, data: prepare.Data, eval_tokens: int) -> float:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        return math.nan
+    model, _ = checkpoint.load(file)
+    model.to(getattr(torch, dtype))
+    return common.bits_per_byte(model, data, model.config.block_size, eval_tokens)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__)
+    common.nanogpt_option(parser)
+    add = parser.add_argument
+    add("--llama2c", metavar="PATH", help="a checkout of github.com/karpathy/llama2.c; needs gcc")
+    add("--checkpoint", help="a trained run that run.c can read, instead of random weights")
+    add("--data", help="a folder of prepare.py to score the checkpoint on")
+    add("--eval_tokens", type=int, default=65_536, help="of the validation file, to score; 0: all")
+    add("--streams", type=int, nargs="+", default=[1, 16])
+    add(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], help="passed to sample.py; default %(default)s"
+    )
+    add("--tokens", type=int, default=500)
+    add("--window_tokens", type=int, default=20, help="of those that run the whole window for each")
+    add("--n_layer", type=int, default=6)
+    add("--n_embd", type=int, default=384, help="6 heads")
+    add("--block_size", type=int, default=512)
+    options = common.parse(parser, argv)
+    c = GPTConfig(options.n_layer, 6, options.n_embd, options.block_size, 4096)
+    few, loss = options.window_tokens, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        own, runs_c = (
+            f"{c.n_embd} wide",
+            "run.c's weights",
+        )  # the first side of each is what it is held against
+        sides: dict[tuple[str, str], Callable[[], float]] = {}
+        if options.nanogpt:
+            sides[own, "nanoGPT, full window"] = nanogpt(options.nanogpt, c, c.block_size, few)
+            sides[own, "nanoGPT, from 1 token"] = nanogpt(options.nanogpt, c, 1, options.tokens)
+        else:
+            sides[own, "ours, whole window for each"] = whole_window(c, few)
+        files = {own: (save_random(folder / "own.pt", c), options.tokens)}
+        if options.llama2c:
+            small = GPTConfig(6, 6, 288, 256, 32_000)
+            file = checkpoint.find(options.checkpoint or save_random(folder / "small.pt", small))
+            count = min(options.tokens, checkpoint.read(file)["model_config"]["block_size"])
+            files[runs_c] = file, count
+            sides[runs_c, "run.c float32"] = run_c(options.llama2c, file, folder, count)
+        for weights, (file, count) in files.items():
+            device = DEVICE if weights == own else "cpu"  # where run.c is
+            for dtype in options.dtype:
+                for n in options.streams:
+                    name = f"sample.py {dtype}, {n} stream{'s' * (n > 1)}"
+                    sides[weights, name] = ours(file, dtype, n, count, device)
+        if options.checkpoint and options.data:
+            data = prepare.load(options.data)
+            loss = {dtype: bits_per_byte(files[runs_c][0], dtype, data, options.eval_tokens)
+                    for dtype in options.dtype}  # fmt: skip
+        found = common.in_turn(sides, options.repeats)
+    rates, rows = common.medians(found), []
+    for (weights, name), rate in rates.items():
+        base = next(other for key, other in rates.items() if key[0] == weights)
+        values = found[weights, name]
+        rows.append([weights, name, rate, min(values), max(values), rate / base])
+    common.table(["weights", "program", "tokens/s", "least", "most", "times"], rows)
+    for dtype, bpb in loss.items():
+        print(f"{options.checkpoint} in {dtype}: {common.show(bpb)} bits per byte")
+    keys = ("weights", "program", "tokens_per_s", "least", "most", "times")
+    cells = [[None if cell != cell else cell for cell in row] for row in rows]  # JSON has no nan
+    common.finish("generation", shape=vars(c), tokens=options.tokens, bits_per_byte=loss,
+                  rates=[dict(zip(keys, row, strict=True)) for row in cells])  # fmt: skip
 
 
 if __name__ == "__main__":

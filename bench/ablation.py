@@ -1,0 +1,168 @@
+"""
+An ablation of config/tiny.py: one setting changed at a time, several seeds, equal tokens and equal time.
+
+    python bench/ablation.py --iters 600 --seconds 60              # everything: hours; stop and go on at will
+    python bench/ablation.py --only base relu2 swiglu --seconds 60
+    python bench/ablation.py --list
+
+Each run is a program of its own, `python train.py config/tiny.py` and the settings of the variant, with the
+schedule fitted to its length: --iters are updates of the recipe's own size, so a variant with twice the rows
+makes half as many; --seconds become updates by the variant's own rate, measured in a short run before, with
+starting up, compiling and evaluating not counted. The score is bits per byte of the validation stories (a
+variant with a shorter context is scored with that). Results are lines added to --out, and what is there is
+not run again, unless the recipe or the variant has changed. Do not change the code between two calls.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+import tempfile
+from pathlib import Path
+
+import common
+
+import config as recipes
+import train
+
+ADAMW = dict(optimizer="adamw", weight_decay=0.1)
+VARIANTS: dict[str, dict] = {
+    "base": {},
+    "learned-positions": dict(position="learned"),
+    "no-positions": dict(position="none"),
+    "swiglu": dict(mlp="swiglu"),
+    "geglu": dict(mlp="geglu"),
+    "gelu": dict(mlp="gelu"),
+    "relu2": dict(mlp="relu2"),
+    "layernorm": dict(norm="layernorm"),
+    "no-norm": dict(norm="none", embed_norm=False),
+    "norm-weights": dict(norm_weight=True),
+    "no-embedding-norm": dict(embed_norm=False),
+    "no-qk-norm": dict(qk_norm=False),
+    "tied": dict(tied=True),
+    "init-gpt2": dict(init="gpt2"),
+    "init-fan_in": dict(init="fan_in"),
+    **{f"adamw-{lr:g}": ADAMW | dict(learning_rate=lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)},
+    **{f"muon-{lr:g}": dict(muon_lr=lr) for lr in (0.005, 0.01, 0.04)},
+    **{f"lr-{lr:g}": dict(learning_rate=lr) for lr in (0.005, 0.01, 0.04)},
+    "cosine": dict(schedule="cosine"),
+    "wsd": dict(schedule="wsd"),
+    "linear": dict(schedule="linear"),
+    "weight-decay-0.1": dict(weight_decay=0.1),
+    **{f"batch-{rows}": dict(batch_size=rows) for rows in (3, 6, 12, 24)},
+    **{f"context-{length}": dict(block_size=length) for length in (64, 128)},
+    "story-windows": dict(story_windows=True),
+    "stories-apart": dict(cross_stories=False),
+    **{f"heads-{n}": dict(n_head=n) for n in (1, 2, 4, 8)},
+    **{f"bpe{n}": dict(tokenizer=f"bpe{n}") for n in (512, 1024, 2048, 4096, 8192)},
+    "2x192": dict(n_layer=2, n_embd=192),  # layers x width
+    "3x160": dict(n_layer=3, n_embd=160),
+    "6x96": dict(n_layer=6, n_embd=96),
+    "8x96": dict(n_layer=8, n_embd=96),
+    "softcap-15": dict(softcap=15.0),
+    "average-0.99": dict(ema=0.99),
+}
+
+
+class Bench:
+    """The runs that were made, in a file that grows by a line a run."""
+
+    def __init__(self, options):
+        self.options, self.out, self.rates = options, Path(options.out), {}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.out.read_text(encoding="utf-8").splitlines() if self.out.exists() else []
+        self.done = {(one["mark"], one["seed"], one["budget"]): one for one in map(json.loads, lines)}
+        default = {s.name: s.default for s in recipes.settings(train.TrainConfig).values()}
+        self.recipe = default | recipes.read(options.recipe, train.TrainConfig)
+
+    def result(self, name: str, seed: int, kind: str) -> dict:
+        """A variant's run with so many "iters" or "seconds", made if it was not."""
+        settings, amount = dict(VARIANTS[name]), getattr(self.options, kind)
+        data = common.load_data(self.options, settings.pop("tokenizer", ""))
+        ends = (data.val == data.tokenizer.eot).nonzero()[0][: self.options.eval_stories]
+        settings["eval_tokens"] = int(ends[-1]) + 1  # the same text whatever the vocabulary
+        full = self.recipe | settings
+        mark = json.dumps([full, data.tokenizer.sha256, len(data.train)])
+        mark = hashlib.sha256(mark.encode()).hexdigest()[:12]
+        key = mark, seed, f"{kind} {amount:g}"
+        if key not in self.done:
+            if kind == "seconds" and mark not in self.rates:
+                self.rates[mark] = self.learn(settings, data, max_iters=30)["tokens_per_s"]
+            tokens = amount * (self.rates[mark] if kind == "seconds" else step_tokens(self.recipe))
+            made = self.learn(settings, data, max_iters=max(1, round(tokens / step_tokens(full))), seed=seed)
+            made = {"variant": name, "mark": mark, "seed": seed, "budget": key[2], **made}
+            self.done[key] = made
+            with open(self.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(made) + "\n")
+            print(f"{name}, seed {seed}, {key[2]}: {made['bpb']:.4f} bits per byte, "
+                  f"{made['tokens']:,} tokens, {made['process_s']:.0f} s", flush=True)  # fmt: skip
+        return self.done[key] | {"variant": name}  # two variants that come to the same share a run
+
+    def learn(self, settings: dict, data, **more) -> dict:
+        """One run of train.py up to its last evaluation: that line, and the rate before."""
+        with tempfile.TemporaryDirectory() as folder:
+            settings = settings | dict(eval_interval=10**9, save_interval=10**9, fallback="") | more
+            command = common.ours(self.options.recipe, data, folder, **settings)
+            ran = common.run(command, until=rf"^step +{more['max_iters']:,}  val loss")
+            lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        rates = [line["tokens_per_s"] for line in lines if line["split"] == "train"]
+        return {"bpb": lines[-1]["bpb"], "tokens": lines[-1]["tokens"], "steps": lines[-1]["step"],
+                "process_s": round(ran.seconds, 2),
+                "tokens_per_s": statistics.median(rates[1:] or rates)}  # fmt: skip
+
+
+def step_tokens(settings: dict) -> int:
+    return math.prod(settings[name] for name in ("batch_size", "gradient_accumulation_steps", "block_size"))
+
+
+def summary(found: list[dict], names: list[str]) -> None:
+    """A line a variant over its seeds: mean, least, most; the mean difference from base, seed by seed."""
+    base, rows = {one["seed"]: one["bpb"] for one in found if one["variant"] == "base"}, []
+    for name in names:
+        runs = [one for one in found if one["variant"] == name]
+        bpb = [one["bpb"] for one in runs]
+        apart = [one["bpb"] - base[one["seed"]] for one in runs if base]
+        means = [statistics.mean(one[key] for one in runs) for key in ("tokens", "tokens_per_s")]
+        rows.append([name, len(runs), statistics.mean(bpb), min(bpb), max(bpb),
+                     statistics.mean(apart) if apart else None, *means])  # fmt: skip
+    rows.sort(key=lambda row: row[2])
+    rows = [
+        [*row[:2], *(f"{x:.4f}" for x in row[2:5]), None if row[5] is None else f"{row[5]:+.4f}", *row[6:]]
+        for row in rows
+    ]
+    head = ["variant", "seeds", "bits per byte", "least", "most", "against base", "tokens", "tokens/s"]
+    common.table(head, rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = common.parser(__doc__, repeats=0)
+    common.data_options(parser)
+    add = parser.add_argument
+    add("--iters", type=int, help="equal tokens: updates of the recipe's own size")
+    add("--seconds", type=float, help="equal time: of updates")
+    add("--only", nargs="+", choices=list(VARIANTS), metavar="NAME", default=list(VARIANTS))
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add("--recipe", default=str(common.ROOT / "config" / "tiny.py"))
+    add("--eval_stories", type=int, default=300, help="of the validation file, to score; default %(default)s")
+    add("--out", default="out/ablation.jsonl", help="default %(default)s")
+    add("--list", action="store_true", help="only the variants and their settings")
+    options = common.parse(parser, argv)
+    if options.list:
+        rows = [[name, " ".join(common.words(settings))] for name, settings in VARIANTS.items()]
+        return common.table(["variant", "settings"], rows)
+    kinds = [kind for kind in ("iters", "seconds") if getattr(options, kind)]
+    if not kinds:
+        parser.error("--iters, --seconds, or both")
+    bench, found = Bench(options), {kind: [] for kind in kinds}
+    for seed in options.seeds:  # seeds outside: after the first one every variant has a figure
+        for name in options.only:
+            for kind in kinds:
+                found[kind].append(bench.result(name, seed, kind))
+    for kind, results in found.items():
+        print(f"\n{kind} {getattr(options, kind):g}")
+        summary(results, options.only)
+    common.finish("ablation", recipe=Path(options.recipe).name, results=found)
+
+
+if __name__ == "__main__":
+    main()

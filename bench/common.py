@@ -1,0 +1,310 @@
+"""
+What the benchmarks share: data, programs watched from outside, timing in turn, tables, the peers' checkouts.
+
+A peer's code is run from a checkout of it, or from a copy of that in a temporary folder, never from here. A
+figure is the median of runs in turn (ours, the peer, ours, ...), a ratio is taken within one run of a script.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config as recipes  # noqa: E402
+import evaluate  # noqa: E402
+import prepare  # noqa: E402
+import train  # noqa: E402
+from model import GPT  # noqa: E402
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line and the data
+
+
+def parser(doc: str, repeats: int = 3) -> argparse.ArgumentParser:
+    """Its options are --threads and, where there is a default for it, --repeats."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if repeats:
+        made.add_argument("--repeats", type=int, default=repeats, help="runs in turn; default %(default)s")
+    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
+    return made
+
+
+def data_options(made: argparse.ArgumentParser, tokenizer: str = "bpe4096") -> None:
+    made.add_argument("--dataset", default="tinystories", help="default %(default)s")
+    made.add_argument("--tokenizer", default=tokenizer, help="default %(default)s")
+    made.add_argument("--data_dir", default="data", help="where prepare.py put it; default %(default)s")
+    made.add_argument("--source", help="where to find the corpus, if it is not prepared yet")
+
+
+def nanogpt_option(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--nanogpt", metavar="PATH", help="a checkout of github.com/karpathy/nanoGPT")
+
+
+def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The options; --threads holds from here on, in the programs that are started too."""
+    options = made.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    return options
+
+
+def load_data(options: argparse.Namespace, tokenizer: str = "") -> prepare.Data:
+    """The prepared corpus of --dataset and --tokenizer, made first where it is not there."""
+    tokenizer = tokenizer or options.tokenizer
+    folder = Path(options.data_dir, options.dataset, tokenizer)
+    if not (folder / "meta.json").exists():
+        with contextlib.redirect_stdout(sys.stderr):
+            prepare.prepare(options.dataset, tokenizer, options.source, data_dir=options.data_dir)
+    return prepare.load(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A program, watched from outside
+
+
+class Ran(NamedTuple):
+    seconds: float  # to the end of the program, or to the line that was waited for
+    lines: list[tuple[float, str]]  # (seconds since the start, line) of stdout and stderr
+    peak_mb: float  # most resident memory; nan where the program was not run to its end
+    status: int
+
+    def find(self, pattern: str) -> tuple[float, re.Match]:
+        """(seconds, match) of the last line that has it."""
+        for seconds, line in reversed(self.lines):
+            if match := re.search(pattern, line):
+                return seconds, match
+        raise SystemExit(f"no line has {pattern!r}:\n" + "\n".join(line for _, line in self.lines[-20:]))
+
+
+# A small process in between: a child counts the memory of the one that forked it, and we hold torch.
+WATCH = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+print(f"\\n{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}", flush=True)
+sys.exit(status)
+"""
+
+
+def run(command: list, cwd: str | Path | None = None, until: str = "", check: bool = True) -> Ran:
+    """Run a program; with `until`, only up to the first line that has this pattern."""
+    words = [sys.executable, "-I", "-S", "-c", WATCH, *map(str, command)]
+    env, lines, seconds = os.environ | {"PYTHONUNBUFFERED": "1"}, [], math.nan
+    began = time.perf_counter()
+    process = subprocess.Popen(words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, errors="replace",
+                               start_new_session=True)  # fmt: skip
+    try:
+        for line in process.stdout:
+            lines.append((time.perf_counter() - began, line.rstrip()))
+            if until and re.search(until, line):
+                return Ran(lines[-1][0], lines, math.nan, 0)
+        process.wait()
+        seconds = time.perf_counter() - began
+    finally:  # whatever happens, nothing that was started goes on
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    peak = int(lines.pop()[1]) / (2**20 if sys.platform == "darwin" else 2**10)
+    if process.returncode and check:
+        last = "\n".join(line for _, line in lines[-20:])
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{last}")
+    return Ran(seconds, lines, peak, process.returncode)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Our side and nanoGPT's
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def ours(recipe: str, data: prepare.Data, out_dir: str | Path, **settings) -> list[str]:
+    """The command that trains with our train.py on `data`."""
+    corpus = dict(dataset=data.folder.parent.name, tokenizer=data.folder.name, out_dir=out_dir,
+                  data_dir=data.folder.parent.parent.resolve())  # fmt: skip
+    return [sys.executable, ROOT / "train.py", Path(recipe).resolve(), *words(corpus | settings)]
+
+
+def trainer(recipe: str, data: prepare.Data, **changes) -> train.Trainer:
+    """Our trainer in this process, with the recipe's settings ("" for none) and `changes`."""
+    values = (recipes.read(recipe, train.TrainConfig) if recipe else {}) | changes
+    c = recipes.build(train.TrainConfig, values)
+    c.model.vocab_size = data.tokenizer.vocab_size
+    machine = train.choose_machine(c)
+    train.set_up(machine, c)
+    torch.manual_seed(c.seed)
+    made = train.Trainer(c, GPT(c.model), data, machine=machine)
+    made.compile()
+    return made
+
+
+def checkout(path: str, file: str) -> Path:
+    if not Path(path, file).is_file():
+        raise SystemExit(f"{path} has no {file}: a checkout of its repository is wanted")
+    return Path(path)
+
+
+def nanogpt(path: str, folder: Path, data: prepare.Data) -> Path:
+    """A copy of nanoGPT's programs in `folder`, which finds our bins as its dataset "ours"."""
+    source = checkout(path, "train.py")
+    if data.train.dtype.itemsize > 2:
+        raise SystemExit(f"{data.folder} holds ids of 4 bytes, and nanoGPT reads 2")
+    bins = folder / "data" / "ours"
+    bins.mkdir(parents=True)
+    for file in source.glob("*.py"):
+        shutil.copy(file, folder)
+    shutil.copytree(source / "config", folder / "config")
+    for name in ("train.bin", "val.bin"):
+        (bins / name).symlink_to((data.folder / name).resolve())
+    rounded = 64 * math.ceil(data.tokenizer.vocab_size / 64)  # as it rounds GPT-2's itself, for speed
+    (bins / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": rounded}))
+    return folder
+
+
+def nanogpt_train(**settings) -> list[str]:
+    """
+    Its training command as its README has it for a machine without a GPU: the small recipe's optimizer, no
+    dropout, no compiling. On a CPU its train.py works in float32 whatever --dtype says.
+    """
+    cuda = torch.cuda.is_available()
+    start = dict(device="cuda" if cuda else "cpu", dtype="bfloat16" if cuda else "float32", compile=False,
+                 dataset="ours", dropout=0.0, eval_iters=1, log_interval=1)  # fmt: skip
+    return [sys.executable, "train.py", "config/train_shakespeare_char.py", *words(start | settings)]
+
+
+def nanogpt_module(path: str) -> ModuleType:
+    """Its model.py, imported from the checkout."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout(path, "model.py") / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave the checkout as it is
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = before
+    return module
+
+
+def bits_per_byte(model, data: prepare.Data, block_size: int, eval_tokens: int = 0) -> float:
+    """Of any model(idx, targets) -> (_, loss), in our fixed windows of the validation file."""
+    ids = data.val[: eval_tokens or None]
+    nats, _ = evaluate.total_nats(model, evaluate.windows(ids, data.tokenizer.eot, block_size, 16))
+    return evaluate.bits_per_byte(nats, int(evaluate.token_bytes(data.tokenizer)[ids].sum()))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Timing, and what a machine can do
+
+CARDS = {  # part of a card's name -> (dense bf16 TFLOP/s with float32 sums, TB/s), as their makers print it
+    "H200": (989, 4.8),
+    "H100 80GB HBM3": (989, 3.35),
+    "H100 PCIe": (756, 2.0),
+    "A100-SXM4-80GB": (312, 2.039),
+    "A100-SXM4-40GB": (312, 1.555),
+    "A100-PCIE-40GB": (312, 1.555),
+    "A100 80GB PCIe": (312, 1.935),
+    "L40S": (362, 0.864),
+    "L4": (121, 0.3),
+    "RTX 4090": (165.2, 1.008),
+    "RTX 3090": (71, 0.936),
+}
+
+
+def card(name: str) -> tuple[float, float] | None:
+    """The peak of a GPU by its name, the longest part that fits; None: unknown."""
+    fits = [part for part in CARDS if re.search(rf"\b{part}\b", name)]
+    return CARDS[max(fits, key=len)] if fits else None
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call, the GPU's work included."""
+    began = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def in_turn(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each side measures, `repeats` times, one after the other."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            found[name].append(side())
+    return found
+
+
+def medians(found: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def matrix_rate(m: int, k: int, n: int, dtype: torch.dtype, device: str = "cpu", repeats: int = 7) -> float:
+    """Operations a second of (m, k) @ (k, n): the best of some, since it is to be a ceiling."""
+    a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+    return 2 * m * k * n / min(seconds(lambda: a @ b) for _ in range(repeats + 1))
+
+
+def memory_rate(device: str = "cpu", size: int = 1 << 28, repeats: int = 7) -> float:
+    """Bytes a second of copying, read and written both counted: the best of some."""
+    a = torch.ones(size // 4, device=device)
+    b = torch.empty_like(a)
+    return 2 * size / min(seconds(lambda: b.copy_(a)) for _ in range(repeats + 1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def table(head: list[str], rows: list[list]) -> None:
+    """Columns as wide as they must be, numbers to the right."""
+    text = [[show(cell) for cell in row] for row in [head, *rows]]
+    width = [max(len(row[i]) for row in text) for i in range(len(head))]
+    left = [all(isinstance(row[i], str) for row in rows) for i in range(len(head))]
+    for line in text:
+        columns = zip(line, width, left, strict=True)
+        print("  ".join(c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in columns).rstrip())
+
+
+def show(cell: Any) -> str:
+    if cell is None or isinstance(cell, float) and math.isnan(cell):
+        return "-"
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure hangs on: the processor or the GPU, threads, versions, the date."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = found[1] if found else name
+    return {"cpu": name, "cores": prepare.cpus(), "threads": torch.get_num_threads(), "gpu": gpu,
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+def finish(bench: str, **values) -> None:
+    """The last line: everything as JSON."""
+    print(json.dumps({"bench": bench, **machine(), **values}))
