@@ -311,7 +311,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """
         idx (B, T) int64 -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, mean loss, nats).
-        `cache` goes on from the tokens that it has seen; `segments` (B, T) keeps attention to equal numbers;
+        `cache` goes on from the tokens that it has seen; `segments` (B, T) are runs of equal
+        numbers, each a text of its own;
         `last` gives the logits of the last position only, (B, 1, vocab_size).
         """
         position, place = locate(self.config, idx, cache, segments)
@@ -680,8 +681,8 @@ def start_from_pairs(model: GPT, ids: Tensor, prior: float = 20.0) -> None:
     (init="zero") and a head that is not tied.
 
     With n(a, b) the count of b after a, n(b) that of b and P(b) = n(b) / N, and `prior` counts spread as P,
-    log P(b | a) = log P(b) + log(1 + n(a, b) / (prior P(b))) + something that only hangs on a, which a softmax
-    does not see. The middle term is 0 for pairs that never came, so its factors are those of a sparse matrix.
+    log P(b | a) = log P(b) + log(1 + n(a, b) / (prior P(b))) + something of a alone, which a softmax does
+    not see. The middle term is 0 for pairs that never came, so its factors are those of a sparse matrix.
     """
     c = model.config
     V, rank, device = c.padded_vocab, c.n_embd - 1, ids.device
@@ -691,7 +692,9 @@ def start_from_pairs(model: GPT, ids: Tensor, prior: float = 20.0) -> None:
     p = count / count.sum()
     weight = count.sqrt()  # frequent tokens matter more: least squares over the text, not over the vocabulary
     value = torch.log1p(n / (prior * p[b])) * weight[a]
-    table = torch.sparse_coo_tensor(torch.stack((a, b)), value, (V, V)).coalesce()  # (V, V), of weight * term
+    table = torch.sparse_coo_tensor(
+        torch.stack((a, b)), value, (V, V), check_invariants=False
+    ).coalesce()  # weight * term
     generator = torch.Generator(device).manual_seed(0)
     q = torch.randn(V, min(V, rank + 8), generator=generator, device=device)
     for _ in range(3):  # randomized subspace iteration (Halko et al. 2011, arXiv 0909.4061)

@@ -133,8 +133,8 @@ class TrainConfig:
         points = optim.points("context_schedule", self.context_schedule, 1, T)
         found = [(round(share * end), int(length)) for share, length in points]
         if points[0][0] or points[-1][0] > 1 or points[-1][1] != T or any(T % length for _, length in points):
-            raise ValueError(f"context_schedule={self.context_schedule!r} must begin at 0 and go over lengths "
-                             f"that divide block_size to block_size={T}")  # fmt: skip
+            raise ValueError(f"context_schedule={self.context_schedule!r} must begin at 0 and end with "
+                             f"block_size={T}, over lengths that divide it")  # fmt: skip
         return found
 
 

@@ -23,6 +23,7 @@ from model import (
     alibi_slopes,
     locate,
     sinusoids,
+    start_from_pairs,
 )
 
 # ----------------------------------------------------------------------------------------------------------
@@ -49,6 +50,7 @@ OPTIONS = [
     {f"init_{name}": dict(init=name) for name in INITS},
     {"plain": {}, "capped": dict(softcap=5.0), "z": dict(z_loss=0.1), "smooth": dict(label_smoothing=0.1)},
     {"chunked": dict(loss_chunk=7), "whole": dict(loss_chunk=0)},
+    {"single": {}, "pairs": dict(pairs=61)},
 ]
 
 
@@ -358,6 +360,44 @@ def test_absolute_positions_are_added_to_the_tokens():
         assert torch.equal(embedder(idx, where), embedder.tokens.weight[idx] + table[where])
 
 
+@torch.no_grad()
+def test_pairs_are_added_to_the_tokens():
+    embedder = tiny(pairs=61, embed_norm=True).embedder
+    idx = tokens(2, 7)
+    plain, got = embedder.norm(embedder.tokens(idx)), embedder(idx, torch.arange(7))
+    assert torch.equal(got[:, 0], plain[:, 0])  # nothing stands before the first
+    for b, t in product(range(2), range(1, 7)):
+        row = (1_000_003 * idx[b, t - 1].item() + idx[b, t].item()) % 61
+        assert torch.equal(got[b, t], plain[b, t] + embedder.pairs.weight[row])
+    later = embedder(idx[:, 3:], torch.arange(3, 7), idx[:, 2:3])  # as with a cache
+    assert torch.equal(later, got[:, 3:])
+
+
+@torch.no_grad()
+def test_start_from_pairs_is_the_bigram_model_of_the_text():
+    """With as many dimensions as ids nothing is lost but a little to the ridge: by counting, in float64."""
+    V, prior = 12, 20.0
+    draw = torch.Generator().manual_seed(0)
+    chain = torch.rand(V, V, generator=draw).pow(8)
+    ids = [0]
+    for _ in range(4000):
+        ids.append(torch.multinomial(chain[ids[-1]], 1, generator=draw).item())
+    ids = torch.tensor(ids)
+    model = GPT(GPTConfig(vocab_size=V, n_layer=1, n_head=2, n_embd=16, tied=False, init="zero"))
+    start_from_pairs(model, ids, prior)
+    n = torch.zeros(V, V, dtype=torch.float64)
+    for a, b in zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True):
+        n[a, b] += 1
+    p = (torch.bincount(ids, minlength=V) + 0.5).double()
+    p = p / p.sum()
+    want = ((n + prior * p) / (n.sum(1, keepdim=True) + prior)).log()
+    got = model(torch.arange(V)[:, None])[0][:, 0].double().log_softmax(-1)
+    assert (got - want).abs().mean() < 0.05 < (p.log() - want).abs().mean() / 10
+    before = [p.clone() for p in model.parameters()]
+    start_from_pairs(model, ids, prior)  # the same again, to the bit
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("name", [name for name in PLACES if name != "none"])
 @torch.no_grad()
 def test_order_matters_with_positions(name):
@@ -399,20 +439,22 @@ def place_of(model: GPT, idx, mask) -> Place:
 @torch.no_grad()
 def test_window_and_segments_are_a_mask(name, window, causal, segmented):
     model, idx = tiny(**PLACES[name], window=window, causal=causal), tokens(2, 12)
-    segments = torch.tensor([[0] * 5 + [1] * 7, [3] * 2 + [0] * 9 + [3]])
+    segments = torch.tensor([[0] * 5 + [1] * 7, [3] * 2 + [0] * 10])
     mask = torch.ones(2, 12, 12, dtype=torch.bool)
     for b, i, j in product(range(2), range(12), range(12)):
         mask[b, i, j] = not (causal and j > i) and not (window and abs(i - j) >= window)
         mask[b, i, j] &= not segmented or bool(segments[b, i] == segments[b, j])
-    x = model.embedder(idx, torch.arange(12))
+    place = torch.tensor([[*range(5), *range(7)], [0, 1, *range(10)]]) if segmented else torch.arange(12)
+    x = model.embedder(idx, place)
     want = model.head(model.core(x, place_of(model, idx, mask)))
     assert error(model(idx, segments=segments if segmented else None)[0], want) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["rope", "alibi", "shaw", "shaw_values", "none"])
+@pytest.mark.parametrize("pairs", [0, 61])
+@pytest.mark.parametrize("name", PLACES)
 @torch.no_grad()
-def test_a_segment_is_a_text_of_its_own(name):
-    model, idx = tiny(**PLACES[name]), tokens(2, 12)
+def test_a_segment_is_a_text_of_its_own(name, pairs):
+    model, idx = tiny(**PLACES[name], pairs=pairs), tokens(2, 12)
     segments = torch.tensor([0] * 5 + [1] * 7).expand(2, 12)
     want = torch.cat((model(idx[:, :5])[0], model(idx[:, 5:])[0]), dim=1)
     assert error(model(idx, segments=segments)[0], want) < 1e-5
