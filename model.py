@@ -38,7 +38,7 @@ class GPTConfig:
     norm_eps: float = 1e-5  # added to the mean square (RMSNorm) or the variance (LayerNorm)
     norm_weight: bool = True  # learned scale in the norms; False as in nanochat
     embed_norm: bool = False  # one more norm right after the embedding
-    pairs: int = 0  # rows of a second embedding, of this token and the one before it, by a hash; 0 = none
+    pairs: int = 0  # rows of an embedding of each token with the one before it, by a hash; 0 = none
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (arXiv 2302.05442), as in Qwen3
     position: str = "rope"  # rope | learned | sinusoidal | shaw | alibi | none
     rope_theta: float = 10000.0  # base of RoPE's and the sinusoids' wave lengths
@@ -229,6 +229,7 @@ class Embedder(nn.Module):
         self.tokens = nn.Embedding(c.padded_vocab, c.n_embd)
         self.positions = nn.Embedding(c.block_size, c.n_embd) if c.position == "learned" else None
         self.pairs = nn.Embedding(c.pairs, c.n_embd) if c.pairs else None
+        self.left = nn.Parameter(torch.zeros(c.n_embd)) if c.pairs else None  # weight of the token before
         self.norm = NORMS[c.norm](c) if c.embed_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
 
@@ -240,8 +241,10 @@ class Embedder(nn.Module):
             x = x + sinusoids(position, self.config.n_embd, self.config.rope_theta).to(x.dtype)
         x = self.norm(x)
         if self.pairs is not None:
-            row = hash_pairs(idx, before, self.config.pairs)
-            x = x + self.pairs(row) * (position > 0).unsqueeze(-1)
+            left = torch.cat((idx[:, :1] if before is None else before, idx[:, :-1]), dim=1)
+            pair = self.pairs(hash_pairs(left, idx, self.config.pairs))
+            pair = pair + self.norm(self.tokens(left)) * self.left
+            x = x + pair * (position > 0).unsqueeze(-1)
         return self.drop(x)
 
 
@@ -561,12 +564,11 @@ def sinusoids(position: Tensor, dim: int, theta: float) -> Tensor:
     return torch.stack((sin, cos), dim=-1).flatten(-2)[..., :dim]
 
 
-def hash_pairs(idx: Tensor, before: Tensor | None, rows: int) -> Tensor:
+def hash_pairs(left: Tensor, idx: Tensor, rows: int) -> Tensor:
     """
-    The row for each id (B, T) and the one to its left; different pairs may meet in one row. An embedding of
-    pairs costs no arithmetic (hashed n-grams: Joulin et al. 2017, arXiv 1607.01759, section 2.2).
+    The row for each pair of ids; different pairs may meet in one row. An embedding of pairs costs no arithmetic
+    (hashed n-grams: Joulin et al. 2017, arXiv 1607.01759) and spare a layer that looks one back.
     """
-    left = torch.cat((idx[:, :1] if before is None else before, idx[:, :-1]), dim=1)
     return (left * 1_000_003 + idx) % rows
 
 

@@ -67,7 +67,7 @@ class TrainConfig:
     data_dir: str = "data"  # holds DATASET/TOKENIZER/{train.bin,val.bin,meta.json}
     source: str = ""  # where prepare.py finds a data set that is not there yet: a path or a Hub id
     fallback: str = ""  # a data set for where this one cannot be reached
-    story_windows: bool = False  # windows begin at the starts of stories rather than one behind the other
+    story_windows: bool = False  # full windows begin where stories do, rather than one behind the other
     context_schedule: str = ""  # shorter windows first, by share of the run: "0:64, 0.4:256"; empty = none
     pair_tokens: int = 0  # embedding and head start from the pairs in this many training tokens; 0 = off
     cross_stories: bool = True  # False: no attention to the story before, in training and in evaluation
@@ -246,7 +246,7 @@ class Batches:
     def __init__(self, c: TrainConfig, data: prepare.Data, machine: Machine, length=0, first=0, stage=0):
         self.c, self.ids, self.machine, self.first, self.stage = c, data.train, machine, first, stage
         self.length = T = length or c.model.block_size
-        if c.story_windows:  # a window begins with the end-of-text before a story
+        if c.story_windows and T == c.model.block_size:  # a window begins with the end-of-text before a story
             ends = np.flatnonzero(self.ids == data.tokenizer.eot)
             self.starts = ends[ends + T + 1 <= len(self.ids)]
         else:

@@ -15,16 +15,19 @@ norm_weight = False
 embed_norm = True
 tied = False
 init = "zero"
+pairs = 16_384
 
 batch_size = 6  # 6 rows x 256 tokens = 1,536 tokens a step
 max_iters = 1200
 eval_interval = 200
 save_interval = 400
 eval_tokens = 65_536
+pair_tokens = 2_000_000
+context_schedule = "0:64, 0.35:128, 0.65:256"
 optimizer = "muon"
 learning_rate = 0.02
 muon_lr = 0.02
 schedule = "linear"
-warmup_iters = 40
+warmup_iters = 10
 weight_decay = 0.0
 beta2 = 0.99

@@ -363,12 +363,14 @@ def test_absolute_positions_are_added_to_the_tokens():
 @torch.no_grad()
 def test_pairs_are_added_to_the_tokens():
     embedder = tiny(pairs=61, embed_norm=True).embedder
+    embedder.left.normal_()
     idx = tokens(2, 7)
     plain, got = embedder.norm(embedder.tokens(idx)), embedder(idx, torch.arange(7))
     assert torch.equal(got[:, 0], plain[:, 0])  # nothing stands before the first
     for b, t in product(range(2), range(1, 7)):
         row = (1_000_003 * idx[b, t - 1].item() + idx[b, t].item()) % 61
-        assert torch.equal(got[b, t], plain[b, t] + embedder.pairs.weight[row])
+        want = plain[b, t] + embedder.pairs.weight[row] + plain[b, t - 1] * embedder.left
+        assert torch.allclose(got[b, t], want, atol=1e-6)
     later = embedder(idx[:, 3:], torch.arange(3, 7), idx[:, 2:3])  # as with a cache
     assert torch.equal(later, got[:, 3:])
 
