@@ -566,8 +566,8 @@ def sinusoids(position: Tensor, dim: int, theta: float) -> Tensor:
 
 def hash_pairs(left: Tensor, idx: Tensor, rows: int) -> Tensor:
     """
-    The row for each pair of ids; different pairs may meet in one row. An embedding of pairs costs no arithmetic
-    (hashed n-grams: Joulin et al. 2017, arXiv 1607.01759) and spare a layer that looks one back.
+    The row for each pair of ids; pairs may meet in one row. An embedding of them costs no arithmetic
+    (hashed n-grams: Joulin et al. 2017, arXiv 1607.01759) and spares a layer that looks one back.
     """
     return (left * 1_000_003 + idx) % rows
 
@@ -704,7 +704,7 @@ def start_from_pairs(model: GPT, ids: Tensor, prior: float = 20.0) -> None:
     u, s, _ = torch.linalg.svd(table @ q, full_matrices=False)
     e = u[:, :rank] * s[:rank] / weight[:, None]
     e = torch.cat((e, 0.3 * e.norm(dim=1).median().expand(V, 1)), dim=1)  # the last one carries log P(b)
-    e = F.normalize(e) * c.n_embd**0.5  # as a norm sees it
+    e = F.pad(F.normalize(e), (0, c.n_embd - e.shape[1])) * c.n_embd**0.5  # as a norm sees it
     # the head by least squares: e @ h = log P(b) + the middle term, in the mean over the text
     left = e * weight[:, None]
     right = left.t() @ table + (left.t() @ weight)[:, None] * p.log()

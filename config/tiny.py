@@ -18,10 +18,11 @@ init = "zero"
 pairs = 16_384
 
 batch_size = 6  # 6 rows x 256 tokens = 1,536 tokens a step
-max_iters = 1200
-eval_interval = 200
-save_interval = 400
+max_iters = 1500
+eval_interval = 300
+save_interval = 500
 eval_tokens = 65_536
+story_windows = True
 pair_tokens = 2_000_000
 context_schedule = "0:64, 0.35:128, 0.65:256"
 optimizer = "muon"

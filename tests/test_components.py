@@ -395,6 +395,9 @@ def test_start_from_pairs_is_the_bigram_model_of_the_text():
     want = ((n + prior * p) / (n.sum(1, keepdim=True) + prior)).log()
     got = model(torch.arange(V)[:, None])[0][:, 0].double().log_softmax(-1)
     assert (got - want).abs().mean() < 0.05 < (p.log() - want).abs().mean() / 10
+    wide = GPT(GPTConfig(vocab_size=V, n_layer=1, n_head=2, n_embd=96, tied=False, init="zero"))
+    start_from_pairs(wide, ids, prior)  # more dimensions than ids
+    assert (wide(torch.arange(V)[:, None])[0][:, 0].log_softmax(-1) - want).abs().mean() < 0.05
     before = [p.clone() for p in model.parameters()]
     start_from_pairs(model, ids, prior)  # the same again, to the bit
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
