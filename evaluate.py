@@ -17,6 +17,7 @@ import torch
 
 import checkpoint
 import prepare
+import sample
 import tokenizer as tokenizers
 
 
@@ -86,7 +87,6 @@ def story_windows(stories: list[np.ndarray], eot: int, block_size: int, rows: in
 def judge(model, data: prepare.Data, rows: int = 16, count: int = 100) -> list[str]:
     """A model of toystories: its distance to the floor on whole stories, and how many of its are valid."""
     import toystories
-    from sample import stories
 
     eot, T, device = data.tokenizer.eot, model.config.block_size, next(model.parameters()).device
     whole = whole_stories(data, T)
@@ -96,7 +96,7 @@ def judge(model, data: prepare.Data, rows: int = 16, count: int = 100) -> list[s
     floor = bits_per_byte(-sum(toystories.check(text).logprob for text in texts), size)
     reached = bits_per_byte(nats, size)
     above = f"{reached / floor - 1:.1%} above it" if whole else "no story fits into the context"
-    verdicts = [toystories.check(text) for text in stories(model, data.tokenizer, "", count)]
+    verdicts = [toystories.check(text) for text in sample.stories(model, data.tokenizer, "", count)]
     broken = Counter(verdict.rule for verdict in verdicts if not verdict.ok)
     rules = ", ".join(f"{n} {rule}" for rule, n in broken.most_common())
     return [
@@ -113,6 +113,7 @@ def main() -> int:
         "--data", help="a folder that prepare.py made; default the one the model was trained on"
     )
     parser.add_argument("--rows", type=int, default=16, help="windows in a batch")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "int8"], help="of the weights")
     options = parser.parse_args()
     try:
         path = checkpoint.find(options.out_dir or checkpoint.newest_run())
@@ -127,6 +128,8 @@ def main() -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.dtype == "int8":
+        sample.quantize(model)
     batches = windows(data.val, tokenizer.eot, model.config.block_size, options.rows)
     nats, count = total_nats(model, batches, eot=None if trained["cross_stories"] else tokenizer.eot)
     size = token_bytes(tokenizer)[data.val].sum()

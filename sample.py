@@ -363,8 +363,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add("--seed", type=int, default=1337, help="the same seed gives the same text, another another")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda, else mps, else cpu")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights; auto: bfloat16 on CUDA GPUs that have it, else float32")  # fmt: skip
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "int8"],
+        help="of the weights; auto: bfloat16 on CUDA GPUs that have it, else float32; "
+        "int8: of the linear layers, on a CPU only")  # fmt: skip
     add("--interactive", action="store_true", help="a prompt a line; Ctrl-C stops a story, Ctrl-D leaves")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -404,7 +405,41 @@ def choose(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         raise ValueError(f"there is no device {device} here: {str(error).splitlines()[0]}") from error
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    if dtype == "int8" and not (device == "cpu" and hasattr(torch.ops.aten, "_weight_int8pack_mm")):
+        raise ValueError("--dtype int8 needs --device cpu and a PyTorch that has its kernel")
     return torch.device(device), getattr(torch, dtype)
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer with weights of 8 bits: whole numbers, and a scale for each row."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1).clamp(min=1e-20) / 127).bfloat16()  # the kernel wants it so
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > 16:  # a prompt: the kernel, made for a few rows, is slower than floats
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
+        y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
+        y = y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def quantize(model: GPT) -> None:
+    """
+    Weights of 8 bits in the linear layers, the head too: a CPU reads a quarter as much for each token. Those
+    whose sides are no multiples of 16, as LoRA's ranks, stay: the kernel would read past their end.
+    """
+    made = {}  # a layer that several blocks share stays one
+    for name, part in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(part, torch.nn.Linear) and not any(side % 16 for side in part.weight.shape):
+            model.set_submodule(name, made.setdefault(id(part), Int8Linear(part)))
+    model.config.loss_chunk = 0  # the loss, too, takes its logits from forward()
 
 
 def lay_out(model: GPT) -> None:
@@ -458,9 +493,9 @@ def run(arguments: list[str] | None = None) -> None:
     path = checkpoint.find(options.out_dir or checkpoint.newest_run())
     device, dtype = choose(options.device, options.dtype)
     model, tokenizer = checkpoint.load(path, device)
-    lay_out(model.to(dtype))
     size = model.num_params()["total"] / 1e6
     print(f"{path}: {size:.1f}M parameters, {tokenizer.name}, {str(dtype)[6:]} on {device}", file=sys.stderr)
+    quantize(model) if dtype == torch.int8 else lay_out(model.to(dtype))
     if options.interactive:
         converse(model, tokenizer, options)
     else:

@@ -29,6 +29,7 @@ import torch
 import checkpoint
 import export
 import prepare
+import sample
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
@@ -97,10 +98,13 @@ def run_c(path: str, file: Path, folder: Path, tokens: int) -> Callable[[], floa
 
 
 def bits_per_byte(file: Path, dtype: str, data: prepare.Data, eval_tokens: int) -> float:
-    if dtype not in ("float32", "bfloat16", "float16"):
-        return math.nan
     model, _ = checkpoint.load(file)
-    model.to(getattr(torch, dtype))
+    if dtype == "int8":
+        sample.quantize(model)
+    elif dtype in ("float32", "bfloat16", "float16"):
+        model.to(getattr(torch, dtype))
+    else:
+        return math.nan
     return common.bits_per_byte(model, data, model.config.block_size, eval_tokens)
 
 
@@ -113,9 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", help="a folder of prepare.py to score the checkpoint on")
     add("--eval_tokens", type=int, default=65_536, help="of the validation file, to score; 0: all")
     add("--streams", type=int, nargs="+", default=[1, 16])
-    add(
-        "--dtype", nargs="+", default=["float32", "bfloat16"], help="passed to sample.py; default %(default)s"
-    )
+    dtypes = ["float32", "bfloat16", "int8"]
+    add("--dtype", nargs="+", default=dtypes, help="passed to sample.py; default %(default)s")
     add("--tokens", type=int, default=500)
     add("--window_tokens", type=int, default=20, help="of those that run the whole window for each")
     add("--n_layer", type=int, default=6)

@@ -186,6 +186,40 @@ def test_other_dtypes(dtype):
                 assert len(generate(tiny(**KINDS[kind]), [[1, 2], [3]], 20, [no_end], eot=EOT)[0]) == 20
 
 
+INT8_KINDS = KINDS | {  # 257 ids, padded to 320
+    "tied": dict(tied=True),
+    "lora": dict(share="lora", lora_rank=3, bias=True),
+    "odd": dict(mlp_hidden=21),  # such layers stay
+}
+
+
+@pytest.mark.parametrize("kind", INT8_KINDS)
+def test_weights_of_8_bits_say_nearly_the_same(kind):
+    model, ids = tiny(**INT8_KINDS[kind]), torch.randint(257, (1, 12), generator=torch.manual_seed(1))
+    ids = ids[:, : model.config.block_size]
+    want, loss = model(ids)[0], model(ids, ids)[1]
+    sample.quantize(model)
+    kept = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    assert all(any(side % 16 for side in part.weight.shape) for part in kept)
+    assert (len(kept) > 0) == (kind in ("alibi_window", "lora", "odd"))  # the first: 24 rows of q, k, v
+    assert isinstance(model.head.linear, sample.Int8Linear)
+    few, many = model(ids)[0], model(ids.expand(2, -1))[0][:1]  # by the kernel, and with floats
+    assert few.shape == want.shape and (ids.shape[1] == 1 or not torch.equal(few, many))
+    for logits in (few, many):
+        assert (logits - want).norm() < 0.03 * want.norm()
+    assert (model(ids, ids)[1] - loss).abs() < 0.05
+    blocks = model.core.blocks
+    assert (blocks[0].mlp.proj is blocks[1].mlp.proj) == (kind == "none")  # of share="layers"
+    new = generate(model, [[1, 2], [3]], 20, [no_end], eot=EOT)
+    assert [len(ids) for ids in new] == [20, 20]
+
+
+def test_weights_of_8_bits_where_a_row_is_zero():
+    linear = torch.nn.Linear(16, 2, bias=False)
+    linear.weight.data[0] = 0
+    assert sample.Int8Linear(linear)(torch.ones(1, 16))[0, 0] == 0
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Samplers
 
@@ -465,6 +499,8 @@ def test_where_prompts_and_runs_come_from(main, runs, tmp_path, monkeypatch):
         assert status == 0 and len(out) > 1
     others = ("--top_k", 5, "--min_p", 0.1, "--repetition_penalty", 1.3)
     assert main("--dtype", "bfloat16", *others, *greedy)[0] == 0
+    status, out, err = main("--dtype", "int8", "--num_samples", 2, *greedy)
+    assert status == 0 and len(out) > 20 and "0.0M parameters, byte, int8 on cpu" in err
     whole = main("--max_new_tokens", 30)[1]
     char = next(char for char in whole[5:] if " " < char < "~")
     want = whole[: whole.index(char)].rstrip("\ufffd")  # half a character before it, too
@@ -482,7 +518,8 @@ def test_where_prompts_and_runs_come_from(main, runs, tmp_path, monkeypatch):
         ("--max_new_tokens -5", "max_new_tokens must be 1 or more"),
         ("--temprature 1", "there is no --temprature; did you mean --temperature?"),
         ("--zzz", "there is no --zzz; see python sample.py --help"),
-        ("--dtype int8", "--dtype"),
+        ("--dtype int4", "--dtype"),
+        ("--dtype int8 --device meta", "--dtype int8 needs --device cpu"),
         ("--device teapot", "no device teapot"),
         ("--stop=", "must not be empty"),
         ("--out_dir nowhere", "nowhere"),

@@ -733,6 +733,10 @@ def test_evaluate_says_what_training_said(cross_stories, here, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out_dir=run"])
     assert evaluate.main() == 0
     assert f"{lines('run', 'val')[-1]['loss']:.4f} nats a token" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out_dir=run", "--dtype=int8"])
+    assert evaluate.main() == 0
+    nats = float(capsys.readouterr().out.split(" nats")[0].split()[-1])
+    assert nats == pytest.approx(lines("run", "val")[-1]["loss"], rel=0.02)
 
 
 def test_bits_per_byte_of_a_bpe_counts_the_bytes_of_its_tokens():
