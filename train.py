@@ -68,7 +68,7 @@ class TrainConfig:
     source: str = ""  # where prepare.py finds a data set that is not there yet: a path or a Hub id
     fallback: str = ""  # a data set for where this one cannot be reached
     story_windows: bool = False  # full windows begin where stories do, rather than one behind the other
-    context_schedule: str = ""  # shorter windows first, by share of the run: "0:64, 0.4:256"; empty = none
+    context_schedule: str = ""  # share of the run: share of block_size, "0:0.25, 0.5:1"; empty = off
     pair_tokens: int = 0  # embedding and head start from the pairs in this many training tokens; 0 = off
     cross_stories: bool = True  # False: no attention to the story before, in training and in evaluation
     eval_tokens: int = 0  # tokens of the validation file that an evaluation reads; 0 = all
@@ -120,8 +120,8 @@ class TrainConfig:
             raise ValueError("beta1, beta2, muon_momentum and ema must be less than 1, decay_share at most 1")
         if self.dropout_schedule:
             optim.points("dropout_schedule", self.dropout_schedule)
-        if self.pair_tokens and (self.model.tied or self.init_from):
-            raise ValueError("pair_tokens needs a new model with a head of its own: tied=False, no init_from")
+        if self.pair_tokens and self.model.tied:
+            raise ValueError("pair_tokens needs a head of its own: tied=False, or pair_tokens=0")
         self.model.validate()
         self.stages()
 
@@ -130,11 +130,13 @@ class TrainConfig:
         if not self.context_schedule:
             return [(0, self.model.block_size)]
         T, end = self.model.block_size, self.lr_decay_iters or self.max_iters
-        points = optim.points("context_schedule", self.context_schedule, 1, T)
-        found = [(round(share * end), int(length)) for share, length in points]
-        if points[0][0] or points[-1][0] > 1 or points[-1][1] != T or any(T % length for _, length in points):
-            raise ValueError(f"context_schedule={self.context_schedule!r} must begin at 0 and end with "
-                             f"block_size={T}, over lengths that divide it")  # fmt: skip
+        points = optim.points("context_schedule", self.context_schedule, 0, 1)
+        found = [(round(share * end), round(T * part)) for share, part in points]
+        exact = all(part and T * part == length and not T % length
+                    for (_, part), (_, length) in zip(points, found, strict=True))  # fmt: skip
+        if points[0][0] or points[-1][0] > 1 or points[-1][1] != 1 or not exact:
+            raise ValueError(f"context_schedule={self.context_schedule!r} must begin at 0, end with 1, and "
+                             f"make lengths that divide block_size={T}")  # fmt: skip
         return found
 
 
@@ -349,15 +351,14 @@ class Trainer:
             optim.set_dropout(self.model, optim.interpolate(self.dropout, step))
         self.model.train()
         total = torch.zeros((), device=self.machine.device)
-        batches = self.batches(step)
-        for micro, (idx, targets) in enumerate(batches(step)):
+        for micro, (idx, targets) in enumerate(self.batches(step)):
             if c.model.dropout or self.dropout:  # dropout depends on where we are, not on how we came here
                 words = np.random.SeedSequence([c.seed, step, micro, self.machine.rank]).generate_state(2)
                 torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
             segments = None if c.cross_stories else (idx == self.data.tokenizer.eot).cumsum(dim=1)
             with self.machine.autocast():
                 loss = self.compiled(idx, targets, segments=segments)[1]
-            loss = loss / len(batches.rows)  # every row has as many targets: the mean of means
+            loss = loss / len(self.stages[0].rows)  # every row has as many targets: the mean of means
             self.scaler.scale(loss).backward()
             total += loss.detach()
         params = [p for p in self.model.parameters() if p.grad is not None]
@@ -371,9 +372,9 @@ class Trainer:
         self.timed[1] += time.perf_counter() - began
         return {"loss": loss, "lr": c.learning_rate * lr, "grad_norm": norm}
 
-    def batches(self, step: int) -> Batches:
-        """Those of the stage that `step` is in."""
-        return next(batches for batches in reversed(self.stages) if batches.first <= step)
+    def batches(self, step: int):
+        """This process' micro-batches of `step`, of the stage that it is in: pairs (idx, targets)."""
+        return next(stage for stage in reversed(self.stages) if stage.first <= step)(step)
 
     def sum_over_processes(self, params: list[torch.Tensor], loss: torch.Tensor) -> float:
         """One all-reduce: the mean of gradients and loss, and whether a process was asked to stop."""
@@ -421,7 +422,7 @@ class Trainer:
         began = time.perf_counter()
         try:
             compiled = torch.compile(self.model)
-            idx, targets = next(self.batches(self.step)(self.step))
+            idx, targets = next(self.batches(self.step))
             segments = None if self.config.cross_stories else torch.zeros_like(idx)
             self.model.train()
             with self.machine.autocast():

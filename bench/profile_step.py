@@ -55,7 +55,6 @@ def watched(trainer: train.Trainer, watch: Stopwatch):
     """Inside, the parts of the trainer's steps are timed."""
     plain = trainer.batches, trainer.compiled, trainer.update, torch.Tensor.backward
     batches = watch.timed("data", lambda step: list(plain[0](step)))
-    batches.rows = trainer.batches.rows
     trainer.batches, trainer.compiled = batches, watch.timed("forward", plain[1])
     trainer.update = watch.timed("optimizer", plain[2])
     torch.Tensor.backward = watch.timed("backward", plain[3])

@@ -189,7 +189,7 @@ def test_a_shipped_recipe_is_what_it_says(name):
     if name == "slm":
         assert 50e6 <= sizes["total"] <= 60e6 and c.tokenizer == "gpt2" and c.model.norm == "layernorm"
     if name == "tiny":
-        assert 1e6 <= sizes["total"] <= 3e6
+        assert 1e6 <= sizes["total"] <= 4e6
     tokens = c.batch_size * c.gradient_accumulation_steps * c.model.block_size
     stated = re.search(r"(?:(\d+) x )?(\d+) rows x (\d+) tokens = ([\d,]+) tokens a step", text)
     assert stated, "the batch's arithmetic stands in a comment"

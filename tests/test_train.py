@@ -147,6 +147,24 @@ def test_processes_take_slices_of_the_same_global_batch(batch_size, accumulation
             assert sorted(np.concatenate([share.flatten() for share in shares]).tolist()) == whole
 
 
+def test_windows_grow_by_stages():
+    """Each stage has windows and permutations of its own, and as many tokens an update, on any processes."""
+    c, data = settings(context_schedule="0:0.25,0.5:1", max_iters=20, batch_size=2), numbers(300)
+    t = trainer(context_schedule="0:0.25,0.5:1", max_iters=20, batch_size=2)
+    assert [stage.length for stage in t.stages] == [4, 16] and t.tokens_per_step == 32
+    for step, shape in ((0, (8, 4)), (9, (8, 4)), (10, (2, 16)), (25, (2, 16))):
+        assert [tuple(idx.shape) for idx, _ in t.batches(step)] == [shape]
+    late = Batches(c, data, machine(), length=16, first=10, stage=1)
+    W, order = len(late.starts), np.random.default_rng([c.seed, 0, 1])
+    assert late.windows(10).flatten().tolist() == late.starts[order.permutation(W)[:2]].tolist()
+    shares = [Batches(c, data, machine(rank, 2), length=4).windows(3).flatten() for rank in range(2)]
+    whole = Batches(c, data, machine(), length=4).windows(3).flatten()
+    assert len(whole) == 8 and sorted(np.concatenate(shares)) == sorted(whole)
+    for wrong in ("0:0.25", "0.1:1", "0:0.3,0.5:1", "0:0,0.5:1", "0:0.75,0.5:1", "0:64,0.5:256", "x"):
+        with pytest.raises(ValueError, match="context_schedule"):
+            settings(context_schedule=wrong).validate()
+
+
 def test_processes_that_divide_nothing_are_refused():
     with pytest.raises(
         ValueError, match="3 processes divide neither gradient_accumulation_steps=2 nor batch_size=4"
@@ -360,7 +378,7 @@ def test_torchrun_gives_each_process_its_gpu(monkeypatch):
     (dict(n_head=3), "n_head=3 does not divide n_embd=16"),
     (dict(n_embd=-16), "n_embd must be at least 1"),
     (dict(dropout=1.0), "dropout must be less than 1"),
-    (dict(dropout_schedule="0:2"), "dropout must be"),
+    (dict(dropout_schedule="0:2"), "dropout_schedule must be"),
 ])  # fmt: skip
 def test_settings_that_make_no_run_are_refused(changes, words):
     with pytest.raises(ValueError, match=words) as caught:
@@ -578,7 +596,7 @@ VARIANTS = {
     "ema": dict(ema=0.9),
     "points": dict(dropout_schedule="0:0.0,10:0.3,20:0.1"),
     "stories": dict(story_windows="True", cross_stories="False"),
-    "growing": dict(context_schedule="0:4,0.2:8,0.6:16", tied="False", pairs=50, pair_tokens=300),
+    "growing": dict(context_schedule="0:0.25,0.2:0.5,0.6:1", tied="False", pairs=50, pair_tokens=300),
     "patience": dict(patience=2, eval_interval=2, learning_rate=0.5),
     "everything": dict(optimizer="muon", dtype="float16", ema=0.8, dropout_schedule="0:0.1,12:0.4",
                        schedule="wsd", gradient_accumulation_steps=2, story_windows="True", tied="False",
