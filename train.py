@@ -1020,12 +1020,12 @@ def main(argv: list[str]) -> int:
         if model is None:
             c.model.vocab_size = data.tokenizer.vocab_size
             model = GPT(c.model)
-            if c.pair_tokens and not plan.state:
-                start_from_pairs(model, torch.from_numpy(data.train[: c.pair_tokens].astype(np.int64)))
         iters = c.max_iters or plan.recipe.get("max_iters", TrainConfig.max_iters)
         say(describe(c, model, data, machine, iters))
         if not c.max_iters:
             return 0
+        if c.pair_tokens and not (plan.state or c.init_from):
+            start_from_pairs(model, torch.from_numpy(data.train[: c.pair_tokens].astype(np.int64)))
         folder = agree(lambda: plan.folder)
         trainer = Trainer(c, model, data, folder, machine)
         trainer.recipe = plan.recipe
