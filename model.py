@@ -55,6 +55,7 @@ class GPTConfig:
     softcap: float = 0.0  # logits become softcap * tanh(logits / softcap), as in Gemma 2; 0 = off
     z_loss: float = 0.0  # training adds z_loss * log(Z)^2, as in PaLM; 0 = off
     label_smoothing: float = 0.0  # share of the training target spread over the vocabulary
+    pointer: bool = False  # may also say a token of the context again, by pointing at it (arXiv 1609.07843)
     loss_chunk: int = 256  # tokens whose logits exist at a time; 0 = all at once, and returned too
 
     @property
@@ -104,6 +105,8 @@ class GPTConfig:
         for field in ("dropout", "label_smoothing"):
             if not getattr(self, field) < 1:
                 raise ValueError(f"{field} must be less than 1, not {getattr(self, field)}")
+        if self.pointer and (self.label_smoothing or self.z_loss or not self.causal):
+            raise ValueError("a pointer needs causal=True, label_smoothing=0 and z_loss=0")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ class Place(NamedTuple):
     rope: tuple[Tensor, Tensor] | None  # cos, sin: (T, head_dim/2), or (B, 1, T, head_dim/2)
     bias: Tensor | None  # added to the attention scores, broadcasts to (B, n_head, T, S); None = nothing
     causal: bool  # the plain causal mask is all that is needed
-    distance: Tensor | None  # (T, S) query's position - key's position, where a layer needs it
+    distance: Tensor | None  # (T, S) query's position - key's position, where a part needs it
 
 
 def rope_table(position: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -273,18 +276,24 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return softcap(self.linear(self.norm(x))[..., : self.config.vocab_size], self.config.softcap)
 
-    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(None, loss), or (logits, loss) where loss_chunk is 0. Smoothing, z-loss: in training only."""
+    def loss(
+        self, x: Tensor, targets: Tensor, copies: "Copies | None" = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """
+        (None, loss), or (logits, loss) where loss_chunk is 0. Smoothing, z-loss: in training only. `copies`
+        come from a pointer.
+        """
         c = self.config
         extra = (c.label_smoothing, c.z_loss) if self.training else (0.0, 0.0)
         if c.loss_chunk == 0:
-            logits = self(x)
+            logits = self(x) if copies is None else copies.mix(self(x))
             return logits, cross_entropy(logits, targets, *extra)
+        mixture = (None, None) if copies is None else copies.of(targets)
         x, device, learn = self.norm(x).flatten(0, 1), x.device.type, torch.is_grad_enabled()
         mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
         weight, targets = self.linear.weight, targets.flatten()
-        return None, ChunkedCrossEntropy.apply(x, weight, targets, dtype, learn, c, *extra)
+        return None, ChunkedCrossEntropy.apply(x, weight, targets, *mixture, dtype, learn, c, *extra)
 
 
 class GPT(nn.Module):
@@ -300,6 +309,7 @@ class GPT(nn.Module):
         self.embedder = Embedder(config) if embedder is None else embedder
         self.core = Core(config) if core is None else core
         self.head = Head(config) if head is None else head
+        self.pointer = Pointer(config) if config.pointer else None
         if config.tied and embedder is None and head is None:
             self.head.linear.weight = self.embedder.tokens.weight
         init_weights(self, [part for part in (embedder, core, head) if part is not None])
@@ -319,14 +329,16 @@ class GPT(nn.Module):
         `last` gives the logits of the last position only, (B, 1, vocab_size).
         """
         position, place = locate(self.config, idx, cache, segments)
-        before = () if cache is None or cache.last is None else (cache.last,)
+        before = (cache.before(),) if cache is not None and cache.seen and self.config.pairs else ()
         x = self.core(self.embedder(idx, position, *before), place, cache)
+        ids = idx if cache is None else cache.keep(cache.ids, idx[..., None])[..., 0]
+        copies = None if self.pointer is None else self.pointer(x, ids, place, cache)
         if cache is not None:
             cache.seen += idx.shape[1]
-            cache.last = idx[:, -1:] if self.config.pairs else None
         if targets is not None:
-            return self.head.loss(x, targets)
-        return self.head(x[:, -1:] if last else x), None
+            return self.head.loss(x, targets, *([] if copies is None else [copies]))
+        logits = self.head(x[:, -1:] if last else x)
+        return logits if copies is None else copies.mix(logits), None
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean loss in nats of a batch (idx, targets), each (B, T)."""
@@ -357,15 +369,16 @@ class GPT(nn.Module):
 
     def num_params(self) -> dict[str, int]:
         """Parameters, shared ones once: `total` = `embedding` (embedder and head) + `core` (the blocks)."""
-        total, core = (sum(p.numel() for p in part.parameters()) for part in (self, self.core))
+        total = sum(p.numel() for p in self.parameters())
+        core = sum(p.numel() for part in (self.core, self.pointer) if part for p in part.parameters())
         return {"total": total, "embedding": total - core, "core": core}
 
     def flops_per_token(self) -> int:
         """Operations of a token's forward and backward: 6 a matrix's weight, 12 block_size n_embd a layer."""
         c = self.config
         per_layer = sum(p.numel() for p in self.core.blocks[0].parameters() if p.ndim == 2)
-        matrices = c.n_layer * per_layer + c.padded_vocab * c.n_embd
-        return 6 * matrices + 12 * c.n_layer * c.block_size * c.n_embd
+        matrices = c.n_layer * per_layer + c.padded_vocab * c.n_embd + c.pointer * 2 * c.n_embd**2
+        return 6 * matrices + 6 * (2 * c.n_layer + c.pointer) * c.block_size * c.n_embd
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -373,17 +386,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     Mean cross entropy of the logits x @ weight.T, x (N, n_embd), weight (padded_vocab, n_embd), targets (N,),
     for a chunk of tokens at a time. With `learn` the gradient is made in the forward pass, while the chunk's
     logits are there: they are neither kept nor computed twice, and with 50,257 ids they would be most of a
-    small model's memory.
+    small model's memory. With a pointer's `gate` and `copied` (N,), the probability of a target is
+    exp(gate) * softmax + exp(copied).
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, learn, c, smoothing, z_loss):
+    def forward(ctx, x, weight, targets, gate, copied, dtype, learn, c, smoothing, z_loss):
         count = (targets >= 0).sum().clamp(min=1)
         w, V = weight.to(dtype), c.vocab_size
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dw = [], torch.zeros_like(weight, dtype=total.dtype) if learn else None
-        for xc, y in zip(x.split(c.loss_chunk), targets.split(c.loss_chunk), strict=True):
-            xc, kept, y = xc.to(dtype), (y >= 0).to(total.dtype), y.clamp(min=0)[:, None]
+        dgate, dcopied = [], []
+        for start in range(0, len(x), c.loss_chunk):
+            chunk = slice(start, start + c.loss_chunk)
+            xc, y = x[chunk].to(dtype), targets[chunk]
+            kept, y = (y >= 0).to(total.dtype), y.clamp(min=0)[:, None]
             logits = softcap((xc @ w.t()).to(total.dtype), c.softcap)  # (chunk, padded_vocab)
             logits[:, V:] = -torch.inf
             nll = (smoothing - 1) * logits.gather(1, y)[:, 0]  # log_z, and more, is added below
@@ -394,12 +411,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad = logits.sub_(top[:, None]).exp_()  # the softmax but for its divisor, in the logits' memory
             mass = grad.sum(dim=-1)
             log_z = top + mass.log()
-            total = total + ((nll + log_z + z_loss * log_z.square()) * kept).sum()
+            nll, share = nll + log_z, 1.0  # share: how much of the target's probability is the vocabulary's
+            if gate is not None:
+                own = gate[chunk] - nll
+                nll = -torch.logaddexp(own, copied[chunk])
+                share = (own + nll).exp()
+                dgate.append(-share * kept)
+                dcopied.append((share - 1) * kept)
+            total = total + ((nll + z_loss * log_z.square()) * kept).sum()
             if not learn:
                 continue
             # d nll / d logits; divided by count only later: fp16 would round that to 0
-            grad.mul_((kept * (1 + 2 * z_loss * log_z) / mass)[:, None])
-            grad.scatter_add_(1, y, (kept * (smoothing - 1))[:, None])
+            grad.mul_((kept * (share + 2 * z_loss * log_z) / mass)[:, None])
+            grad.scatter_add_(1, y, (kept * share * (smoothing - 1))[:, None])
             if smoothing:
                 grad[:, :V] -= (kept * smoothing / V)[:, None]
             if slope is not None:
@@ -409,14 +433,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dx.append((grad @ w).to(total.dtype))
             dw += grad.t() @ xc
         if learn:
-            ctx.save_for_backward((torch.cat(dx) / count).to(x.dtype), (dw / count).to(weight.dtype))
+            mixture = (torch.cat(g) / count if g else None for g in (dgate, dcopied))
+            ctx.save_for_backward(
+                (torch.cat(dx) / count).to(x.dtype), (dw / count).to(weight.dtype), *mixture
+            )
         return total / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, *[None] * 6
+        dx, dw, *mixture = (g if g is None else g * grad for g in ctx.saved_tensors)
+        return dx, dw, None, *mixture, *[None] * 5
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
@@ -458,13 +485,15 @@ def locate(
         rope = rope_table(position if position.ndim == 1 else position[:, None], c.head_dim, c.rope_theta)
     window = c.window if cache is None else cache.size
     plain = start is None and segments is None and c.position not in BIASES and not (window and T > window)
-    if plain:
+    if plain and not c.pointer:
         return position, Place(rope, None, c.causal and T > 1, None)
     if seen:  # one token against the columns of the cache
         distance = cache.distance()[None]  # (1, S)
     else:
         steps = torch.arange(T, device=idx.device)
         distance = steps[:, None] - steps  # (T, S)
+    if plain:
+        return position, Place(rope, None, c.causal and T > 1, distance)
     # everything a token may see, from the distance alone
     visible = distance < window if window else torch.ones_like(distance, dtype=torch.bool)
     if c.causal:
@@ -498,8 +527,13 @@ class KVCache:
         self.size = min(c.block_size, c.window or c.block_size)
         shape = (c.n_layer, batch, c.kv_heads, self.size, c.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+        self.ids = torch.zeros(batch, self.size, 1, device=device, dtype=torch.int64)
+        self.states = torch.zeros(batch, self.size, c.n_embd * c.pointer, device=device, dtype=dtype)
         self.start, self.seen = start, 0
-        self.last: Tensor | None = None  # (B, 1): the id before those to come, kept if the embedder asks
+
+    def before(self) -> Tensor:
+        """The ids to the left of those to come: (B, 1)."""
+        return self.ids[:, (self.seen - 1) % self.size]
 
     def distance(self) -> Tensor:
         """How far back each column in use stands from the token to come: (columns,)."""
@@ -508,22 +542,24 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values (B, n_kv_head, T, head_dim) and return those to attend to."""
-        T = k.shape[2]
-        if T > 1 or not self.seen:  # the prompt: attends to itself, and its last tokens stay
-            columns = torch.arange(max(0, T - self.size), T, device=k.device)
-            self.k[layer][:, :, columns % self.size] = k[:, :, columns].to(self.k.dtype)
-            self.v[layer][:, :, columns % self.size] = v[:, :, columns].to(self.v.dtype)
-            return k, v
+        return self.keep(self.k[layer], k), self.keep(self.v[layer], v)
+
+    def keep(self, store: Tensor, new: Tensor) -> Tensor:
+        """Store what is new, (..., T, width), in its columns and return all that there is to see."""
+        T = new.shape[-2]
+        if T > 1 or not self.seen:  # the prompt: sees itself, and its last tokens stay
+            columns = torch.arange(max(0, T - self.size), T, device=new.device)
+            store[..., columns % self.size, :] = new[..., columns, :].to(store.dtype)
+            return new
         at = self.seen % self.size
-        self.k[layer][:, :, at : at + 1], self.v[layer][:, :, at : at + 1] = k, v
-        columns = min(self.seen + 1, self.size)
-        return self.k[layer][:, :, :columns], self.v[layer][:, :, :columns]
+        store[..., at : at + 1, :] = new
+        return store[..., : min(self.seen + 1, self.size), :]
 
     def select(self, rows: list[int]) -> None:
         """Make these rows of the batch the batch; a row may come more than once."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.ids, self.states = self.ids[rows], self.states[rows]
         self.start = None if self.start is None else self.start[rows]
-        self.last = None if self.last is None else self.last[rows]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -612,6 +648,64 @@ class ShawAttention(Attention):
 
 
 ATTENTIONS = {"shaw": ShawAttention}  # by position; the others use Attention
+
+
+class Copies(NamedTuple):
+    """How a pointer shares out the probability of the next token; logarithms, in float32 or more."""
+
+    gate: Tensor  # (B, T) what it leaves to the vocabulary
+    weight: Tensor  # (B, T, S) what it gives to saying ids[:, s] again
+    ids: Tensor  # (B, S)
+
+    def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """gate (B * T,), and what it gives to the targets (B, T), as (B * T,)."""
+        found = self.ids[:, None] == targets[:, :, None]
+        return self.gate.flatten(), torch.where(found, self.weight, NEVER).logsumexp(dim=-1).flatten()
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Log-probabilities from logits (B, T', vocab_size) of the last T' positions."""
+        gate, weight = (x[:, -logits.shape[1] :] for x in (self.gate, self.weight))
+        tiny, copied = torch.finfo(gate.dtype).tiny, torch.zeros_like(logits, dtype=gate.dtype)
+        copied = copied.scatter_add(-1, self.ids[:, None].expand(weight.shape), weight.exp())
+        return torch.logaddexp(
+            F.log_softmax(logits.to(gate.dtype), -1) + gate[..., None], copied.clamp(min=tiny).log()
+        )
+
+
+NEVER = -1e9  # a logarithm that no exp survives, yet finite: the gradient of a row of -inf is nan
+
+
+class Pointer(nn.Module):
+    """
+    A pointer sentinel mixture (Merity et al. 2016, arXiv 1609.07843) over the states of the core (as in
+    Grave et al. 2016, arXiv 1612.04426): position t looks for earlier positions s that had to choose alike,
+    and may say again what followed there, the token s + 1.
+
+        P(v) = (exp(sentinel) softmax(logits)[v] + sum over s < t, idx[s + 1] = v, of exp(q[t] . k[s])) / Z
+
+    Names and things come back in a story; attention learns to copy them much later.
+    """
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.norm = RMSNorm(c.n_embd, c.norm_eps, False)
+        self.qk = nn.Linear(c.n_embd, 2 * c.n_embd, bias=False)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.sentinel = nn.Parameter(torch.tensor(7.0))
+
+    def forward(self, x: Tensor, ids: Tensor, place: Place, cache: "KVCache | None" = None) -> Copies:
+        """x (B, T, n_embd) as it leaves the core, and the ids (B, S) in view: those of x, or the cache's."""
+        q, k = (self.norm(part) for part in self.qk(self.norm(x)).chunk(2, dim=-1))
+        if cache is not None:
+            k = cache.keep(cache.states, k)
+        seen = place.distance > 0
+        if place.bias is not None:
+            seen = seen & (place.bias[:, 0] > -torch.inf)
+        score = (q * x.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, T, S)
+        score = score.to(torch.promote_types(score.dtype, torch.float32)) * self.scale
+        score = score.masked_fill(~seen, NEVER)
+        log_z = torch.logaddexp(score.logsumexp(dim=-1), self.sentinel.to(score.dtype))
+        return Copies(self.sentinel - log_z, score - log_z[..., None], ids.roll(-1, dims=1))
 
 
 class LoRA(nn.Module):

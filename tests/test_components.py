@@ -44,11 +44,13 @@ ATTENTIONS = {
 FEEDS = {name: dict(mlp=name) for name in MLPS}
 SHARED = {f"share_{name}": dict(share=name, lora_rank=2) for name in SHARES}
 PARTS = [NORMS, PLACES, ATTENTIONS, FEEDS, SHARED]
+SAYS = {"says": {}, "points": dict(pointer=True)}
 OPTIONS = [
     {"tied": {}, "untied": dict(tied=False)},
     {"bare": {}, "embed_norm": dict(embed_norm=True), "weightless": dict(norm_weight=False)},
     {f"init_{name}": dict(init=name) for name in INITS},
-    {"plain": {}, "capped": dict(softcap=5.0), "z": dict(z_loss=0.1), "smooth": dict(label_smoothing=0.1)},
+    {"plain": {}, "capped": dict(softcap=5.0), "z": dict(z_loss=0.1), "smooth": dict(label_smoothing=0.1)}
+    | {"points": dict(pointer=True), "points_capped": dict(pointer=True, softcap=5.0)},
     {"chunked": dict(loss_chunk=7), "whole": dict(loss_chunk=0)},
     {"single": {}, "pairs": dict(pairs=61)},
 ]
@@ -114,7 +116,7 @@ def check_cache(model: GPT, lengths=(6, 3, 1), total=14) -> None:
         assert error(got[-len(row) :], model(row[None])[0][0]) < 1e-5
 
 
-@over(PARTS)
+@over([*PARTS, SAYS])
 def test_causality_and_cache(settings):
     model = tiny(**settings)
     check_causality(model)
@@ -124,13 +126,13 @@ def test_causality_and_cache(settings):
 @pytest.mark.slow
 @over(PARTS[:3], product(*PARTS[:3]))
 def test_causality_and_cache_over_the_whole_product(settings):
-    for names in product(*PARTS[3:]):
-        model = tiny(**settings, **settings_of(names, PARTS[3:]))
+    for names in product(*PARTS[3:], SAYS):
+        model = tiny(**settings, **settings_of(names, [*PARTS[3:], SAYS]))
         check_causality(model)
         check_cache(model)
 
 
-@over(PARTS[1:3], product(*PARTS[1:3]))
+@over([*PARTS[1:3], SAYS], product(*PARTS[1:3], SAYS))
 @torch.no_grad()
 def test_cache_without_padding_and_past_the_context(settings):
     """One prompt length; past the context's end a token sees the block_size tokens up to itself."""
@@ -154,6 +156,7 @@ def test_padded_rows_past_the_context():
         if settings["position"] != "learned":
             model, width, total = tiny(**settings, window=8), 5, 30
             check_cache(model, lengths=(width, 2), total=total)
+            check_cache(tiny(**settings, window=8, pointer=True), lengths=(width, 2), total=total)
 
 
 def test_learned_positions_end_with_the_context():
@@ -376,6 +379,56 @@ def test_pairs_are_added_to_the_tokens():
 
 
 @torch.no_grad()
+def test_a_pointer_says_tokens_of_the_context_again():
+    """Against the formula, pair by pair, in float64."""
+    model = tiny(pointer=True, softcap=5.0).double()
+    pointer, idx = model.pointer, tokens(1, 9) % 5  # the same token more than once
+    pointer.sentinel.data.fill_(0.3)
+    pointer.scale.data.fill_(1.7)
+    position, place = locate(model.config, idx, None, None)
+    x = model.core(model.embedder(idx, position), place)
+    q, k = pointer.qk(pointer.norm(x))[0].chunk(2, dim=-1)
+    plain, got = model.head(x)[0].softmax(-1), model(idx)[0][0]
+    for t in range(9):
+        said = {"new": math.exp(0.3)}
+        for s in range(t):
+            rms = [(row.square().mean() + 1e-5).sqrt() for row in (q[t], k[s])]
+            said[s] = math.exp(1.7 * (q[t] / rms[0]) @ (k[s] / rms[1]) / 4)  # 4: the root of n_embd = 16
+        total = sum(said.values())
+        want = plain[t] * said.pop("new") / total
+        for s, share in said.items():
+            want[idx[0, s + 1]] += share / total
+        assert error(got[t].exp(), want) < 1e-9
+        assert abs(want.sum() - 1) < 1e-9
+
+
+@pytest.mark.parametrize("loss_chunk", [0, 7])
+def test_a_pointer_learns_to_copy(loss_chunk):
+    """The same word twice in random rows: not above chance for a vocabulary alone, and known by pointing."""
+    torch.manual_seed(0)
+    model = tiny(pointer=True, n_layer=1, loss_chunk=loss_chunk)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(150):
+        idx = torch.randint(V - 1, (16, 7))
+        idx[:, 5], idx[:, 1] = V - 1, V - 1  # a mark: what follows it comes twice
+        idx[:, 6] = idx[:, 2]
+        targets = torch.full((16, 6), -1)
+        targets[:, 5] = idx[:, 6]
+        loss = model(idx[:, :-1], targets)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 1.0 < math.log(V)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(causal=False), dict(label_smoothing=0.1), dict(z_loss=0.1)], ids=lambda s: next(iter(s))
+)
+def test_a_pointer_refuses(settings):
+    with pytest.raises(ValueError, match="a pointer needs causal=True, label_smoothing=0 and z_loss=0"):
+        tiny(pointer=True, **settings)
+
+
 def test_start_from_pairs_is_the_bigram_model_of_the_text():
     """With as many dimensions as ids nothing is lost but a little to the ridge: by counting, in float64."""
     V, prior = 12, 20.0
@@ -455,11 +508,11 @@ def test_window_and_segments_are_a_mask(name, window, causal, segmented):
     assert error(model(idx, segments=segments if segmented else None)[0], want) < 1e-5
 
 
-@pytest.mark.parametrize("pairs", [0, 61])
+@pytest.mark.parametrize("settings", [{}, dict(pairs=61), dict(pointer=True)])
 @pytest.mark.parametrize("name", PLACES)
 @torch.no_grad()
-def test_a_segment_is_a_text_of_its_own(name, pairs):
-    model, idx = tiny(**PLACES[name], pairs=pairs), tokens(2, 12)
+def test_a_segment_is_a_text_of_its_own(name, settings):
+    model, idx = tiny(**PLACES[name], **settings), tokens(2, 12)
     segments = torch.tensor([0] * 5 + [1] * 7).expand(2, 12)
     want = torch.cat((model(idx[:, :5])[0], model(idx[:, 5:])[0]), dim=1)
     assert error(model(idx, segments=segments)[0], want) < 1e-5

@@ -517,6 +517,7 @@ def test_llama2c_refuses_by_name(bpe, tmp_path):
         dict(norm="layernorm"), dict(norm="none"), dict(position="learned"),
         dict(bias=True), dict(window=8), dict(softcap=9.0),
         dict(qk_norm=True), dict(embed_norm=True), dict(causal=False), dict(pairs=64),
+        dict(pointer=True),
     ):  # fmt: skip
         name, value = *settings, *settings.values()
         with pytest.raises(ValueError, match=f"^{name}={value} has no equivalent in llama2.c's run.c$"):

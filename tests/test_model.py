@@ -38,7 +38,9 @@ def tiny(**settings) -> GPT:
     model = GPT(GPTConfig(**{**TINY, **settings})).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:
+            if name == "pointer.sentinel":
+                p.fill_(1.0)
+            elif p.ndim < 2:
                 p += 0.2 * torch.randn_like(p)
             elif name.startswith(("embedder", "head")):
                 p.normal_()
@@ -388,24 +390,33 @@ def test_zero_init_makes_every_block_the_identity():
 
 
 def both_losses(dtype=torch.float32, N=37, C=24, targets=None, scale=1.0, **settings):
-    """(loss, dx, dweight) of the plain and of the chunked loss of a head of 70 ids, padded to 128."""
+    """(loss, dx, dweight, with a pointer dgate, dcopied) of the plain and the chunked loss of a head of 70
+    ids, padded to 128."""
     torch.manual_seed(0)
     c = GPTConfig(vocab_size=70, n_embd=C, n_head=2, **settings)
     x, weight = torch.randn(N, C, dtype=dtype), 0.5 * torch.randn(128, C, dtype=dtype)
     targets = torch.randint(70, (N,)) if targets is None else targets
     extra = c.label_smoothing, c.z_loss
+    gate, copied = torch.rand(2, N, dtype=dtype).log()
+    copied[::4] = -1e9  # nothing to copy
     results = []
     for chunked in (False, True):
-        x, weight = (p.detach().requires_grad_() for p in (x, weight))
+        x, weight, gate, copied = leaves = [p.detach().requires_grad_() for p in (x, weight, gate, copied)]
+        mixture = (gate, copied) if c.pointer else (None, None)
         if chunked:
-            loss = ChunkedCrossEntropy.apply(x, weight, targets, dtype, True, c, *extra)
+            loss = ChunkedCrossEntropy.apply(x, weight, targets, *mixture, dtype, True, c, *extra)
         else:
             logits = x @ weight[:70].T
             if c.softcap:
                 logits = c.softcap * torch.tanh(logits / c.softcap)
-            loss = cross_entropy(logits[None], targets[None], *extra)
+            if c.pointer:
+                kept, rows = targets >= 0, torch.arange(N)
+                p = gate.exp() * logits.softmax(-1)[rows, targets] + copied.exp()
+                loss = -(p.log() * kept).sum() / kept.sum().clamp(min=1)
+            else:
+                loss = cross_entropy(logits[None], targets[None], *extra)
         (scale * loss).backward()
-        results.append((loss.detach(), x.grad, weight.grad))
+        results.append((loss.detach(), *(p.grad for p in leaves if p.grad is not None)))
     return results
 
 
@@ -415,6 +426,7 @@ TERMS = [
     dict(z_loss=0.1),
     dict(label_smoothing=0.2),
     dict(softcap=3.0, z_loss=0.1, label_smoothing=0.2),
+    dict(pointer=True, softcap=3.0),
 ]
 
 
@@ -490,8 +502,8 @@ def test_padding_of_the_vocabulary_takes_no_part():
 def test_no_gradient_is_made_where_none_is_asked_for():
     x, weight = torch.randn(9, 16), torch.randn(64, 16)
     c = GPTConfig(**TINY, loss_chunk=4)
-    without = ChunkedCrossEntropy.apply(x, weight, tokens(9), torch.float32, False, c, 0.0, 0.0)
-    with_it = ChunkedCrossEntropy.apply(x, weight, tokens(9), torch.float32, True, c, 0.0, 0.0)
+    without = ChunkedCrossEntropy.apply(x, weight, tokens(9), None, None, torch.float32, False, c, 0.0, 0.0)
+    with_it = ChunkedCrossEntropy.apply(x, weight, tokens(9), None, None, torch.float32, True, c, 0.0, 0.0)
     assert torch.equal(without, with_it)
 
 
@@ -549,7 +561,7 @@ def test_float16_gradient_does_not_underflow():
     targets, grads = torch.randint(4096, (6000,)), []
     for dtype in (torch.float32, torch.float16):
         weight = weight.detach().requires_grad_()
-        ChunkedCrossEntropy.apply(x, weight, targets, dtype, True, c, 0.0, 0.0).backward()
+        ChunkedCrossEntropy.apply(x, weight, targets, None, None, dtype, True, c, 0.0, 0.0).backward()
         grads.append(weight.grad)
     assert error(grads[1], grads[0]) < 0.01
     assert (grads[1] == 0).float().mean() < 0.001
