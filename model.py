@@ -377,7 +377,7 @@ class GPT(nn.Module):
         """Operations of a token's forward and backward: 6 a matrix's weight, 12 block_size n_embd a layer."""
         c = self.config
         per_layer = sum(p.numel() for p in self.core.blocks[0].parameters() if p.ndim == 2)
-        matrices = c.n_layer * per_layer + c.padded_vocab * c.n_embd + c.pointer * 2 * c.n_embd**2
+        matrices = c.n_layer * per_layer + c.padded_vocab * c.n_embd + c.pointer * 3 * c.n_embd**2
         return 6 * matrices + 6 * (2 * c.n_layer + c.pointer) * c.block_size * c.n_embd
 
 
@@ -528,7 +528,7 @@ class KVCache:
         shape = (c.n_layer, batch, c.kv_heads, self.size, c.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
         self.ids = torch.zeros(batch, self.size, 1, device=device, dtype=torch.int64)
-        self.states = torch.zeros(batch, self.size, c.n_embd * c.pointer, device=device, dtype=dtype)
+        self.states = torch.zeros(batch, self.size, 2 * c.n_embd * c.pointer, device=device, dtype=dtype)
         self.start, self.seen = start, 0
 
     def before(self) -> Tensor:
@@ -678,10 +678,11 @@ NEVER = -1e9  # a logarithm that no exp survives, yet finite: the gradient of a 
 class Pointer(nn.Module):
     """
     A pointer sentinel mixture (Merity et al. 2016, arXiv 1609.07843) over the states of the core (as in
-    Grave et al. 2016, arXiv 1612.04426): position t looks for earlier positions s that had to choose alike,
-    and may say again what followed there, the token s + 1.
+    Grave et al. 2016, arXiv 1612.04426): position t may say again a token s + 1 that it has seen, by what the
+    core made of the position before that token, which had to choose it, and of the token's own.
 
         P(v) = (exp(sentinel) softmax(logits)[v] + sum over s < t, idx[s + 1] = v, of exp(q[t] . k[s])) / Z
+        k[s] = norm(a[s] + b[s + 1])
 
     Names and things come back in a story; attention learns to copy them much later.
     """
@@ -689,15 +690,17 @@ class Pointer(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.norm = RMSNorm(c.n_embd, c.norm_eps, False)
-        self.qk = nn.Linear(c.n_embd, 2 * c.n_embd, bias=False)
+        self.qab = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
         self.scale = nn.Parameter(torch.ones(()))
         self.sentinel = nn.Parameter(torch.tensor(7.0))
 
     def forward(self, x: Tensor, ids: Tensor, place: Place, cache: "KVCache | None" = None) -> Copies:
         """x (B, T, n_embd) as it leaves the core, and the ids (B, S) in view: those of x, or the cache's."""
-        q, k = (self.norm(part) for part in self.qk(self.norm(x)).chunk(2, dim=-1))
+        q, ab = self.qab(self.norm(x)).split((x.shape[-1], 2 * x.shape[-1]), dim=-1)
         if cache is not None:
-            k = cache.keep(cache.states, k)
+            ab = cache.keep(cache.states, ab)
+        a, b = ab.chunk(2, dim=-1)
+        q, k = self.norm(q), self.norm(a + b.roll(-1, dims=1))  # of the last s + 1 there is no use
         seen = place.distance > 0
         if place.bias is not None:
             seen = seen & (place.bias[:, 0] > -torch.inf)

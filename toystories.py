@@ -19,7 +19,7 @@ The grammar is data: LISTS has what a story draws from, RULES how it is told. Th
     <hero=kid>             draw a row of the list kid, tell it, and remember it as hero. <a thing=toy> tells
                            it with its article, <girl hero=kid> tells its column girl instead. Variables that
                            are drawn from one list never hold the same row.
-    <spot=place.spot>      draw from a column that has several options; <place.spot> does not remember which
+    <fix=thing.mend>       draw from a column that has several options; <thing.mend> does not remember which
     {hero}  {friend.he}    a remembered row, or a column of it; {a thing} has its article, {Thing} is
                            capitalised; {he} is {hero.he}
     ¶                      a new paragraph. All other line breaks are spaces.
@@ -49,7 +49,7 @@ from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = "2"
+VERSION = "3"
 
 # -----------------------------------------------------------------------------------------------------------
 # The grammar: what stories are drawn from
@@ -67,179 +67,78 @@ neighbor, name: he him his
     Mrs. Bell, Miss Honey, Mrs. Gray, Miss Plum ; she ; her ; her
     Mr. Brown, Mr. Green, Mr. Baker, Mr. King ; he ; him ; his
 
-number, number:
-    fifteen, twenty, thirty, forty, fifty, sixty
-
 toy, object:
     ball, kite, doll, drum, boat, truck, book, robot, teddy bear, lantern
 
 look, object:
     red, blue, green, yellow, golden, little, shiny, striped
 
-place, place: at spot see
+place, place: at
     the park ; in the park
-        ; under a bench, behind the fountain, between two rose bushes, next to the duck pond,
-          in a pile of leaves
-        ; the swans on the pond, a man with six dogs, the children on roller skates,
-          a lady who painted trees, the squirrels
     the beach ; on the beach
-        ; in a tide pool, behind a sand castle, under a rowboat, between two rocks,
-          next to a heap of seaweed
-        ; the waves, the seagulls, a crab that walked sideways, the sailboats, a man with a fishing net
     the forest ; in the forest
-        ; under a fern, in a hollow log, behind a mossy stone, between the roots of an oak,
-          next to a ring of mushrooms
-        ; the tall pines, a deer with its fawn, an owl asleep on a branch, the woodpeckers, a fox far away
-    the lake ; by the lake
-        ; under the dock, in the reeds, behind a canoe, between two water lilies, next to a heron's nest
-        ; the dragonflies, a family of ducks, the silver fish, a frog on a lily pad, the rowers
     the farm ; on the farm
-        ; in the hay, under a tractor, behind the barn, between two milk cans, next to the pig pen
-        ; the fluffy lambs, a cow with a bell, the hens, a pony with a long tail, the piglets
-    the meadow ; in the meadow
-        ; in the tall grass, under a thistle, behind a haystack, between two daisies, next to a molehill
-        ; the butterflies, the honey bees, a hare with long ears, the bluebells, a lark high in the air
     the playground ; on the playground
-        ; under the slide, in the sandbox, behind the swings, between two tires, next to the seesaw
-        ; the big kids, a baby in a stroller, the twins next door, a girl on stilts, the pigeons
     the market ; at the market
-        ; under a fruit stand, in a crate of cabbages, behind the bakery, between two barrels,
-          next to the flower cart
-        ; the heaps of apples, a woman who sold honey, the cheese wheels, a man with a parrot,
-          the baskets of eggs
 
 broken, object: broke mend
-    kite ; its tail tore off, it ripped on a thorn, its frame snapped
-        ; paper and glue, a strip of silk, two thin sticks
-    doll ; its arm came off, its dress tore, its braid came loose
-        ; a needle and thread, a rubber band, a bit of yarn
-    teddy bear ; its ear came off, its seam split, it lost an eye
-        ; a needle and thread, a button, some soft wool
-    wagon ; its wheel fell off, its handle broke, its side cracked
-        ; a long screw, some strong wire, a new board
-    boat ; its mast snapped, its sail ripped, it sprang a leak ; wood glue, a scrap of cloth, hot wax
-    drum ; its skin split, its strap snapped, its rim came loose
-        ; a piece of leather, a strong cord, six brass tacks
-    train ; its chimney broke off, a wheel came loose, its hook snapped
-        ; a tin can, a tiny screw, a paper clip
-    music box ; its lid came off, its key got stuck, its spring jumped out
-        ; a new hinge, a drop of oil, a pair of tweezers
+    kite ; lost its tail, ripped on a thorn ; paper and glue, a strip of silk
+    doll ; lost an arm, tore its dress ; a needle and thread, a bit of yarn
+    boat ; lost its mast, sprang a leak ; wood glue, hot wax
+    train ; lost a wheel, bent its chimney ; a tin can, a tiny screw
 
-animal, animal: noise home food
-    kitten ; meowed ; its cozy basket ; a saucer of milk, a bit of fish, a spoon of cream
-    puppy ; whined ; its warm kennel ; a piece of sausage, a dog biscuit, a bowl of water
-    bird ; chirped ; its round nest ; a few seeds, some bread crumbs, a fat worm
-    duckling ; peeped ; its mother on the pond ; some oats, some peas, a few bread crumbs
-    rabbit ; squeaked ; its deep burrow ; a carrot, a lettuce leaf, some clover
-    squirrel ; chattered ; its nest in the oak ; three nuts, an acorn, a handful of seeds
-    hedgehog ; sniffed ; its bed of leaves ; a slice of pear, a fat worm, some berries
-    lamb ; bleated ; its mother in the field ; a bottle of milk, some fresh grass, some clover
+animal, animal: home food
+    kitten ; its cozy basket ; a saucer of milk, a bit of fish
+    puppy ; its warm kennel ; a piece of sausage, a bowl of water
+    bird ; its round nest ; a few seeds, some bread crumbs
+    rabbit ; its deep burrow ; a carrot, a lettuce leaf
 
-beast, animal: trap can
-    mouse ; was caught in a hunter's net, was tied to a post with a thick rope
-        ; chewed through the knots one by one, nibbled at the rope until it snapped
-    mole ; was shut in by falling rocks, was stuck in a dark cave
-        ; dug a tunnel through the earth, pushed the stones aside from below
-    squirrel ; sat at the bottom of a deep pit, had slid into an empty well
-        ; bent a long branch down into the hole, rolled in log after log to make steps
-    frog ; sank deeper and deeper into the mud, was stuck in the swamp
-        ; hopped across with the end of a rope, laid down a path of lily pads and sticks
-    beaver ; lay trapped under a fallen tree, had one foot jammed under a log
-        ; gnawed through the wood in no time, cut the trunk into short pieces
-    firefly ; was lost in the dark woods, could not see the path in the fog
-        ; lit up and showed the way home, called a hundred cousins to light the path
+beast, animal:
+    mouse, rat, squirrel, hamster
 
 giant, animal:
-    bear, lion, elephant, horse, moose, wolf
+    bear, lion, elephant, horse
 
-trip, place: ride see do bring
-    the seaside ; by train, by bus, in an old car
-        ; the long white beach, a lighthouse with a red roof, the fishing boats, dolphins far out at sea
-        ; swam in the cool waves, built a castle of sand, caught tiny crabs and let them go,
-          ate fish and chips ; shell, starfish, piece of green glass, smooth pebble
-    the mountains ; by train, by bus, in an old car
-        ; the snowy peaks, a waterfall as tall as a tower, goats on the cliffs, an eagle over the valley
-        ; climbed to a high hut, drank from an icy stream, picked wild strawberries, rode in a cable car
-        ; crystal, eagle feather, pine cone, walking stick
-    the big city ; by train, by bus, in an old car
-        ; the tall towers, a street full of lights, a clock with dancing figures, the yellow taxis
-        ; rode an elevator to the very top, ate noodles with sticks, saw a museum full of bones,
-          fed the pigeons on a square ; postcard, snow globe, toy taxi, balloon
-    the desert ; by plane, by train, in a dusty jeep
-        ; the golden dunes, a row of camels, a lizard on a hot rock, the cactus flowers
-        ; slid down the dunes, rode on a camel, slept in a striped tent, drank sweet tea
-        ; bag of sand, desert rose, brass lamp, woven rug
-    the jungle ; by plane, by boat, in a dusty jeep
-        ; the bright parrots, a monkey with a white beard, a tree with a hundred vines, the giant leaves
-        ; swung on a long vine, paddled down a brown river, ate a sweet mango, crossed a bridge of ropes
-        ; parrot feather, coconut, wooden mask, basket of leaves
-    the island ; by boat, by plane, on a big ferry
-        ; the palm trees, a volcano with a cloud on top, a turtle as big as a table, the blue bay
-        ; swam with the fish, climbed a palm tree, danced around a fire, slept in a hammock
-        ; shell, coconut, straw hat, string of beads
+trip, place: see do
+    the seaside ; the long white beach, a lighthouse with a red roof, dolphins far out at sea
+        ; swam in the cool waves, built a castle of sand, ate fish and chips
+    the mountains ; the snowy peaks, a waterfall as tall as a tower, an eagle over the valley
+        ; climbed to a high hut, drank from an icy stream, picked wild strawberries
+    the big city ; the tall towers, a street full of lights, a clock with dancing figures
+        ; rode an elevator to the very top, saw a museum full of bones, fed the pigeons on a square
 
-fear, word: why see step
-    the dark ; anything could hide in it, it was so very quiet, the shadows looked like monsters
-        ; the lights went out in the whole house
-        ; lit a small candle and looked in every corner, counted to ten with open eyes
-    thunder ; it was so loud, it shook the whole house, it sounded like an angry giant
-        ; the sky began to rumble ; counted the seconds after each flash, beat a drum right back at the sky
-    deep water ; nobody could see the bottom, fish might nibble at toes, it was so cold and green
-        ; the first swimming lesson began ; put one foot in and then the other, held the edge and kicked
-    the tall slide ; it went up almost to the clouds, the ladder wobbled, it was so steep
-        ; all the children ran to the slide ; climbed one step and then the next, sat down and let go
-    big dogs ; they had such long teeth, they barked so much, one had once knocked over a bike
-        ; the neighbor's big dog came by ; held out one flat hand, stood still and spoke softly
-    singing on the stage ; everybody would stare, the words might just fly away, it made knees shake
-        ; the day of the school concert came
-        ; looked at one kind face and began, took a deep breath and sang
+keepsake, object:
+    shell, smooth pebble, crystal, walking stick, postcard, snow globe, toy taxi, straw hat
+
+fear, word: why
+    the dark ; it was so very quiet, the shadows looked like monsters
+    thunder ; it shook the whole house, it sounded like an angry giant
+    deep water ; nobody could see the bottom, fish might nibble at toes
+    big dogs ; they had such long teeth, they barked so much
 
 gift, object: need
-    cake ; flour and eggs, butter and sugar, plums and cream
-    card ; paper and scissors, glue and glitter, crayons and ribbon
-    necklace ; beads and string, shells and thread, buttons and wire
-    picture frame ; twigs and glue, shells and glue, wood and nails
-    pie ; apples and dough, berries and sugar, flour and butter
-    scarf ; wool and two needles, yarn and a big hook, old sweaters and thread
+    cake ; flour and eggs, butter and sugar
+    card ; paper and scissors, glue and glitter
+    necklace ; beads and string, shells and thread
+    scarf ; wool and two needles, yarn and a big hook
 
 plant, object: grew
-    sunflower ; as tall as the roof, taller than the fence, as bright as the sun
-    pumpkin ; as big as a chair, as round as the moon, too heavy to lift
-    bean plant ; as high as the window, as long as a rope, as high as the door
-    rose bush ; full of buds, as wide as a bed, taller than the gate
-    tomato plant ; heavy with fruit, as high as the wall, taller than its stick
-    strawberry plant ; full of red berries, wider than its pot, as round as a cushion
-
-contest, word: did
-    sack race ; hopped up and down the stairs in a pillow case, hopped around the yard
-    running race ; ran around the block, ran up the hill and down again
-    bike race ; rode around the pond, rode to the mill and back
-    egg and spoon race ; walked up and down with a potato on a spoon, dropped egg after egg
-    wheelbarrow race ; pushed a barrow full of stones, pushed the cat around the garden
-    pancake race ; flipped pancakes on the run, ran around the stove with a pan
-
-prize, object:
-    medal, trophy, crown, flag, star, badge
+    sunflower ; as tall as the roof, taller than the fence
+    pumpkin ; as big as a chair, too heavy to lift
+    bean plant ; as high as the window, as long as a rope
+    rose bush ; full of buds, as wide as a bed
 
 plan, word: instead
     picnic ; spread a blanket on the living room floor, ate under the kitchen table
     camping trip ; built a tent of sheets, put the sleeping bags beside the stove
     garden party ; hung paper flowers on every lamp, danced with the brooms
-    kite festival ; ran through the hall with ribbons, blew paper birds across the room
-    ball game ; rolled up socks for balls, set up bottles in the hall
     treasure hunt ; hid buttons all over the house, drew a map of every room
-
-talent, word:
-    whistle with two fingers, walk on both hands, draw horses, juggle three balls, do magic tricks,
-    play the fiddle, count in four languages, make paper swans
 
 noise, word: cause
     tap tap tap ; a branch at the window, a bird at the window
     scratch scratch ; the cat at the door, a mouse behind the wall
     drip drip drip ; the kitchen tap, a leak in the roof
     hoo hoo hoo ; an owl on the chimney, the wind in a bottle
-    bump bump bump ; a shutter in the wind, an apple on the stairs
-    squeak squeak ; the old garden gate, a bat under the roof
 
 food, object:
     pie, cookie, cake, muffin, bun, pretzel, waffle, pancake
@@ -252,8 +151,8 @@ vase, object:
 # The grammar: how stories are told
 
 RULES = """
-story: <lost> | <earn> | <quarrel> | <mend> | <animal> | <fear> | <trip> | <surprise> | <storm> | <race> |
-    <share> | <grow> | <honest> | <newcomer> | <night> | <fable>
+story: <lost> | <earn> | <quarrel> | <mend> | <animal> | <fear> | <trip> | <surprise> | <storm> | <share> |
+    <grow> | <honest> | <night> | <fable>
 
 trait: cheerful | curious | clever | gentle | kind | quiet | silly | playful | lively | funny | sweet |
     friendly | busy | dreamy | thoughtful | bright | polite | merry | smart | helpful | brave | honest |
@@ -275,6 +174,7 @@ fine: sunny | bright | warm | clear | breezy | cool | lovely | quiet | golden | 
 season: spring | summer | autumn
 daytime: morning | afternoon | day
 weekday: Monday | Tuesday | Wednesday | Thursday | Friday | Saturday | Sunday
+many: fifteen | twenty | thirty | forty | fifty | sixty
 few: two | three | four | five | six | seven | eight | nine | ten | eleven | twelve
 oneday: (4) One <fine> <weekday> [morning | afternoon | evening],
     | (2) One <fine> <season> <daytime>,
@@ -401,12 +301,12 @@ lost_open: <meet> {He} owned <a look=look> <thing=toy>, and {he} took it everywh
       {His} <giver> had found it behind <a old> <perch>.
     | "Look what I have!" <cried> <hero=kid>, and {he} held up <a look=look> <thing=toy>. {His} <giver> had
       made it just for {him}.
-lost_gone: <oneday> {hero} and {his} <elder=elder> <ran> to <place=place>. They saw <place.see> and
-      <sights>. But when it was time to go home, the {thing} was gone.
+lost_gone: <oneday> {hero} and {his} <elder=elder> <ran> to <place=place>. They saw <sights>. But when it was
+      time to go home, the {thing} was gone.
     | <oneday> {hero} played <at place=place> while {his} <elder=elder> talked to <person>. <scene> Then it
       began to rain, and in the rush {he} left the {thing} behind.
-    | <oneday> {hero} carried the {thing} to <place=place> to show it to {his} <elder=elder>. On the way
-      {he} stopped to look at <sights>. When {he} got there, {his} hands were empty.
+    | <oneday> {hero} carried the {thing} to <place=place> to show it to {his} <elder=elder>. On the way {he}
+      stopped to look at <sights>. When {he} got there, {his} hands were empty.
 lost_ask: "Do not cry," said {his} {elder} <softly>. "[Lost things want to be found | Let us go back and
       look | Two pairs of eyes are better than one]."
     | "My {thing}!" <cried> {hero}. {He} felt so <sad> that <weep>.
@@ -418,15 +318,15 @@ lost_look: {hero} <ran> back to {place}. {He} searched in the <mud> and behind <
       the way to {place}.
 junk: button | shoe | feather | mitten | coin | spoon | sock | marble
 junk2: bottle | wheel | pipe | kettle | comb | shovel | watch | key
-found: And there, <place.spot>, lay the {look} {thing}!
-    | Then {he} saw something {look} <place.spot>. It was {his} {thing}!
-    | <A cute> <creature> sat <place.spot>, and next to it lay the {look} {thing}.
+found: And there, behind <a old> <perch>, lay the {look} {thing}!
+    | Then {he} saw something {look} under <a old> <perch>. It was {his} {thing}!
+    | <A cute> <creature> sat in the <mud>, and next to it lay the {look} {thing}.
 lost_end: From that day on, {he} tied <a color> ribbon to the {thing} whenever {he} went to {place}.
     | That night, {he} held the {look} {thing} in {his} arms and dreamed of <a color> <dream>.
     | "Next time," {he} <said>, "I will take better care of you." And the {look} {thing} always came home
       from {place}.
 
-earn: <earn_open> "It costs <num=number> coins," <said> {boss}. But {hero} had only <few>. ¶ <earn_work>
+earn: <earn_open> "It costs <many> coins," <said> {boss}. But {hero} had only <few>. ¶ <earn_work>
     <scene> <earn_more>¶ <earn_turn> <earn_end>
 earn_open: <meet> <oneday> {he} saw <a look=look> <thing=toy> in the window of <boss=neighbor>. {He} wanted
       it more than anything.
@@ -453,12 +353,12 @@ earn_more: Each coin went into <a color> <purse>.
     | Sometimes {he} wanted to buy <treats> instead, but {he} did not.
 purse: jar | box | sock | can | purse | mug | bag | tin
 arms: arms | hands | fingers | shoulders | feet | legs | knees | toes
-earn_turn: <soon> {hero} had {num} coins and <ran> to the shop. But the {thing} was not there! "Do not
+earn_turn: <soon> {hero} had enough coins and <ran> to the shop. But the {thing} was not there! "Do not
       worry," said {boss} <softly>. "I hid it for you behind the <furniture>."
-    | When {he} had {num} coins, {he} put them down in a row. <scene> {boss} counted the coins <softly> and
+    | When {he} had enough coins, {he} put them down in a row. <scene> {boss} counted the coins <softly> and
       gave {him} the {thing}.
-    | But the day before {he} had {num} coins, {boss} stopped {him}. "I saw how hard you worked," said
-      {boss} <softly>. "Here is the {thing}. Keep the coins."
+    | But the day before {he} had enough coins, {boss} stopped {him}. "I saw how hard you worked," said {boss}
+      <softly>. "Here is the {thing}. Keep the coins."
 earn_end: {hero} <ran> home with the {look} {thing} and <joy>. A thing that you earn is sweeter than a gift.
     | {hero} <joy>. No {thing} in the world was as fine as the {look} {thing} that {he} had earned.
     | That evening, {hero} put the {look} {thing} next to the <furniture>. {He} had paid for it with {his}
@@ -510,15 +410,15 @@ mend_open: <meet> {He} had <a look=look> <thing=broken> that {his} <elder=elder>
     | There once stood <a look=look> <thing=broken> next to <a color> <furniture> in the <home> of <a trait>
       <girl hero=kid> named {hero}. It came from {his} <elder=elder>. <mend_oops>
     | <rip>! On the floor, next to <a color> <furniture>, lay the <look=look> <thing=broken> of <hero=kid>.
-      {He} had got it from {his} <elder=elder>. <A mood> <folk> had sat on it, and <thing.broke>.
-mend_oops: <oneday> {he} tripped over <a color> <clothes>, and <thing.broke>.
-    | <oneday> {he} bumped into the <furniture>, and <thing.broke>.
+      {He} had got it from {his} <elder=elder>. <A mood> <folk> had sat on it, and the {thing} <thing.broke>.
+mend_oops: <oneday> {he} tripped over <a color> <clothes>, and the {thing} <thing.broke>.
+    | <oneday> {he} bumped into the <furniture>, and the {thing} <thing.broke>.
 mend_try: "It is ruined," <said> {hero}, and {he} felt so <sad> that <weep>. "Nothing is too broken for two
-      pairs of hands," said {his} {elder} <softly>. "All we need is <fix=thing.mend>."
+      pairs of hands," said {his} {elder} <softly>. "All that the {thing} needs is <fix=thing.mend>."
     | First, {hero} tried to mend it with <gum>. Then {he} tried it with <a color> <lace>. It only made a
-      mess. "Why not try <fix=thing.mend>?" asked {his} {elder} <softly>.
-    | {hero} wanted to hide it behind the <furniture>. But {his} {elder} put down <a color> cup of <drink>
-      and looked at it. "Wait," said {his} {elder} <softly>. "I think that <fix=thing.mend> will do it."
+      mess. "For a {thing}, <fix=thing.mend> may be better," said {his} {elder} <softly>.
+    | {hero} wanted to hide it behind the <furniture>. But {his} {elder} put down <a color> cup of <drink> and
+      looked at it. "Wait," said {his} {elder} <softly>. "All that the {thing} needs is <fix=thing.mend>."
 gum: mud | gum | honey | jam | soap | butter | tape | jelly | dough | syrup | toothpaste | snow
 lace: shoelace | hair clip | leaf | straw | sock | candy wrapper | rubber band | sticker
 mended: They worked for <few> hours, and with {fix} they made the {thing} whole again. {hero} <joy>.
@@ -532,21 +432,21 @@ mend_end: "Now it has a story," said {his} {elder} <softly>. And {hero} loved th
       anything.
 
 animal: <a_open> <a_what>¶ <a_help> <a_wait>¶ <a_home> <a_end>
-a_open: <meet> <oneday> {he} was on the way to <place=place> when something <noise pet=animal> behind
-      <a old> <perch>.
-    | Something <noise pet=animal> behind <a old> <perch>. <hero=kid> stopped to listen. {He} was on the way
-      to <place=place> with <snack>, but that could wait.
-    | It was late <at place=place>. Only <hero=kid> was still there, in {his} <color> <clothes>. <scene>
-      Then something <noise pet=animal>.
-a_what: It was <a baby> {pet}, all alone in the <mud>.
-    | It was <a baby> {pet}, shaking with cold.
-    | {He} saw <a baby> {pet} that was stuck under <a old> <perch>.
+a_open: <meet> <oneday> {he} was on the way to <place=place> when something <wept> behind <a old> <perch>.
+    | Something <wept> behind <a old> <perch>. <hero=kid> stopped to listen. {He} was on the way to
+      <place=place> with <snack>, but that could wait.
+    | It was late <at place=place>. Only <hero=kid> was still there, in {his} <color> <clothes>. <scene> Then
+      something <wept>.
+a_what: It was <a baby> <pet=animal>, all alone in the <mud>.
+    | It was <a baby> <pet=animal>, shaking with cold.
+    | {He} saw <a baby> <pet=animal> that was stuck under <a old> <perch>.
+wept: whimpered | rustled | squealed | sighed | moved
 baby: small | tiny | baby | wet | young | thin | scared | shy | gray | lost | lonely | hungry
-a_help: "Do not be afraid," <said> {hero}. {He} wrapped the {pet} in {his} <color> <clothes> and gave it
-      <pet.food>.
+a_help: "Do not be afraid," <said> {hero}. {He} wrapped the {pet} in {his} <color> <clothes> and gave the
+      {pet} <pet.food>.
     | {hero} knelt down <softly> and offered the {pet} <pet.food>. First it hid behind <a old> <perch>, but
       then it began to eat.
-    | {He} <ran> home and came back with <pet.food> and <a color> <clothes> to keep the {pet} warm.
+    | {He} <ran> home and brought the {pet} <pet.food> and <a color> <clothes> to keep it warm.
 a_wait: <scene> The {pet} stopped shaking. {He} named it <petname>.
     | For <few> days, it slept next to the <furniture> and ate <treats>. {He} named it <petname>.
     | {His} <giver> brought <a color> <purse> full of <straw>, and soon the {pet} felt better.
@@ -554,7 +454,7 @@ straw: hay | straw | leaves | moss | wool | feathers | rags | paper | cotton | f
 petname: Button | Pepper | Biscuit | Pickle | Muffin | Sunny | Cloud | Lucky | Star | Pip | Ginger | Bean |
     Olive | Pumpkin | Cookie | Dot
 a_home: Then {hero} took the {pet} back to {pet.home}. "Goodbye, little one," {he} <said> <softly>.
-    | But {hero} knew that a {pet} needs its own home. So {he} carried it back to {pet.home} and waved
+    | But {hero} knew that everybody needs a home. So {he} carried the {pet} back to {pet.home} and waved
       <softly>.
 a_end: After that, each time {hero} came to {place}, the {pet} sat next to <a old> <perch> and watched {him}
       <outdoors>.
@@ -570,8 +470,9 @@ fear_open: <meet> {He} was not afraid of <lions> or <ghosts>. But {he} was afrai
       <fear.why>.
 lions: lions | bulls | storms | pirates | wolves | snakes | mice | bees | bats | ladders | wasps | geese
 ghosts: ghosts | witches | dragons | bears | goblins | giants | monsters | crocodiles
-fear_day: <oneday> {fear.see}. {hero} wanted to <hide>. {His} <heart> shook like <a feather>.
-    | <oneday> {fear.see}. {hero} turned as white as <milk> and wanted to <hide>.
+fear_day: <oneday> there was no way around {fear}. {hero} wanted to <hide>. {His} <heart> shook like <a
+      feather>.
+    | <oneday> there was no way around {fear}. {hero} turned as white as <milk> and wanted to <hide>.
 milk: milk | snow | chalk | a sheet | flour | a goose | a lily | salt
 hide: hide under the <furniture> | hide behind the <furniture> | run away | crawl into <a old> <chest> | fly
     to the moon | be <a creature> | become invisible | sleep for <few> days
@@ -582,15 +483,17 @@ fear_told: "I was afraid of {fear} too, when I was little," said {his} <elder=el
       {his} {elder} <softly>. "I am afraid of <lions>."
     | "[Just take one small step | Try it just once | You do not have to like it]," said {his} <elder=elder>
       <softly>. "I will sit here next to <bug> and wait for you."
-fear_step: So {hero} put on {his} <color> <clothes> and took <few> deep breaths. {He} <fear.step>. And
-      nothing bad happened!
-    | {hero} thought of <a color> <dream> and counted to <few>. Then {he} <fear.step>. <scene>
-    | "I can do it," <said> {hero} <softly>. {He} <fear.step>. <scene> The next time it was almost easy.
+fear_step: So {hero} put on {his} <color> <clothes> and took <few> deep breaths. {He} <dared>. And nothing bad
+      happened!
+    | {hero} thought of <a color> <dream> and counted to <few>. Then {he} <dared>. <scene>
+    | "I can do it," <said> {hero} <softly>. {He} <dared>. <scene> The next time it was almost easy.
 fear_end: After that, {hero} was no longer afraid of {fear}. {He} <joy>, and {he} told {his} {elder} about
       it [<few> times | over <treats>].
     | "I was scared of {fear}, but I did it anyway," <said> {hero}, and {he} ate <treats> with {his}
       {elder}.
     | {Fear} did not seem so terrible now. {hero} <joy>, and {his} {elder} <smiled2>.
+dared: took one small step and then another | counted to ten with open eyes | held one flat hand out | sang a
+    song out loud | looked right at it | stood as still as <a creature>
 smiled2: smiled | nodded | cheered | clapped | winked | laughed
 
 restless: excited | happy | curious | nervous | restless | thrilled | glad | hopeful
@@ -601,17 +504,16 @@ t_open: "Pack your bag, <hero=kid>!" <cried> {his} <elder=elder>. "On <weekday> 
       tickets.
     | For <few> nights, <hero=kid> had been too <restless> to sleep. {His} <elder=elder> wanted to take
       {him} to <trip=trip>!
-t_pack: {He} packed <treats>, <a color> <clothes>, and <a old> <camera>. They traveled <trip.ride> for <few>
-      hours.
-    | {hero} took {his} <color> <clothes> and <snack>. They traveled <trip.ride>, next to <person>.
+t_pack: {He} packed <treats>, <a color> <clothes>, and <a old> <camera>. They traveled <ride> for <few> hours.
+    | {hero} took {his} <color> <clothes> and <snack>. They traveled <ride>, next to <person>.
+ride: by train | by bus | by plane | by boat | in an old car | in a dusty jeep | on a big ferry
 camera: map | camera | compass | notebook | telescope | pen | whistle | lamp
-t_there: What a place it was! {hero} saw <trip.see> and <sights>. Then they <trip.do>. {He} <joy>.
-    | "Is it real?" asked {hero} <softly>. In front of them lay <trip.see>. It smelled of <smell>, and <far>
-      <sound>. After <treats>, they <trip.do>.
-    | They met <person> who showed them <trip.see>. "[You will never see this at home | Not many people know
-      this place | Come with me]!" Then they <trip.do>. <scene>
-t_find: On the last day, {hero} found <a thing=trip.bring> next to <a old> <perch>.
-    | Before they left, {his} {elder} bought {him} <a thing=trip.bring> from <person>.
+t_there: What a place {trip} was! They saw <trip.see> and <sights>. Then they <trip.do>. {He} <joy>.
+    | "Is that {trip}?" asked {hero} <softly>. They saw <trip.see>. It smelled of <smell>, and <far> <sound>.
+      After <treats>, they <trip.do>.
+    | "Welcome to {trip}!" <cried> <a mood> <folk>. They saw <trip.see>. Then they <trip.do>. <scene>
+t_find: On the last day, {hero} found <a thing=keepsake> next to <a old> <perch>.
+    | Before they left, {his} {elder} bought {him} <a thing=keepsake> from <person>.
 t_home: At home, the {thing} got a place next to the <furniture>. Whenever {hero} looked at it, {he} thought
       of {trip} and <smiled>.
     | {hero} showed the {thing} to {his} <giver> and talked about {trip} for <few> hours. The world is big,
@@ -625,10 +527,11 @@ s_open: "Shh!" <said> <hero=kid> to {his} <color> <toyfriend>. "On <weekday> it 
       thought, "and nobody must know."
     | <oneday> <hero=kid> counted the days. {His} <elder=elder> had a birthday in <few> days! {He} had no
       money for a present. "But I can make <a look=look> <thing=gift>," {he} <said>.
-s_work: {hero} got <thing.need> from {his} <giver> and hid behind the <furniture> for <few> hours. <scene>
-    | {He} found <thing.need> in <a old> <chest> and in <a color> <purse>. Then {he} locked the door and
-      began. <scene>
-    | First, {he} needed <thing.need>. <A mood> <folk> gave {him} some in return for <treats>. <scene>
+s_work: The {thing} needed <thing.need>. {hero} hid behind the <furniture> for <few> hours. <scene>
+    | For the {thing}, {he} took <thing.need> from <a old> <chest>. Then {he} locked the door and began.
+      <scene>
+    | What {he} needed for the {thing} was <thing.need>. <A mood> <folk> gave {him} some in return for
+      <treats>. <scene>
 s_oops: The first {thing} looked like <a cute> <creature>. {He} felt <sad>, but {he} began again, and the
       second one was just right.
     | "What are you doing there?" asked {his} {elder}. {hero} hid the {thing} under {his} <color> <clothes>.
@@ -669,10 +572,10 @@ w_sad: "Our {plan} is ruined!" <cried> {hero}. {He} felt so <sad> that <weep>.
     | {hero} looked out. There was only <bug>. "No {plan} today," {he} <said>.
 w_idea: "Who says so?" asked {his} {elder} <softly>. "We will have the {plan} right here." They
       <plan.instead>. The <furniture> was {place}, and <a color> <clothes> was the sky.
-    | {His} {elder} looked at the <furniture> and had an idea. "If we cannot go to {place}, then {place}
-      must come to us!" So they <plan.instead> and ate <treats>.
-    | Then {hero} looked at {his} <color> <toyfriend> and had an idea. They called the kitchen {place}, and
-      they <plan.instead>. {His} {elder} brought <treats>.
+    | {His} {elder} looked at the <furniture> and had an idea. "If we cannot go to {place}, then {place} must
+      come to us!" So they had the {plan} at home. They <plan.instead> and ate <treats>.
+    | Then {hero} looked at {his} <color> <toyfriend> and had an idea. They called the kitchen {place}. For
+      the {plan}, they <plan.instead>. {His} {elder} brought <treats>.
 w_end: When the sun came out, they did not even notice. <scene> It was the <best> {plan} of {his} life.
       {hero} <joy>.
     | <soon> there was a rainbow over {place}. But {hero} and {his} {elder} had <treats> and did not want to
@@ -680,34 +583,6 @@ w_end: When the sun came out, they did not even notice. <scene> It was the <best
     | {hero} <joy>. And on the next rainy day, {he} asked {his} {elder} for <a fine2> {plan} again.
 best: best | funniest | finest | wildest | longest | nicest
 fine2: big | little | long | wild | real | secret
-
-race: <r_open>¶ <r_train> <r_start>¶ <r_turn> <r_end>
-r_open: Every <season>, there was <a contest=contest> <at place=place>. The prize was <a look=look>
-      <thing=prize>. <hero=kid> wanted to win it, and so did <friend=kid>.
-    | <meet> {He} dreamed of <a look=look> <thing=prize>. It was the prize of the <contest=contest>
-      <at place=place>. But <friend=kid> had won it <few> times already.
-    | "I will win the <contest=contest> <at place=place>," said <hero=kid> to {his} <color> <toyfriend>. The
-      prize was <a look=look> <thing=prize>. "No, I will win it," <cried> <friend=kid> over the fence.
-r_train: For <few> days, {hero} <contest.did>. {He} ate <treats> a day. But {friend} only <likes> to lie in
-      the <mud>.
-    | For <few> days, {hero} <contest.did>. {His} <arms> ached. <A mood> <folk> cheered {him} on. But
-      {friend} trained just as hard.
-r_start: On <weekday>, everybody came to {place}. There were <sights>. "Ready, set, go!"
-    | Then it was <weekday>. <scene> {hero} put on {his} <color> <clothes>. "Ready, set, go!"
-    | On the big day, {hero} felt as <light> as <a feather>. {friend} wore <a color> <clothes>. "Ready, set,
-      go!"
-r_turn: {friend} was fast, but then {friend.he} stopped to look at <sights>. {hero} kept going, bit by bit,
-      and won the {look} {thing}.
-    | {hero} was in front. But then {friend} fell and hurt {friend.his} <knee>. {hero} turned around to help
-      {friend.him}. They came in last, but the judge gave the {look} {thing} to {hero}.
-    | {hero} gave all {he} had, but {friend} was faster and won the {look} {thing}. {hero} felt <sad>. Then
-      {he} said "Well done" to {friend} and shook {friend.his} hand.
-knee: knee | foot | ankle | arm | elbow | toe
-r_end: After the {contest}, {hero} and {friend} sat down {place.at} and shared <snack>.
-    | From then on, {hero} and {friend} met every <weekday> {place.at} to <outdoors>. A good race needs good
-      friends.
-    | That night, {hero} dreamed of the {contest} and of <a color> <dream>. To do your best is better than
-      to be the best.
 
 share: <h_open>¶ <h_meet> <h_doubt>¶ <h_give> <h_end>
 h_open: <meet> <oneday> {he} got <a tasty> <treat=food> from {his} <giver>. {He} <ran> to <place=place> to
@@ -727,9 +602,8 @@ h_doubt: {hero} thought of <treats>, but {he} had nothing but the {treat}.
     | {hero} hid the {treat} under {his} <color> <clothes>. But then {he} could not enjoy it.
     | {hero} looked at <bug>. But {he} could not eat while a friend was hungry.
 h_give: So {he} broke the {treat} in two and gave one half to {friend} <softly>. They sat side by side and
-      watched <place.see>.
-    | "One for you and one for me," <said> {hero}, and {he} broke the {treat} in two. Even <bug> got a
-      crumb.
+      watched <sights>.
+    | "One for you and one for me," <said> {hero}, and {he} broke the {treat} in two. Even <bug> got a crumb.
     | "Come here," <said> {hero} <softly>. They shared the {treat}, and {friend} told {him} about <sights>.
 h_end: <thenext>, it was {hero} who had nothing to eat. But {friend} came to {place} with <snack>. "Today it
       is my turn," <said> {friend}.
@@ -794,34 +668,6 @@ c_end: "Thank you for telling me," said {his} {elder} <softly>. Then they glued 
     | "I knew it all along," said {his} {elder} <softly>. They ate <treats>, and {hero} felt as <light> as
       <a feather>. The truth is easier to carry than a lie.
 
-newcomer: <n_open>¶ <n_alone> <n_ask>¶ <n_can> <n_end>
-n_open: <oneday> there was a new child at school. "This is <friend=kid> from <abroad>," said the teacher
-      <softly>. <hero=kid> turned around to look.
-    | <hero=kid> looked out of the window. <A color> truck had stopped next to <a old> <perch>. Out came
-      <few> chairs, <a color> <furniture>, and <a mood2> <girl friend=kid> named {friend}, who had come from
-      <abroad>.
-    | <meet> <oneday> somebody new came to {his} street. It was <a mood2> <girl friend=kid> named {friend},
-      who had come from <abroad>.
-n_alone: {friend} sat all alone on <a old> <seat> and ate <treats>. The other children <stared>.
-    | Nobody talked to {friend}. {Friend.he} looked at <bug> and ate <treats>.
-    | {friend} wore <a color> <clothes>, and somebody laughed at it. {friend} sat down next to <a old>
-      <perch> and felt <sad>.
-mood2: small | quiet | shy | pale | thin | serious | lonely | tall | young | polite | nervous | sad
-seat: wall | bench | post | stump | barrel | swing
-stared: stared | whispered | ran past | looked away | laughed | played tag
-n_ask: "How lonely that must be," {hero} thought. So {he} went over and <said>, "Hello, I am {hero}. Do you
-      want to <outdoors>?"
-    | {hero} went over and held out <treats>. "Do you want some?" {he} asked <softly>. "And then, shall we
-      <outdoors>?"
-n_can: {friend} turned red and <said>, "I can <talent=talent>." And so {friend.he} could! "<oh>!" <cried>
-      {hero}.
-    | {friend} was shy at first. But then {friend.he} showed {hero} how to <talent=talent>. It took {hero}
-      <few> tries. Then {he} <joy>.
-n_end: Soon all the children wanted to {talent}, and {friend} was never alone again. But the first friend
-      {friend.he} had made was {hero}.
-    | After <few> days, {hero} could {talent}, too, and {friend} knew how to <indoors>.
-    | "I like you," <said> {hero} to {friend}, "even if you could not {talent}." And they shared <snack>.
-
 night: <i_open>¶ <i_go>¶ <i_see> <i_end>
 i_open: "<Noise=noise>." <hero=kid> sat up in bed. It was the middle of the night. {He} was <a trait>
       {girl}, but {he} pulled the <color> blanket up to {his} nose. <i_guess>
@@ -841,8 +687,9 @@ furniture2: coat rack | vase | umbrella stand | doll house | clock | broom | toy
     pot | basket
 lamp3: lamp | candle | broom | torch | slipper | pan | umbrella | spoon
 crept: crept | tiptoed | walked | crawled | slid | sneaked
-i_see: {He} counted to <few> and looked. It was only <cause=noise.cause>! {hero} <joy>.
-    | Then {he} saw it. There was no <ghost> at all. It was only <cause=noise.cause>! {hero} <joy>.
+i_see: {He} counted to <few> and looked. What went "{noise}" was only <cause=noise.cause>! {hero} <joy>.
+    | Then {he} saw it. There was no <ghost> at all. What went "{noise}" was only <cause=noise.cause>! {hero}
+      <joy>.
 i_end: "Why are you up?" asked {his} <elder=elder> <softly>. {hero} told about {cause}, and they had
       <treats> in the middle of the night.
     | Back in bed, {he} heard it again: "{Noise}." But now it was like a song, and {hero} dreamed of
@@ -860,17 +707,19 @@ b_open: Once upon a time, <a big> <giant=giant> and <a cute> <beast=beast> lived
       <giant=giant>. Everybody was afraid of the {giant}, but the {beast} only <danced>.
 big: big | huge | strong | proud | mighty | loud | grumpy | wild
 forest: forest | valley | jungle | land | woods | swamp
-b_trap: <oneday> the {giant} <beast.trap>. It <roared> so loudly that <a old> <perch> fell over.
-    | On <a fine> <season> <daytime>, the {giant} <beast.trap>. It <roared> for <few> hours.
+b_trap: <oneday> the {giant} <trapped>. It <roared> so loudly that <a old> <perch> fell over.
+    | On <a fine> <season> <daytime>, the {giant} <trapped>. It <roared> for <few> hours.
+trapped: was caught in a hunter's net | was tied to a post with a thick rope | hung in a trap of ropes
+chewed: chewed through the knots one by one | nibbled at the rope until it snapped | bit the rope in two
 roared: roared | bellowed | cried | howled | groaned | shouted
 b_pass: <Few> <cute> <animals> came by, but they did not know what to do. Then came <a cute> <fox>, but it
       only looked and <ran> on.
     | <A cute> <fox> came by. "I have no time," it <said>, and it <ran> on with <treats>. <scene>
 fox: fox | badger | goose | donkey | peacock | monkey | raccoon | pig
 b_help: Then the {beast} came along in <a color> <clothes>, with <treats>. "Leave it to me," it <said>. It
-      <beast.can>, and soon the {giant} was free.
-    | At last, the {beast} heard it. "Now you will see what I am good for!" it <cried>. It <beast.can>, and
-      soon the {giant} was free.
+      <chewed>, and soon the {giant} was free.
+    | At last, the {beast} heard it. "Now you will see what I am good for!" it <cried>. It <chewed>, and soon
+      the {giant} was free.
 b_end: "Thank you, my friend," said the {giant} <softly>. From that day on, the {giant} and the {beast}
       shared <treats>. Nobody is too small to help.
     | The {giant} was so <happy> that it <danced>. And after that, it never laughed at the {beast} again.

@@ -1,4 +1,4 @@
-"""A first model: 3.9M parameters, a few minutes on two CPU cores, and it tells a story at the end."""
+"""A first model: 1.9M parameters, a few minutes on two CPU cores, and it tells a story at the end."""
 
 dataset = "tinystories"
 stories = 100_000  # the first ones, by streaming: a minute of waiting rather than an hour
@@ -15,7 +15,7 @@ norm_weight = False
 embed_norm = True
 tied = False
 init = "zero"
-pairs = 16_384
+pointer = True
 
 batch_size = 6  # 6 rows x 256 tokens = 1,536 tokens a step
 max_iters = 1500

@@ -387,13 +387,14 @@ def test_a_pointer_says_tokens_of_the_context_again():
     pointer.scale.data.fill_(1.7)
     position, place = locate(model.config, idx, None, None)
     x = model.core(model.embedder(idx, position), place)
-    q, k = pointer.qk(pointer.norm(x))[0].chunk(2, dim=-1)
+    q, a, b = pointer.qab(pointer.norm(x))[0].chunk(3, dim=-1)
     plain, got = model.head(x)[0].softmax(-1), model(idx)[0][0]
     for t in range(9):
         said = {"new": math.exp(0.3)}
         for s in range(t):
-            rms = [(row.square().mean() + 1e-5).sqrt() for row in (q[t], k[s])]
-            said[s] = math.exp(1.7 * (q[t] / rms[0]) @ (k[s] / rms[1]) / 4)  # 4: the root of n_embd = 16
+            k = a[s] + b[s + 1]
+            rms = [(row.square().mean() + 1e-5).sqrt() for row in (q[t], k)]
+            said[s] = math.exp(1.7 * (q[t] / rms[0]) @ (k / rms[1]) / 4)  # 4: the root of n_embd = 16
         total = sum(said.values())
         want = plain[t] * said.pop("new") / total
         for s, share in said.items():
