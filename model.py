@@ -324,9 +324,9 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """
         idx (B, T) int64 -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, mean loss, nats).
-        `cache` goes on from the tokens that it has seen; `segments` (B, T) are runs of equal
-        numbers, each a text of its own;
-        `last` gives the logits of the last position only, (B, 1, vocab_size).
+        `cache` goes on from the tokens that it has seen; `segments` (B, T) are runs of equal numbers, each a
+        text of its own; `last` gives the logits of the last position only, (B, 1, vocab_size). With a pointer
+        they are log-probabilities.
         """
         position, place = locate(self.config, idx, cache, segments)
         before = (cache.before(),) if cache is not None and cache.seen and self.config.pairs else ()

@@ -588,7 +588,7 @@ VARIANTS = {
     "dropout": dict(dropout=0.2, batch_size=3),
     "accumulation": dict(gradient_accumulation_steps=3, batch_size=3, dropout=0.1),
     "fp16": dict(dtype="float16"),
-    "bf16": dict(dtype="bfloat16"),
+    "bf16": dict(dtype="bfloat16", pointer="True"),
     "linear": dict(schedule="linear", tied="False", embedding_lr=0.02, head_lr=0.003),
     "wsd": dict(schedule="wsd", grad_clip=0.0, share="layers"),
     "constant": dict(schedule="constant", weight_decay=0.0, share="lora"),
@@ -601,7 +601,7 @@ VARIANTS = {
     "everything": dict(optimizer="muon", dtype="float16", ema=0.8, dropout_schedule="0:0.1,12:0.4",
                        schedule="wsd", gradient_accumulation_steps=2, story_windows="True", tied="False",
                        cross_stories="False", norm="layernorm", bias="True", position="learned",
-                       min_lr=0.001, patience=20),
+                       min_lr=0.001, patience=20, pointer="True"),
 }  # fmt: skip
 
 
