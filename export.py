@@ -34,9 +34,7 @@ from tokenizer import EOT, Tokenizer, Unreachable
 # Which settings another program knows, and how it calls them
 
 PLAIN = [mlp for mlp in MLPS if mlp not in GATES]
-COMMON = dict(
-    causal=[True], pairs=[0], pointer=[False], embed_norm=[False], softcap=[0], window=[0], qk_norm=[False]
-)
+COMMON = dict(causal=[True], pointer=[False], embed_norm=[False], softcap=[0], window=[0], qk_norm=[False])
 ROTARY = COMMON | dict(norm=["rmsnorm"], position=["rope"], mlp=[*GATES])
 ANY = None  # for every value there is an equivalent
 RUN_C = ROTARY | dict(mlp=["swiglu"], bias=[False], norm_eps=[1e-5], rope_theta=[10000])  # hard-coded there

@@ -38,7 +38,6 @@ class GPTConfig:
     norm_eps: float = 1e-5  # added to the mean square (RMSNorm) or the variance (LayerNorm)
     norm_weight: bool = True  # learned scale in the norms; False as in nanochat
     embed_norm: bool = False  # one more norm right after the embedding
-    pairs: int = 0  # rows of an embedding of each token with the one before it, by a hash; 0 = none
     qk_norm: bool = False  # RMSNorm of queries and keys in each head (arXiv 2302.05442), as in Qwen3
     position: str = "rope"  # rope | learned | sinusoidal | shaw | alibi | none
     rope_theta: float = 10000.0  # base of RoPE's and the sinusoids' wave lengths
@@ -221,34 +220,23 @@ class Block(nn.Module):
 
 
 class Embedder(nn.Module):
-    """
-    ids (B, T) and their positions (T,) or (B, T) -> (B, T, n_embd). `before` (B, 1): the ids to the left of
-    these, where a cache goes on; at position 0 there are none.
-    """
+    """ids (B, T) and their positions (T,) or (B, T) -> (B, T, n_embd)."""
 
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.config = c
         self.tokens = nn.Embedding(c.padded_vocab, c.n_embd)
         self.positions = nn.Embedding(c.block_size, c.n_embd) if c.position == "learned" else None
-        self.pairs = nn.Embedding(c.pairs, c.n_embd) if c.pairs else None
-        self.left = nn.Parameter(torch.zeros(c.n_embd)) if c.pairs else None  # weight of the token before
         self.norm = NORMS[c.norm](c) if c.embed_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(self, idx: Tensor, position: Tensor, before: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, position: Tensor) -> Tensor:
         x = self.tokens(idx)
         if self.positions is not None:
             x = x + self.positions(position)
         elif self.config.position == "sinusoidal":
             x = x + sinusoids(position, self.config.n_embd, self.config.rope_theta).to(x.dtype)
-        x = self.norm(x)
-        if self.pairs is not None:
-            left = torch.cat((idx[:, :1] if before is None else before, idx[:, :-1]), dim=1)
-            pair = self.pairs(hash_pairs(left, idx, self.config.pairs))
-            pair = pair + self.norm(self.tokens(left)) * self.left
-            x = x + pair * (position > 0).unsqueeze(-1)
-        return self.drop(x)
+        return self.drop(self.norm(x))
 
 
 class Core(nn.Module):
@@ -329,12 +317,10 @@ class GPT(nn.Module):
         they are log-probabilities.
         """
         position, place = locate(self.config, idx, cache, segments)
-        before = (cache.before(),) if cache is not None and cache.seen and self.config.pairs else ()
-        x = self.core(self.embedder(idx, position, *before), place, cache)
-        ids = idx if cache is None else cache.keep(cache.ids, idx[..., None])[..., 0]
-        copies = None if self.pointer is None else self.pointer(x, ids, place, cache)
+        x = self.core(self.embedder(idx, position), place, cache)
+        copies = None if self.pointer is None else self.pointer(x, idx, place, cache)
         if cache is not None:
-            cache.seen += idx.shape[1]
+            cache.advance(idx.shape[1])
         if targets is not None:
             return self.head.loss(x, targets, *([] if copies is None else [copies]))
         logits = self.head(x[:, -1:] if last else x)
@@ -474,7 +460,7 @@ def locate(
         raise ValueError(f"{seen + T} tokens, but learned positions end at block_size={c.block_size}")
     if seen and (T > 1 or segments is not None):
         raise ValueError("a cache takes the whole prompt in one pass, then one token at a time, no segments")
-    position = torch.arange(T, device=idx.device) + seen
+    position = torch.arange(T, device=idx.device) + (cache.position() if cache is not None else 0)
     if start is not None:
         position = (position - start[:, None]).clamp(min=0)  # (B, T): rows were padded on the left
     if segments is not None:  # each begins at position 0, as if it stood alone
@@ -485,6 +471,7 @@ def locate(
         rope = rope_table(position if position.ndim == 1 else position[:, None], c.head_dim, c.rope_theta)
     window = c.window if cache is None else cache.size
     plain = start is None and segments is None and c.position not in BIASES and not (window and T > window)
+    plain = plain and not (cache is not None and cache.whole)
     if plain and not c.pointer:
         return position, Place(rope, None, c.causal and T > 1, None)
     if seen:  # one token against the columns of the cache
@@ -531,9 +518,15 @@ class KVCache:
         self.states = torch.zeros(batch, self.size, 2 * c.n_embd * c.pointer, device=device, dtype=dtype)
         self.start, self.seen = start, 0
 
-    def before(self) -> Tensor:
-        """The ids to the left of those to come: (B, 1)."""
-        return self.ids[:, (self.seen - 1) % self.size]
+    whole = False  # does it show columns that nothing stands in yet? At distance -1, then
+
+    def position(self) -> int | Tensor:
+        """Of the token to come."""
+        return self.seen
+
+    def advance(self, T: int) -> None:
+        """T tokens have been seen."""
+        self.seen += T
 
     def distance(self) -> Tensor:
         """How far back each column in use stands from the token to come: (columns,)."""
@@ -598,14 +591,6 @@ def sinusoids(position: Tensor, dim: int, theta: float) -> Tensor:
     """Fixed positions (Vaswani et al. 2017, arXiv 1706.03762): (...,) -> (..., dim), sines in even places."""
     cos, sin = rope_table(position, dim + dim % 2, theta)
     return torch.stack((sin, cos), dim=-1).flatten(-2)[..., :dim]
-
-
-def hash_pairs(left: Tensor, idx: Tensor, rows: int) -> Tensor:
-    """
-    The row for each pair of ids; pairs may meet in one row. An embedding of them costs no arithmetic
-    (hashed n-grams: Joulin et al. 2017, arXiv 1607.01759) and spares a layer that looks one back.
-    """
-    return (left * 1_000_003 + idx) % rows
 
 
 def alibi_slopes(heads: int, device=None) -> Tensor:
@@ -694,11 +679,11 @@ class Pointer(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
         self.sentinel = nn.Parameter(torch.tensor(7.0))
 
-    def forward(self, x: Tensor, ids: Tensor, place: Place, cache: "KVCache | None" = None) -> Copies:
-        """x (B, T, n_embd) as it leaves the core, and the ids (B, S) in view: those of x, or the cache's."""
+    def forward(self, x: Tensor, idx: Tensor, place: Place, cache: "KVCache | None" = None) -> Copies:
+        """x (B, T, n_embd) as it leaves the core, and its ids (B, T)."""
         q, ab = self.qab(self.norm(x)).split((x.shape[-1], 2 * x.shape[-1]), dim=-1)
         if cache is not None:
-            ab = cache.keep(cache.states, ab)
+            ab, idx = cache.keep(cache.states, ab), cache.keep(cache.ids, idx[..., None])[..., 0]
         a, b = ab.chunk(2, dim=-1)
         q, k = self.norm(q), self.norm(a + b.roll(-1, dims=1))  # of the last s + 1 there is no use
         seen = place.distance > 0
@@ -708,7 +693,7 @@ class Pointer(nn.Module):
         score = score.to(torch.promote_types(score.dtype, torch.float32)) * self.scale
         score = score.masked_fill(~seen, NEVER)
         log_z = torch.logaddexp(score.logsumexp(dim=-1), self.sentinel.to(score.dtype))
-        return Copies(self.sentinel - log_z, score - log_z[..., None], ids.roll(-1, dims=1))
+        return Copies(self.sentinel - log_z, score - log_z[..., None], idx.roll(-1, dims=1))
 
 
 class LoRA(nn.Module):

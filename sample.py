@@ -157,6 +157,43 @@ def stop_string(tokenizer, text: str) -> Stop:
 # From ids to ids
 
 
+class FixedCache(KVCache):
+    """
+    A cache after its prompt, made so that one compiled step does for every token: how many tokens it has seen
+    is a tensor, and all columns are shown, used or not.
+    """
+
+    whole = True
+
+    def __init__(self, cache: KVCache):
+        self.k, self.v = list(cache.k.clone()), list(cache.v.clone())
+        self.ids, self.states, self.size, self.start = cache.ids, cache.states, cache.size, cache.start
+        self.seen, self.clock = 1, torch.tensor([cache.seen], device=cache.ids.device)  # seen: more than 0
+
+    def position(self) -> Tensor:
+        return self.clock
+
+    def advance(self, T: int) -> None:
+        self.clock += T
+
+    def distance(self) -> Tensor:
+        age = (self.clock - torch.arange(self.size, device=self.clock.device)) % self.size
+        return torch.where(age <= self.clock, age, -1)
+
+    def keep(self, store: Tensor, new: Tensor) -> Tensor:
+        return store.index_copy_(-2, self.clock % self.size, new.to(store.dtype))
+
+    def select(self, rows: list[int]) -> None:
+        self.k, self.v = ([layer[rows] for layer in part] for part in (self.k, self.v))
+        self.ids, self.states = self.ids[rows], self.states[rows]
+        self.start = None if self.start is None else self.start[rows]
+
+
+def compile_step(model: GPT, **settings) -> None:
+    """From now on, generation runs the step of a token through torch.compile; the prompt as before."""
+    model.compiled_step = torch.compile(model.forward, dynamic=False, fullgraph=True, **settings)
+
+
 class Batch:
     """Lines of ids that grow by a token at a time, and the cache of what the model made of them so far."""
 
@@ -169,14 +206,14 @@ class Batch:
         padded = [[eot] * (max(self.lengths) - len(ids)) + ids for ids in fed]
         self.history = torch.tensor(padded, device=self.device)  # (B, T)
         self.alike = all(ids == fed[0] for ids in fed)
-        self.cache = None
+        self.cache, self.step = None, getattr(model, "compiled_step", None)
 
     def logits(self) -> Tensor:
         """Of the token to come: (B, vocab_size)."""
         if self.cache is None:
             logits = self.prefill()
         else:
-            logits = self.model(self.history[:, -1:], cache=self.cache)[0]
+            logits = (self.step or self.model)(self.history[:, -1:], cache=self.cache)[0]
         return logits[:, -1].float()
 
     def prefill(self) -> Tensor:
@@ -192,6 +229,8 @@ class Batch:
             logits = logits.expand(len(self.lengths), -1, -1)
             self.cache.select([0] * len(self.lengths))
             self.alike = False
+        if self.step is not None:
+            self.cache = FixedCache(self.cache)
         return logits
 
     def append(self, ids: Tensor) -> None:
@@ -257,7 +296,7 @@ def stream(
             yield [(row, i) for row, i in step if i != eot]
             if not running:
                 return
-            if 2 * len(running) <= len(rows):  # half of the lines are done: leave them behind
+            if 2 * len(running) <= len(rows) and not batch.step:  # half of the lines are done: leave them
                 lines = [line for line, row in enumerate(rows) if row in running]
                 batch.select(lines)
                 rows = [rows[line] for line in lines]
@@ -366,6 +405,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "int8"],
         help="of the weights; auto: bfloat16 on CUDA GPUs that have it, else float32; "
         "int8: of the linear layers, on a CPU only")  # fmt: skip
+    add("--compile", action="store_true", help="compile the step of a token; pays for many or long texts")
     add("--interactive", action="store_true", help="a prompt a line; Ctrl-C stops a story, Ctrl-D leaves")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -496,6 +536,11 @@ def run(arguments: list[str] | None = None) -> None:
     size = model.num_params()["total"] / 1e6
     print(f"{path}: {size:.1f}M parameters, {tokenizer.name}, {str(dtype)[6:]} on {device}", file=sys.stderr)
     quantize(model) if dtype == torch.int8 else lay_out(model.to(dtype))
+    if options.compile:
+        compile_step(model)
+        begun, lines = time.perf_counter(), [tokenizer.encode(prompt)] * options.num_samples
+        generate(model, lines, 2, eot=tokenizer.eot)
+        print(f"compiled in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     if options.interactive:
         converse(model, tokenizer, options)
     else:

@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict] = {
     "no-qk-norm": dict(qk_norm=False),
     "tied": dict(tied=True, pair_tokens=0),
     "no-pointer": dict(pointer=False),
-    "pairs-16384": dict(pairs=16_384),
     "no-pair-start": dict(pair_tokens=0),
     "no-growth": dict(context_schedule=""),
     "init-gpt2": dict(init="gpt2"),

@@ -52,7 +52,6 @@ OPTIONS = [
     {"plain": {}, "capped": dict(softcap=5.0), "z": dict(z_loss=0.1), "smooth": dict(label_smoothing=0.1)}
     | {"points": dict(pointer=True), "points_capped": dict(pointer=True, softcap=5.0)},
     {"chunked": dict(loss_chunk=7), "whole": dict(loss_chunk=0)},
-    {"single": {}, "pairs": dict(pairs=61)},
 ]
 
 
@@ -364,21 +363,6 @@ def test_absolute_positions_are_added_to_the_tokens():
 
 
 @torch.no_grad()
-def test_pairs_are_added_to_the_tokens():
-    embedder = tiny(pairs=61, embed_norm=True).embedder
-    embedder.left.normal_()
-    idx = tokens(2, 7)
-    plain, got = embedder.norm(embedder.tokens(idx)), embedder(idx, torch.arange(7))
-    assert torch.equal(got[:, 0], plain[:, 0])  # nothing stands before the first
-    for b, t in product(range(2), range(1, 7)):
-        row = (1_000_003 * idx[b, t - 1].item() + idx[b, t].item()) % 61
-        want = plain[b, t] + embedder.pairs.weight[row] + plain[b, t - 1] * embedder.left
-        assert torch.allclose(got[b, t], want, atol=1e-6)
-    later = embedder(idx[:, 3:], torch.arange(3, 7), idx[:, 2:3])  # as with a cache
-    assert torch.equal(later, got[:, 3:])
-
-
-@torch.no_grad()
 def test_a_pointer_says_tokens_of_the_context_again():
     """Against the formula, pair by pair, in float64."""
     model = tiny(pointer=True, softcap=5.0).double()
@@ -509,7 +493,7 @@ def test_window_and_segments_are_a_mask(name, window, causal, segmented):
     assert error(model(idx, segments=segments if segmented else None)[0], want) < 1e-5
 
 
-@pytest.mark.parametrize("settings", [{}, dict(pairs=61), dict(pointer=True)])
+@pytest.mark.parametrize("settings", [{}, dict(pointer=True)])
 @pytest.mark.parametrize("name", PLACES)
 @torch.no_grad()
 def test_a_segment_is_a_text_of_its_own(name, settings):

@@ -162,7 +162,7 @@ def test_refused_by_name(bpe, tmp_path):
         (dict(norm="layernorm"), "norm=layernorm has no"),
         (dict(norm="none"), "norm=none has no"),
         (dict(embed_norm=True), "embed_norm=True has no"),
-        (dict(NANOCHAT, pairs=64), "pairs=64 has no equivalent in NanoChat"),
+        (dict(NANOCHAT, pointer=True), "pointer=True has no equivalent in NanoChat"),
         (dict(causal=False), "causal=False has no"),
         (dict(NANOCHAT, embed_norm=False, softcap=5.0), "embed_norm=False has no equivalent in NanoChat"),
         (dict(GPT2, window=8, n_kv_head=1), "window=8, n_kv_head=1 have no equivalent in GPT2LMHeadModel"),
@@ -516,7 +516,7 @@ def test_llama2c_refuses_by_name(bpe, tmp_path):
         dict(norm_eps=1e-6), dict(rope_theta=500.0), dict(mlp="geglu"), dict(mlp="gelu"),
         dict(norm="layernorm"), dict(norm="none"), dict(position="learned"),
         dict(bias=True), dict(window=8), dict(softcap=9.0),
-        dict(qk_norm=True), dict(embed_norm=True), dict(causal=False), dict(pairs=64),
+        dict(qk_norm=True), dict(embed_norm=True), dict(causal=False),
         dict(pointer=True),
     ):  # fmt: skip
         name, value = *settings, *settings.values()

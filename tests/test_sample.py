@@ -46,8 +46,10 @@ def slow_logits(model: GPT, ids: list[int], context: int) -> torch.Tensor:
     if c.position == "alibi":
         bias = bias - alibi_slopes(c.n_head)[:, None, None] * distance
     rope = rope_table(position, c.head_dim, c.rope_theta) if c.position == "rope" else None
-    x = model.embedder(torch.tensor([ids]), position)
-    return model.head(model.core(x, Place(rope, bias, False, distance)))[0, -1]
+    idx, place = torch.tensor([ids]), Place(rope, bias[None, None], False, distance)
+    x = model.core(model.embedder(idx, position), place)
+    logits = model.head(x)
+    return (logits if model.pointer is None else model.pointer(x, idx, place).mix(logits))[0, -1]
 
 
 KINDS = {
@@ -62,7 +64,11 @@ KINDS = {
     "sinusoidal": dict(position="sinusoidal"),
     "learned_window": dict(position="learned", window=5),
     "short": dict(position="learned", block_size=1),
+    "pointer": dict(pointer=True),
+    "pointer_alibi": dict(pointer=True, position="alibi", window=5),
 }
+COMPILED = [pytest.param(kind, marks=() if kind in ("rope", "learned", "pointer") else pytest.mark.slow)
+            for kind in KINDS]  # fmt: skip
 
 
 def no_end(logits, history):
@@ -70,10 +76,28 @@ def no_end(logits, history):
     return logits.index_fill(-1, torch.tensor([EOT]), -torch.inf)
 
 
+@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.filterwarnings("ignore:a prompt of")
+def test_one_compiled_step_does_for_every_token(kind):
+    torch._dynamo.reset()
+    model, graphs = tiny(**KINDS[kind]), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    sample.compile_step(model, backend=backend)
+    check_generation(model)
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:a prompt of")
 def test_generation_equals_the_full_forward_within_and_past_the_context(kind):
-    model = tiny(**KINDS[kind])
+    check_generation(tiny(**KINDS[kind]))
+
+
+def check_generation(model: GPT) -> None:
     c = model.config
     prompts = [[], list(b"abcde"), list(b"The dog"), list(b"longer than the context")]
     fed = [[EOT, *prompt[max(0, len(prompt) - c.block_size + 1) :]] for prompt in prompts]
@@ -157,6 +181,15 @@ def test_laying_out_changes_no_number():
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert model.core.blocks[0].attn.qkv.weight.stride() == (1, 48)
     assert generate(model, [[1, 2], []], 30, eot=EOT) == new
+
+
+@pytest.mark.slow
+def test_the_step_compiled_by_inductor_says_the_same():
+    for settings in ({}, dict(pointer=True)):
+        model, prompts = tiny(**settings), [[], list(b"The dog")]
+        want = generate(model, prompts, 20, [no_end, sample.temperature(0)], eot=EOT)
+        sample.compile_step(model)
+        assert generate(model, prompts, 20, [no_end, sample.temperature(0)], eot=EOT) == want
 
 
 def test_edges():

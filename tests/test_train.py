@@ -596,7 +596,7 @@ VARIANTS = {
     "ema": dict(ema=0.9),
     "points": dict(dropout_schedule="0:0.0,10:0.3,20:0.1"),
     "stories": dict(story_windows="True", cross_stories="False"),
-    "growing": dict(context_schedule="0:0.25,0.2:0.5,0.6:1", tied="False", pairs=50, pair_tokens=300),
+    "growing": dict(context_schedule="0:0.25,0.2:0.5,0.6:1", tied="False", pair_tokens=300),
     "patience": dict(patience=2, eval_interval=2, learning_rate=0.5),
     "everything": dict(optimizer="muon", dtype="float16", ema=0.8, dropout_schedule="0:0.1,12:0.4",
                        schedule="wsd", gradient_accumulation_steps=2, story_windows="True", tied="False",
