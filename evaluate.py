@@ -57,8 +57,8 @@ def total_nats(
     nats, count = 0.0, 0
     for idx, targets in batches:
         idx, n = idx.to(device), int((targets != -1).sum())
-        segments = None if eot is None else (idx == eot).cumsum(dim=1)
-        nats += n * model(idx, targets.to(device), segments=segments)[1].item()
+        apart = {} if eot is None else {"segments": (idx == eot).cumsum(dim=1)}
+        nats += n * model(idx, targets.to(device), **apart)[1].item()  # nanoGPT's model comes here too
         count += n
     return nats, count
 

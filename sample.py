@@ -213,7 +213,10 @@ class Batch:
         if self.cache is None:
             logits = self.prefill()
         else:
-            logits = (self.step or self.model)(self.history[:, -1:], cache=self.cache)[0]
+            last = self.history[:, -1:].clone(
+                memory_format=torch.contiguous_format
+            )  # its strides never change
+            logits = (self.step or self.model)(last, cache=self.cache)[0]
         return logits[:, -1].float()
 
     def prefill(self) -> Tensor:

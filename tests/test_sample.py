@@ -46,7 +46,8 @@ def slow_logits(model: GPT, ids: list[int], context: int) -> torch.Tensor:
     if c.position == "alibi":
         bias = bias - alibi_slopes(c.n_head)[:, None, None] * distance
     rope = rope_table(position, c.head_dim, c.rope_theta) if c.position == "rope" else None
-    idx, place = torch.tensor([ids]), Place(rope, bias[None, None], False, distance)
+    bias = bias.expand(1, c.n_head, -1, -1)
+    idx, place = torch.tensor([ids]), Place(rope, bias, False, distance)
     x = model.core(model.embedder(idx, position), place)
     logits = model.head(x)
     return (logits if model.pointer is None else model.pointer(x, idx, place).mix(logits))[0, -1]
@@ -88,7 +89,7 @@ def test_one_compiled_step_does_for_every_token(kind):
 
     sample.compile_step(model, backend=backend)
     check_generation(model)
-    assert len(graphs) == 1
+    assert len(graphs) == (model.config.block_size > 1)  # 1: every token is a prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
