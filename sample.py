@@ -189,8 +189,21 @@ class FixedCache(KVCache):
         self.start = None if self.start is None else self.start[rows]
 
 
+class RowLinear(torch.nn.Linear):
+    """A linear layer whose product with a single row is compiled on a CPU: faster than the library's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() or x.numel() > x.shape[-1] or x.device.type != "cpu":
+            return super().forward(x)
+        y = (x.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
 def compile_step(model: GPT, **settings) -> None:
     """From now on, generation runs the step of a token through torch.compile; the prompt as before."""
+    for part in model.modules():
+        if type(part) is torch.nn.Linear:
+            part.__class__ = RowLinear
     model.compiled_step = torch.compile(model.forward, dynamic=False, fullgraph=True, **settings)
 
 
@@ -538,7 +551,12 @@ def run(arguments: list[str] | None = None) -> None:
     model, tokenizer = checkpoint.load(path, device)
     size = model.num_params()["total"] / 1e6
     print(f"{path}: {size:.1f}M parameters, {tokenizer.name}, {str(dtype)[6:]} on {device}", file=sys.stderr)
-    quantize(model) if dtype == torch.int8 else lay_out(model.to(dtype))
+    if dtype == torch.int8:
+        quantize(model)
+    elif options.compile:
+        model.to(dtype)
+    else:
+        lay_out(model.to(dtype))
     if options.compile:
         compile_step(model)
         begun, lines = time.perf_counter(), [tokenizer.encode(prompt)] * options.num_samples
