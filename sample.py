@@ -160,7 +160,7 @@ def stop_string(tokenizer, text: str) -> Stop:
 class FixedCache(KVCache):
     """
     A cache after its prompt, made so that one compiled step does for every token: how many tokens it has seen
-    is a tensor, and all columns are shown, used or not.
+    is a tensor, and all columns are shown, used or not. Its rows stay to the end.
     """
 
     whole = True
@@ -182,11 +182,6 @@ class FixedCache(KVCache):
 
     def keep(self, store: Tensor, new: Tensor) -> Tensor:
         return store.index_copy_(-2, self.clock % self.size, new.to(store.dtype))
-
-    def select(self, rows: list[int]) -> None:
-        self.k, self.v = ([layer[rows] for layer in part] for part in (self.k, self.v))
-        self.ids, self.states = self.ids[rows], self.states[rows]
-        self.start = None if self.start is None else self.start[rows]
 
 
 class RowLinear(torch.nn.Linear):
@@ -226,9 +221,8 @@ class Batch:
         if self.cache is None:
             logits = self.prefill()
         else:
-            last = self.history[:, -1:].clone(
-                memory_format=torch.contiguous_format
-            )  # its strides never change
+            # a copy, for the strides of a slice grow with the history, and each would be compiled anew
+            last = self.history[:, -1:].clone(memory_format=torch.contiguous_format)
             logits = (self.step or self.model)(last, cache=self.cache)[0]
         return logits[:, -1].float()
 
@@ -312,7 +306,8 @@ def stream(
             yield [(row, i) for row, i in step if i != eot]
             if not running:
                 return
-            if 2 * len(running) <= len(rows) and not batch.step:  # half of the lines are done: leave them
+            # half of the lines are done: leave them behind, if no smaller step has to be compiled for that
+            if 2 * len(running) <= len(rows) and batch.step is None:
                 lines = [line for line, row in enumerate(rows) if row in running]
                 batch.select(lines)
                 rows = [rows[line] for line in lines]
