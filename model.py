@@ -287,7 +287,8 @@ class Head(nn.Module):
 class GPT(nn.Module):
     """
     The whole model. Any of the three parts may be given instead of built: an embedder called with (ids,
-    positions), a core called with (x, place, cache), a head with `forward(x)` and `loss(x, targets)`.
+    positions), a core called with (x, place, cache), a head with `forward(x)` and `loss(x, targets)`;
+    where the config has a pointer, `loss(x, targets, copies)`.
     """
 
     def __init__(self, config: GPTConfig, embedder=None, core=None, head=None):

@@ -416,7 +416,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16", "int8"],
         help="of the weights; auto: bfloat16 on CUDA GPUs that have it, else float32; "
         "int8: of the linear layers, on a CPU only")  # fmt: skip
-    add("--compile", action="store_true", help="compile the step of a token; pays for many or long texts")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the step of a token; pays for a long text or many in turn",
+    )
     add("--interactive", action="store_true", help="a prompt a line; Ctrl-C stops a story, Ctrl-D leaves")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
