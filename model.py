@@ -55,6 +55,7 @@ class GPTConfig:
     z_loss: float = 0.0  # training adds z_loss * log(Z)^2, as in PaLM; 0 = off
     label_smoothing: float = 0.0  # share of the training target spread over the vocabulary
     pointer: bool = False  # may also say a token of the context again, by pointing at it (arXiv 1609.07843)
+    pointer_loss: float = 0.02  # training adds this times the pointer's own loss, or parts of it never learn
     loss_chunk: int = 256  # tokens whose logits exist at a time; 0 = all at once, and returned too
 
     @property
@@ -172,20 +173,21 @@ class Attention(nn.Module):
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 4 * self.head_dim
-        if short and causal and not dropout:
-            return short_attention(q, k, v)
         bias = None if bias is None else bias.to(q.dtype)
+        short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[2] <= 4 * self.head_dim
+        if short and not dropout and (causal or bias is not None):
+            return short_attention(q, k, v, bias)
         grouped = self.heads != self.kv_heads
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, enable_gqa=grouped)
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by its formula: faster in bf16 on a CPU for short rows (bench/attention.py)."""
+def short_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention by its formula, causal without a bias: faster for short rows in bf16 on a CPU (bench/)."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    if bias is None:
+        bias = q.new_full((q.shape[2], q.shape[2]), -torch.inf).triu(1)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
+    return (scores + bias).softmax(dim=-1).to(v.dtype) @ v
 
 
 class MLP(nn.Module):
@@ -323,7 +325,10 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(idx.shape[1])
         if targets is not None:
-            return self.head.loss(x, targets, *([] if copies is None else [copies]))
+            if copies is None:
+                return self.head.loss(x, targets)
+            logits, loss = self.head.loss(x, targets, copies)
+            return logits, loss + (self.config.pointer_loss * copies.loss(targets) if self.training else 0)
         logits = self.head(x[:, -1:] if last else x)
         return logits if copies is None else copies.mix(logits), None
 
@@ -647,6 +652,16 @@ class Copies(NamedTuple):
         """gate (B * T,), and what it gives to the targets (B, T), as (B * T,)."""
         found = self.ids[:, None] == targets[:, :, None]
         return self.gate.flatten(), torch.where(found, self.weight, NEVER).logsumexp(dim=-1).flatten()
+
+    def loss(self, targets: Tensor) -> Tensor:
+        """
+        Mean over the targets (B, T) of -log of what the pointer gives to them out of its own share, in nats;
+        0 where nothing can be copied. The mixture alone teaches a pointer what it nearly knows: of a weight
+        close to 0 its gradient is close to 0, too.
+        """
+        copied = self.of(targets)[1]
+        own = self.weight.logsumexp(dim=-1).flatten() - copied
+        return torch.where(copied > NEVER / 2, own, 0).sum() / (targets >= 0).sum().clamp(min=1)
 
     def mix(self, logits: Tensor) -> Tensor:
         """Log-probabilities from logits (B, T', vocab_size) of the last T' positions."""

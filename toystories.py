@@ -49,7 +49,7 @@ from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = "3"
+VERSION = "4"
 
 # -----------------------------------------------------------------------------------------------------------
 # The grammar: what stories are drawn from
@@ -71,7 +71,7 @@ toy, object:
     ball, kite, doll, drum, boat, truck, book, robot, teddy bear, lantern
 
 look, object:
-    red, blue, green, yellow, golden, little, shiny, striped
+    red, blue, green, yellow, golden, striped, magic, sparkling
 
 place, place: at
     the park ; in the park
@@ -136,9 +136,9 @@ plan, word: instead
 
 noise, word: cause
     tap tap tap ; a branch at the window, a bird at the window
-    scratch scratch ; the cat at the door, a mouse behind the wall
-    drip drip drip ; the kitchen tap, a leak in the roof
-    hoo hoo hoo ; an owl on the chimney, the wind in a bottle
+    scratch scratch ; a cat at the door, a mouse behind the wall
+    drip drip drip ; a tap in the kitchen, a leak in the roof
+    hoo hoo hoo ; a big owl on the chimney, a bottle in the wind
 
 food, object:
     pie, cookie, cake, muffin, bun, pretzel, waffle, pancake
@@ -204,8 +204,8 @@ danced: danced | sang | skipped | hummed | whistled | twirled | yodeled
 light: light | free | merry | airy
 feather: feather | bird | cloud | balloon | butterfly | soap bubble | leaf | lark | snowflake | kite |
     petal | moth | breeze | ribbon | bumblebee | sunbeam
-color: red | blue | green | yellow | gray | brown | white | black | purple | pink | orange | golden |
-    silver | violet | plaid | checkered | striped | spotted | turquoise | rosy
+color: gray | brown | white | black | purple | pink | orange | silver | violet | plaid | checkered |
+    spotted | turquoise | rosy | beige | scarlet | lilac | cream | navy | colorful
 clothes: coat | scarf | sweater | jacket | cape | shirt | vest | raincoat | apron | shawl | robe | poncho |
     blouse | cloak | parka | nightshirt
 cute: little | fat | tiny | sleepy | shy | noisy | curious | hungry | lazy | clever | pretty | funny |
@@ -267,8 +267,8 @@ homeland: by the sea | at the edge of town | on a green hill | near the woods | 
     mill | behind the church | under tall trees | in a quiet village | across from the school | by the
     railroad | over a bakery | at the end of the road | on the market square | near the harbor | between two
     lakes | behind the station | next to a pond | at the foot of a mountain | on a small island
-cozy: small | little | white | cozy | crooked | yellow | tidy | noisy | old | warm | narrow | pretty | red |
-    wooden | funny | quiet | tall | blue | drafty | pink
+cozy: small | little | white | cozy | crooked | snug | tidy | noisy | old | warm | narrow | pretty | round |
+    wooden | funny | quiet | tall | sunny | drafty | pink
 
 bug: <a cute> <creature> on <a old> <perch>
 person: <a mood> <folk> with <a color> <luggage>
@@ -291,8 +291,8 @@ meet: Once upon a time, there was <a trait> [little | young] <girl hero=kid> nam
       <indoors>.
     | In <a cozy> <home> <homeland>, there lived <a trait> <girl hero=kid> named {hero}. {He} <likes> to
       <indoors>.
-    | <hero=kid> was <a trait> {girl} who lived in <a cozy> <home> <homeland>.
-    | <hero=kid> <likes> to <outdoors>, and when it rained {he} <likes> to <indoors>.
+    | Everybody knew <hero=kid>, <a trait> {girl} who lived in <a cozy> <home> <homeland>.
+    | When the sun shone, <hero=kid> <likes> to <outdoors>, and when it rained {he} <likes> to <indoors>.
 
 lost: <lost_open>¶ <lost_gone> <lost_ask>¶ <lost_look> <found> {hero} <joy>. <lost_end>
 lost_open: <meet> {He} owned <a look=look> <thing=toy>, and {he} took it everywhere, even to [bed | school |
@@ -311,7 +311,7 @@ lost_ask: "Do not cry," said {his} {elder} <softly>. "[Lost things want to be fo
       look | Two pairs of eyes are better than one]."
     | "My {thing}!" <cried> {hero}. {He} felt so <sad> that <weep>.
     | {He} asked <person>, but nobody had seen it.
-lost_look: {hero} <ran> back to {place}. {He} searched in the <mud> and behind <a old> <perch>. <scene>
+lost_look: So {hero} <ran> back to {place}. {He} searched in the <mud> and behind <a old> <perch>. <scene>
     | They went back to {place} and looked high and low. They found <a color> <junk> and <a old> <junk2>,
       but that was all.
     | "Where were you when you had it last?" asked {his} {elder}. {hero} remembered <bug>. {He} <ran> all
@@ -365,8 +365,8 @@ earn_end: {hero} <ran> home with the {look} {thing} and <joy>. A thing that you 
       own hands.
 
 quarrel: <q_open>¶ <q_pull> <q_apart>¶ <q_sorry> <q_end>
-q_open: <hero=kid> and <friend=kid> were best friends. They <likes> to <outdoors> and to <indoors>.
-      <q_start>
+q_open: Two children, <hero=kid> and <friend=kid>, were best friends. They <likes> to <outdoors> and to
+      <indoors>. <q_start>
     | "It is mine!" <cried> <hero=kid>. "No, it is mine!" <cried> <friend=kid>. They had been best friends
       for <few> months. But then they had found <a look=look> <thing=toy> <at place=place>, next to <bug>.
     | <meet> {His} best friend was <friend=kid>, who <likes> to <indoors>. <q_start>
@@ -374,9 +374,9 @@ q_start: <oneday> they found <a look=look> <thing=toy> <at place=place>. "I saw 
       "But I touched it first!" <cried> {friend}.
     | <oneday> they sat <at place=place> with <a look=look> <thing=toy>. <scene> {hero} wanted to have the
       {thing} all day. So did {friend}.
-q_pull: {hero} pulled on one side, and {friend} pulled on the other. <rip>! The {thing} flew over <a old>
-      <perch> and landed in the <mud>.
-    | {friend} grabbed the {thing} and ran. {hero} ran after {friend.him}, past <sights>, until they fell
+q_pull: First {hero} pulled on one side, then {friend} pulled on the other. <rip>! The {thing} flew over
+      <a old> <perch> and landed in the <mud>.
+    | Then {friend} grabbed the {thing} and ran. {hero} ran after {friend.him}, past <sights>, until they fell
       down in the <mud>.
     | "You are <mean>!" <cried> {hero}. "And you are <selfish>!" <cried> {friend}. They threw <treats> at
       each other.
@@ -401,7 +401,7 @@ q_end: After that, they shared the {look} {thing}. {hero} had it on <weekday2>, 
       <weekday>. It is more fun to share than to win.
     | They gave the {look} {thing} to <person>, and they went off to <outdoors>. A friend is worth more than
       a toy.
-    | They sat down {place.at} with <treats>, and the {look} {thing} belonged to both of them.
+    | They shared <treats> and all of {place}, and the {look} {thing} belonged to both of them.
 weekday2: rainy days | sunny days | Mondays | Sundays | most days | good days
 
 mend: <mend_open>¶ <mend_try>¶ <scene> <mended> <mend_end>
@@ -417,8 +417,9 @@ mend_try: "It is ruined," <said> {hero}, and {he} felt so <sad> that <weep>. "No
       pairs of hands," said {his} {elder} <softly>. "All that the {thing} needs is <fix=thing.mend>."
     | First, {hero} tried to mend it with <gum>. Then {he} tried it with <a color> <lace>. It only made a
       mess. "For a {thing}, <fix=thing.mend> may be better," said {his} {elder} <softly>.
-    | {hero} wanted to hide it behind the <furniture>. But {his} {elder} put down <a color> cup of <drink> and
-      looked at it. "Wait," said {his} {elder} <softly>. "All that the {thing} needs is <fix=thing.mend>."
+    | At first, {hero} wanted to hide it behind the <furniture>. But {his} {elder} put down <a color> cup of
+      <drink> and looked at it. "Wait," said {his} {elder} <softly>. "All that the {thing} needs is
+      <fix=thing.mend>."
 gum: mud | gum | honey | jam | soap | butter | tape | jelly | dough | syrup | toothpaste | snow
 lace: shoelace | hair clip | leaf | straw | sock | candy wrapper | rubber band | sticker
 mended: They worked for <few> hours, and with {fix} they made the {thing} whole again. {hero} <joy>.
@@ -444,9 +445,9 @@ wept: whimpered | rustled | squealed | sighed | moved
 baby: small | tiny | baby | wet | young | thin | scared | shy | gray | lost | lonely | hungry
 a_help: "Do not be afraid," <said> {hero}. {He} wrapped the {pet} in {his} <color> <clothes> and gave the
       {pet} <pet.food>.
-    | {hero} knelt down <softly> and offered the {pet} <pet.food>. First it hid behind <a old> <perch>, but
-      then it began to eat.
-    | {He} <ran> home and brought the {pet} <pet.food> and <a color> <clothes> to keep it warm.
+    | Then {hero} knelt down <softly> and offered the {pet} <pet.food>. First it hid behind <a old> <perch>,
+      but then it began to eat.
+    | So {he} <ran> home and brought the {pet} <pet.food> and <a color> <clothes> to keep it warm.
 a_wait: <scene> The {pet} stopped shaking. {He} named it <petname>.
     | For <few> days, it slept next to the <furniture> and ate <treats>. {He} named it <petname>.
     | {His} <giver> brought <a color> <purse> full of <straw>, and soon the {pet} felt better.
@@ -485,13 +486,13 @@ fear_told: "I was afraid of {fear} too, when I was little," said {his} <elder=el
       <softly>. "I will sit here next to <bug> and wait for you."
 fear_step: So {hero} put on {his} <color> <clothes> and took <few> deep breaths. {He} <dared>. And nothing bad
       happened!
-    | {hero} thought of <a color> <dream> and counted to <few>. Then {he} <dared>. <scene>
+    | First, {hero} thought of <a color> <dream> and counted to <few>. Then {he} <dared>. <scene>
     | "I can do it," <said> {hero} <softly>. {He} <dared>. <scene> The next time it was almost easy.
 fear_end: After that, {hero} was no longer afraid of {fear}. {He} <joy>, and {he} told {his} {elder} about
       it [<few> times | over <treats>].
     | "I was scared of {fear}, but I did it anyway," <said> {hero}, and {he} ate <treats> with {his}
       {elder}.
-    | {Fear} did not seem so terrible now. {hero} <joy>, and {his} {elder} <smiled2>.
+    | Now {fear} did not seem so terrible. {hero} <joy>, and {his} {elder} <smiled2>.
 dared: took one small step and then another | counted to ten with open eyes | held one flat hand out | sang a
     song out loud | looked right at it | stood as still as <a creature>
 smiled2: smiled | nodded | cheered | clapped | winked | laughed
@@ -508,9 +509,9 @@ t_pack: {He} packed <treats>, <a color> <clothes>, and <a old> <camera>. They tr
     | {hero} took {his} <color> <clothes> and <snack>. They traveled <ride>, next to <person>.
 ride: by train | by bus | by plane | by boat | in an old car | in a dusty jeep | on a big ferry
 camera: map | camera | compass | notebook | telescope | pen | whistle | lamp
-t_there: What a place {trip} was! They saw <trip.see> and <sights>. Then they <trip.do>. {He} <joy>.
-    | "Is that {trip}?" asked {hero} <softly>. They saw <trip.see>. It smelled of <smell>, and <far> <sound>.
-      After <treats>, they <trip.do>.
+t_there: What a place {trip} was! They saw <trip.see>. Then they <trip.do> and met <sights>. {He} <joy>.
+    | "Is that {trip}?" asked {hero} <softly>. They saw <trip.see>. Then they <trip.do>. It smelled of
+      <smell>, and <far> <sound>.
     | "Welcome to {trip}!" <cried> <a mood> <folk>. They saw <trip.see>. Then they <trip.do>. <scene>
 t_find: On the last day, {hero} found <a thing=keepsake> next to <a old> <perch>.
     | Before they left, {his} {elder} bought {him} <a thing=keepsake> from <person>.
@@ -521,7 +522,7 @@ t_home: At home, the {thing} got a place next to the <furniture>. Whenever {hero
     | That night, {hero} put the {thing} under {his} <color> pillow and dreamed of {trip}.
 
 surprise: <s_open>¶ <s_work> <s_oops>¶ <s_day> <s_end>
-s_open: "Shh!" <said> <hero=kid> to {his} <color> <toyfriend>. "On <weekday> it is <Elder=elder>'s birthday.
+s_open: "Shh!" <said> <hero=kid> to {his} <color> <toyfriend>. "On <weekday>, my <elder=elder> has a birthday.
       I want to make <a look=look> <thing=gift>, but it must be a secret."
     | <meet> {His} <elder=elder> had a birthday on <weekday>. "I will make <a look=look> <thing=gift>," {he}
       thought, "and nobody must know."
@@ -540,12 +541,12 @@ s_oops: The first {thing} looked like <a cute> <creature>. {He} felt <sad>, but 
       and <fluff2> in {his} hair.
 fluff: paint | flour | glue | dust | ink | soot
 fluff2: thread | wool | paper | straw | sugar | soap
-s_day: When the day came, {hero} brought the {thing} and <treats>. "Happy birthday, {Elder}!" {he} <cried>.
-      {His} {elder} <gasped>.
-    | {hero} put the {thing} next to the <furniture> and hid. {His} {elder} came in and <gasped>. Then
-      {hero} jumped out in <a color> <clothes>.
-    | Early in the morning, {hero} <ran> into the bedroom with the {thing}. "It is for you, {Elder}," {he}
-      <said> <softly>. {His} {elder} <gasped>.
+s_day: When the day came, {hero} brought the {thing} and <treats>. "Happy birthday, dear {elder}!" {he}
+      <cried>. {His} {elder} <gasped>.
+    | On the great day, {hero} put the {thing} next to the <furniture> and hid. {His} {elder} came in and
+      <gasped>. Then {hero} jumped out in <a color> <clothes>.
+    | Early in the morning, {hero} <ran> into the bedroom with the {thing}. "It is for you, dear {elder},"
+      {he} <said> <softly>. {His} {elder} <gasped>.
 gasped: laughed out loud | clapped and clapped | could not speak | sat down with surprise | cried for joy |
     danced around
 s_end: "This {look} {thing} is the best present I ever got," said {his} {elder} <softly>. And {hero} <joy>.
@@ -572,8 +573,8 @@ w_sad: "Our {plan} is ruined!" <cried> {hero}. {He} felt so <sad> that <weep>.
     | {hero} looked out. There was only <bug>. "No {plan} today," {he} <said>.
 w_idea: "Who says so?" asked {his} {elder} <softly>. "We will have the {plan} right here." They
       <plan.instead>. The <furniture> was {place}, and <a color> <clothes> was the sky.
-    | {His} {elder} looked at the <furniture> and had an idea. "If we cannot go to {place}, then {place} must
-      come to us!" So they had the {plan} at home. They <plan.instead> and ate <treats>.
+    | But {his} {elder} looked at the <furniture> and had an idea. "If we cannot go to {place}, then {place}
+      must come to us!" So they had the {plan} at home. They <plan.instead> and ate <treats>.
     | Then {hero} looked at {his} <color> <toyfriend> and had an idea. They called the kitchen {place}. For
       the {plan}, they <plan.instead>. {His} {elder} brought <treats>.
 w_end: When the sun came out, they did not even notice. <scene> It was the <best> {plan} of {his} life.
@@ -608,7 +609,7 @@ h_give: So {he} broke the {treat} in two and gave one half to {friend} <softly>.
 h_end: <thenext>, it was {hero} who had nothing to eat. But {friend} came to {place} with <snack>. "Today it
       is my turn," <said> {friend}.
     | {hero} <joy>, because half of a {treat} with {friend} tastes better than a whole one alone.
-    | After that, {hero} and {friend} met {place.at} every <weekday> and shared <treats>. What you give
+    | After that, {hero} and {friend} went to {place} every <weekday> and shared <treats>. What you give
       comes back to you.
 
 grow: <g_open>¶ <g_sow> <g_wait>¶ <g_sprout> <g_end>
@@ -619,8 +620,8 @@ g_open: <meet> On {his} birthday, {he} got <a color> <purse> from {his} <elder=e
     | On the windowsill of <hero=kid> stood <a color> pot full of earth. {His} <elder=elder> had put
       <a seed> seed into it. <scene>
 seed: tiny | round | brown | flat | black | striped
-g_sow: {hero} gave it water from <a color> <purse>. Then {he} sat down with <treats> and waited.
-    | {hero} sang it a song about <a color> <dream> and watered it <softly>.
+g_sow: So {hero} gave it water from <a color> <purse>. Then {he} sat down with <treats> and waited.
+    | Each morning, {hero} sang it a song about <a color> <dream> and watered it <softly>.
 g_wait: On <weekday>, there was nothing to see. After <few> days, there was still nothing to see but <bug>.
       "Seeds have their own clock," said {his} {elder} <softly>.
     | {hero} wanted to dig it up. "Good things take time," said {his} {elder} <softly>. So {hero} <jobhome>
@@ -641,17 +642,17 @@ c_open: <meet> {His} <elder=elder> had <a look=look> <thing=vase> from <abroad>.
     | <rip>! On the floor lay <few> pieces of <a look=look> <thing=vase>, and next to them stood <hero=kid>.
       {He} had been <playing> in the house. The {thing} belonged to {his} <elder=elder>, who had brought it
       from <abroad>.
-    | <hero=kid> was <playing> in the house, though {his} <elder=elder> had said no. And <rip2>! There went
-      the <look=look> <thing=vase> from <abroad>. It broke into <few> pieces.
+    | <oneday> <hero=kid> was <playing> in the house, though {his} <elder=elder> had said no. And <rip2>!
+      There went the <look=look> <thing=vase> from <abroad>. It broke into <few> pieces.
 playing: playing ball | skipping rope | riding a bike | throwing apples | dancing | chasing the cat |
     juggling | jumping around
 rip2: crash | bang | crack
 abroad: a far country | the mountains | the city | an island | the desert | the north | the south | a big
     ship
-c_hide: {hero} hid the pieces behind the <furniture>. When {his} {elder} asked about the {thing}, {he} said,
-      "It was <blame>."
-    | {He} put the pieces into <a old> <chest>. At supper, there were <treats>, but {he} could not eat. "Are
-      you ill?" asked {his} {elder}. "No," {he} <said>.
+c_hide: Quickly, {hero} hid the pieces behind the <furniture>. When {his} {elder} asked about the {thing},
+      {he} said, "It was <blame>."
+    | With shaking hands, {he} put the pieces into <a old> <chest>. At supper, there were <treats>, but {he}
+      could not eat. "Are you ill?" asked {his} {elder}. "No," {he} <said>.
 blame: the cat | the dog | the wind | <a cute> <creature> | <a mood> <folk>
 c_worry: But the lie felt as heavy as <stone>. {hero} could not sleep and could not <indoors>.
     | But the lie felt as heavy as <stone>. Even <bug> seemed to look at {him} and know.
@@ -679,17 +680,18 @@ i_guess: Was it <a cute> <ghost>, or was it <a color> <dream>?
     | "It is <a cute> <ghost>," {he} thought, "or <few> of them!"
     | {He} thought of <few> <cute> <ghosts>, and {his} <heart> shook.
 ghost: ghost | witch | bear | goblin | monster | crocodile | wolf | thief
-i_go: {hero} took {his} <color> <toyfriend> in one arm and <a color> <lamp3> in the other hand. {He} <crept>
-      past <a old> <furniture> and <a color> <furniture2>. "{Noise}," it went again.
-    | {hero} put on {his} <color> <clothes>, took <a old> <lamp3>, and <crept> past the <furniture>.
+i_go: Slowly, {hero} took {his} <color> <toyfriend> in one arm and <a color> <lamp3> in the other hand. {He}
+      <crept> past <a old> <furniture> and <a color> <furniture2>. "{Noise}," it went again.
+    | At last, {hero} put on {his} <color> <clothes>, took <a old> <lamp3>, and <crept> past the <furniture>.
       Outside, <bug> listened, too. "{Noise}," it went, a little louder.
 furniture2: coat rack | vase | umbrella stand | doll house | clock | broom | toy chest | bird cage | flower
     pot | basket
 lamp3: lamp | candle | broom | torch | slipper | pan | umbrella | spoon
 crept: crept | tiptoed | walked | crawled | slid | sneaked
-i_see: {He} counted to <few> and looked. What went "{noise}" was only <cause=noise.cause>! {hero} <joy>.
-    | Then {he} saw it. There was no <ghost> at all. What went "{noise}" was only <cause=noise.cause>! {hero}
-      <joy>.
+i_see: Bravely, {he} counted to <few> and looked. "{Noise}," it went, and it was only <cause=noise.cause>!
+      {hero} <joy>.
+    | Then {he} saw it. There was no <ghost> at all. "{Noise}," it went, and it was only <cause=noise.cause>!
+      {hero} <joy>.
 i_end: "Why are you up?" asked {his} <elder=elder> <softly>. {hero} told about {cause}, and they had
       <treats> in the middle of the night.
     | Back in bed, {he} heard it again: "{Noise}." But now it was like a song, and {hero} dreamed of

@@ -23,6 +23,7 @@ eval_interval = 300
 save_interval = 500
 eval_tokens = 65_536
 story_windows = True
+cross_stories = False
 pair_tokens = 2_000_000
 context_schedule = "0:0.25, 0.35:0.5, 0.65:1"
 optimizer = "muon"

@@ -364,15 +364,17 @@ def test_absolute_positions_are_added_to_the_tokens():
 
 @torch.no_grad()
 def test_a_pointer_says_tokens_of_the_context_again():
-    """Against the formula, pair by pair, in float64."""
-    model = tiny(pointer=True, softcap=5.0).double()
+    """Against the formula, pair by pair, in float64; and what training adds for the pointer alone."""
+    model = tiny(pointer=True, softcap=5.0, pointer_loss=0.3).double()
     pointer, idx = model.pointer, tokens(1, 9) % 5  # the same token more than once
     pointer.sentinel.data.fill_(0.3)
     pointer.scale.data.fill_(1.7)
     position, place = locate(model.config, idx, None, None)
     x = model.core(model.embedder(idx, position), place)
     q, a, b = pointer.qab(pointer.norm(x))[0].chunk(3, dim=-1)
-    plain, got = model.head(x)[0].softmax(-1), model(idx)[0][0]
+    plain, got, own = model.head(x)[0].softmax(-1), model(idx)[0][0], []
+    targets = idx.roll(-1, dims=1)
+    targets[0, 4] = -1
     for t in range(9):
         said = {"new": math.exp(0.3)}
         for s in range(t):
@@ -385,6 +387,11 @@ def test_a_pointer_says_tokens_of_the_context_again():
             want[idx[0, s + 1]] += share / total
         assert error(got[t].exp(), want) < 1e-9
         assert abs(want.sum() - 1) < 1e-9
+        right = [share for s, share in said.items() if idx[0, s + 1] == targets[0, t]]
+        own += [math.log(sum(said.values()) / sum(right))] if right else []
+    assert 0 < len(own) < 7
+    loss = model.eval()(idx, targets)[1]
+    assert abs(model.train()(idx, targets)[1] - loss - 0.3 * sum(own) / 8) < 1e-9
 
 
 @pytest.mark.parametrize("loss_chunk", [0, 7])

@@ -214,6 +214,9 @@ def test_short_attention_is_torchs(n_kv_head):
     along = torch.randn_like(want)
     for a, b in zip(*(torch.autograd.grad(y, (q, k, v), along) for y in (got, want)), strict=True):
         assert error(a, b) < 1e-5
+    bias = torch.randn(2, 1, 19, 19).masked_fill(torch.rand(2, 1, 19, 19) < 0.3, -torch.inf)
+    want_biased = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
+    assert error(short_attention(q, k, v, bias), want_biased) < 1e-6
     low = short_attention(*(x.detach().bfloat16() for x in (q, k, v)))
     assert low.dtype == torch.bfloat16 and error(low.float(), want) < 0.02
 
