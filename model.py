@@ -150,6 +150,7 @@ class Attention(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.dropout = c.n_head, c.kv_heads, c.head_dim, c.dropout
+        self.causal = c.causal
         self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
         self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.q_norm, self.k_norm = (
@@ -174,20 +175,55 @@ class Attention(nn.Module):
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         bias = None if bias is None else bias.to(q.dtype)
-        short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[2] <= 4 * self.head_dim
-        if short and not dropout and (causal or bias is not None):
-            return short_attention(q, k, v, bias)
-        grouped = self.heads != self.kv_heads
+        grouped, rows = self.heads != self.kv_heads, q.shape[2]
+        given = causal or bias is not None and not bias.requires_grad and self.causal
+        if q.device.type == "cpu" and given and 1 < rows <= 1024 and not dropout:
+            if grouped:
+                k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+            return BlockAttention.apply(q, k, v, bias)
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, enable_gqa=grouped)
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention by its formula, causal without a bias: faster for short rows in bf16 on a CPU (bench/)."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if bias is None:
-        bias = q.new_full((q.shape[2], q.shape[2]), -torch.inf).triu(1)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores + bias).softmax(dim=-1).to(v.dtype) @ v
+def query_blocks(T: int, size: int = 64) -> list[tuple[slice, slice]]:
+    """For each block of queries its place, and that of the keys up to its last."""
+    return [(slice(i, min(T, i + size)), slice(0, min(T, i + size))) for i in range(0, T, size)]
+
+
+class BlockAttention(torch.autograd.Function):
+    """
+    Causal attention by its formula for q, k, v (B, heads, T, head_dim), 64 queries at a time against the keys
+    that they may see; the probabilities are kept for the backward pass. `bias`, broadcasting to (B, heads, T,
+    T), has to hide what comes later itself. On a CPU faster than PyTorch's fused kernel (bench/attention.py).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        shape, T = q.shape, q.shape[2]
+        q, k, v = (x.contiguous().flatten(0, 1) for x in (q * shape[-1] ** -0.5, k, v))
+        if bias is None:
+            bias = q.new_full((T, T), -torch.inf).triu(1)
+        y, shares = torch.empty_like(q), []
+        for some, seen in query_blocks(T):
+            score = q[:, some] @ k[:, seen].mT
+            score.view(*shape[:2], *score.shape[1:]).add_(bias[..., some, seen])
+            shares.append(score.softmax(dim=-1))
+            y[:, some] = shares[-1] @ v[:, seen]
+        ctx.save_for_backward(q, k, v, *shares)
+        return y.view(shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, *shares = ctx.saved_tensors
+        shape, dy = grad.shape, grad.contiguous().flatten(0, 1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (some, seen), share in zip(query_blocks(shape[2]), shares, strict=True):
+            dshare = dy[:, some] @ v[:, seen].mT
+            dscore = torch._softmax_backward_data(dshare, share, -1, share.dtype)  # in one pass
+            dq[:, some] = dscore @ k[:, seen]
+            dk[:, seen] += dscore.mT @ q[:, some]
+            dv[:, seen] += share.mT @ dy[:, some]
+        return *(x.view(shape) for x in (dq * shape[-1] ** -0.5, dk, dv)), None
 
 
 class MLP(nn.Module):
@@ -270,20 +306,22 @@ class Head(nn.Module):
         self, x: Tensor, targets: Tensor, copies: "Copies | None" = None
     ) -> tuple[Tensor | None, Tensor]:
         """
-        (None, loss), or (logits, loss) where loss_chunk is 0. Smoothing, z-loss: in training only. `copies`
-        come from a pointer.
+        (None, loss), or (logits, loss) where loss_chunk is 0. Smoothing, z-loss and the own loss of a pointer
+        (`copies`): in training only.
         """
         c = self.config
         extra = (c.label_smoothing, c.z_loss) if self.training else (0.0, 0.0)
+        gate, copied, own = (None, None, 0.0) if copies is None else copies.of(targets)
+        own = c.pointer_loss * own if self.training else 0.0
         if c.loss_chunk == 0:
             logits = self(x) if copies is None else copies.mix(self(x))
-            return logits, cross_entropy(logits, targets, *extra)
-        mixture = (None, None) if copies is None else copies.of(targets)
+            return logits, cross_entropy(logits, targets, *extra) + own
         x, device, learn = self.norm(x).flatten(0, 1), x.device.type, torch.is_grad_enabled()
         mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
         weight, targets = self.linear.weight, targets.flatten()
-        return None, ChunkedCrossEntropy.apply(x, weight, targets, *mixture, dtype, learn, c, *extra)
+        loss = ChunkedCrossEntropy.apply(x, weight, targets, gate, copied, dtype, learn, c, *extra)
+        return None, loss + own
 
 
 class GPT(nn.Module):
@@ -325,10 +363,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(idx.shape[1])
         if targets is not None:
-            if copies is None:
-                return self.head.loss(x, targets)
-            logits, loss = self.head.loss(x, targets, copies)
-            return logits, loss + (self.config.pointer_loss * copies.loss(targets) if self.training else 0)
+            return self.head.loss(x, targets, *([] if copies is None else [copies]))
         logits = self.head(x[:, -1:] if last else x)
         return logits if copies is None else copies.mix(logits), None
 
@@ -642,35 +677,34 @@ ATTENTIONS = {"shaw": ShawAttention}  # by position; the others use Attention
 
 
 class Copies(NamedTuple):
-    """How a pointer shares out the probability of the next token; logarithms, in float32 or more."""
+    """A pointer's scores for what comes next, in float32 or more."""
 
-    gate: Tensor  # (B, T) what it leaves to the vocabulary
-    weight: Tensor  # (B, T, S) what it gives to saying ids[:, s] again
+    sentinel: Tensor  # () of a word of the vocabulary
+    score: Tensor  # (B, T, S) of saying ids[:, s] again
     ids: Tensor  # (B, S)
 
-    def of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """gate (B * T,), and what it gives to the targets (B, T), as (B * T,)."""
+    def of(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        For targets (B, T): the logarithms (B * T,) of what the pointer leaves to the vocabulary and of what
+        it gives to them; and its own loss, the mean of -log of what they get out of its share, 0 where they
+        cannot be copied. The mixture alone teaches it what it nearly knows: where a weight is close to 0, so
+        is the gradient.
+        """
         found = self.ids[:, None] == targets[:, :, None]
-        return self.gate.flatten(), torch.where(found, self.weight, NEVER).logsumexp(dim=-1).flatten()
-
-    def loss(self, targets: Tensor) -> Tensor:
-        """
-        Mean over the targets (B, T) of -log of what the pointer gives to them out of its own share, in nats;
-        0 where nothing can be copied. The mixture alone teaches a pointer what it nearly knows: of a weight
-        close to 0 its gradient is close to 0, too.
-        """
-        copied = self.of(targets)[1]
-        own = self.weight.logsumexp(dim=-1).flatten() - copied
-        return torch.where(copied > NEVER / 2, own, 0).sum() / (targets >= 0).sum().clamp(min=1)
+        total = self.score.logsumexp(dim=-1).flatten()
+        copied = torch.where(found, self.score, NEVER).logsumexp(dim=-1).flatten()
+        own = torch.where(copied > NEVER / 2, total - copied, 0).sum() / (targets >= 0).sum().clamp(min=1)
+        log_z = torch.logaddexp(total, self.sentinel)
+        return self.sentinel - log_z, copied - log_z, own
 
     def mix(self, logits: Tensor) -> Tensor:
         """Log-probabilities from logits (B, T', vocab_size) of the last T' positions."""
-        gate, weight = (x[:, -logits.shape[1] :] for x in (self.gate, self.weight))
-        tiny, copied = torch.finfo(gate.dtype).tiny, torch.zeros_like(logits, dtype=gate.dtype)
-        copied = copied.scatter_add(-1, self.ids[:, None].expand(weight.shape), weight.exp())
-        return torch.logaddexp(
-            F.log_softmax(logits.to(gate.dtype), -1) + gate[..., None], copied.clamp(min=tiny).log()
-        )
+        score = self.score[:, -logits.shape[1] :]
+        log_z = torch.logaddexp(score.logsumexp(dim=-1, keepdim=True), self.sentinel)
+        tiny, copied = torch.finfo(score.dtype).tiny, torch.zeros_like(logits, dtype=score.dtype)
+        copied = copied.scatter_add(-1, self.ids[:, None].expand(score.shape), (score - log_z).exp())
+        new = F.log_softmax(logits.to(score.dtype), -1) + self.sentinel - log_z
+        return torch.logaddexp(new, copied.clamp(min=tiny).log())
 
 
 NEVER = -1e9  # a logarithm that no exp survives, yet finite: the gradient of a row of -inf is nan
@@ -705,11 +739,9 @@ class Pointer(nn.Module):
         seen = place.distance > 0
         if place.bias is not None:
             seen = seen & (place.bias[:, 0] > -torch.inf)
-        score = (q * x.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, T, S)
-        score = score.to(torch.promote_types(score.dtype, torch.float32)) * self.scale
-        score = score.masked_fill(~seen, NEVER)
-        log_z = torch.logaddexp(score.logsumexp(dim=-1), self.sentinel.to(score.dtype))
-        return Copies(self.sentinel - log_z, score - log_z[..., None], idx.roll(-1, dims=1))
+        score = (q * (self.scale * x.shape[-1] ** -0.5).to(q.dtype)) @ k.transpose(-1, -2)  # (B, T, S)
+        score = score.to(torch.promote_types(score.dtype, torch.float32)).masked_fill(~seen, NEVER)
+        return Copies(self.sentinel.to(score.dtype), score, idx.roll(-1, dims=1))
 
 
 class LoRA(nn.Module):

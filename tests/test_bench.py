@@ -146,7 +146,7 @@ def test_profile_step_parts_add_up(bench):
 
 
 def test_attention(bench):
-    assert len(bench("attention", "--lengths", 8, "--repeats", 1, data=False)[1]["rows"]) == 3
+    assert len(bench("attention", "--lengths", 8, "--repeats", 1, data=False)[1]["rows"]) == 6
 
 
 def test_ablation_lists_variants_that_the_recipe_takes(capsys):

@@ -14,6 +14,7 @@ from model import (
     GPT,
     Attention,
     Block,
+    BlockAttention,
     ChunkedCrossEntropy,
     Core,
     Embedder,
@@ -25,7 +26,6 @@ from model import (
     locate,
     rope_table,
     rotate,
-    short_attention,
 )
 
 V = 40
@@ -204,21 +204,24 @@ def test_attention_is_the_formula():
     assert error(got, attention.proj(want)) < 1e-12
 
 
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_short_attention_is_torchs(n_kv_head):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("T", [2, 64, 65, 150])
+def test_block_attention_is_torchs(T, biased):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 19, 8, requires_grad=True) for heads in (4, n_kv_head, n_kv_head))
-    got = short_attention(q, k, v)
-    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert error(got, want) < 1e-6
+    q, k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    bias = torch.randn(2, 1, T, T, dtype=torch.float64).masked_fill(torch.rand(2, 1, T, T) < 0.3, -torch.inf)
+    bias.diagonal(dim1=-2, dim2=-1).zero_()
+    bias = bias.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf) if biased else None
+    got = BlockAttention.apply(q, k, v, bias)
+    want = F.scaled_dot_product_attention(q, k, v, bias, is_causal=not biased)
+    assert error(got, want) < 1e-12
     along = torch.randn_like(want)
     for a, b in zip(*(torch.autograd.grad(y, (q, k, v), along) for y in (got, want)), strict=True):
-        assert error(a, b) < 1e-5
-    bias = torch.randn(2, 1, 19, 19).masked_fill(torch.rand(2, 1, 19, 19) < 0.3, -torch.inf)
-    want_biased = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
-    assert error(short_attention(q, k, v, bias), want_biased) < 1e-6
-    low = short_attention(*(x.detach().bfloat16() for x in (q, k, v)))
-    assert low.dtype == torch.bfloat16 and error(low.float(), want) < 0.02
+        assert error(a, b) < 1e-12
+    low = BlockAttention.apply(
+        *(x.detach().bfloat16() for x in (q, k, v)), bias.bfloat16() if biased else None
+    )
+    assert low.dtype == torch.bfloat16 and error(low.double(), want) < 0.03
 
 
 @pytest.mark.parametrize("settings", [{}, dict(window=4), dict(position="shaw"), dict(position="alibi")])
