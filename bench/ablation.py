@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict] = {
     "no-qk-norm": dict(qk_norm=False),
     "tied": dict(tied=True, pair_tokens=0),
     "no-pointer": dict(pointer=False),
+    "no-pointer-loss": dict(pointer_loss=0.0),
     "no-pair-start": dict(pair_tokens=0),
     "no-growth": dict(context_schedule=""),
     "init-gpt2": dict(init="gpt2"),
@@ -54,8 +55,8 @@ VARIANTS: dict[str, dict] = {
     "weight-decay-0.1": dict(weight_decay=0.1),
     **{f"batch-{rows}": dict(batch_size=rows) for rows in (3, 6, 12, 24)},
     **{f"context-{length}": dict(block_size=length) for length in (64, 128)},
-    "story-windows": dict(story_windows=True),
-    "stories-apart": dict(cross_stories=False),
+    "plain-windows": dict(story_windows=False),
+    "stories-together": dict(cross_stories=True),
     **{f"heads-{n}": dict(n_head=n) for n in (1, 2, 4, 8)},
     **{f"bpe{n}": dict(tokenizer=f"bpe{n}") for n in (512, 1024, 2048, 4096, 8192)},
     "2x192": dict(n_layer=2, n_embd=192),  # layers x width
