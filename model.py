@@ -175,9 +175,10 @@ class Attention(nn.Module):
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         bias = None if bias is None else bias.to(q.dtype)
-        grouped, rows = self.heads != self.kv_heads, q.shape[2]
-        given = causal or bias is not None and not bias.requires_grad and self.causal
-        if q.device.type == "cpu" and given and 1 < rows <= 1024 and not dropout:
+        grouped = self.heads != self.kv_heads
+        blocks = self.causal and (causal or bias is not None and not bias.requires_grad) and not dropout
+        blocks = blocks and q.device.type == "cpu" and 1 < q.shape[2] <= 1024
+        if blocks and (q.dtype == torch.bfloat16 or self.head_dim >= 64):  # as bench/attention.py says
             if grouped:
                 k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
             return BlockAttention.apply(q, k, v, bias)
