@@ -206,10 +206,14 @@ def nanogpt_module(path: str) -> ModuleType:
     return module
 
 
-def bits_per_byte(model, data: prepare.Data, block_size: int, eval_tokens: int = 0) -> float:
-    """Of any model(idx, targets) -> (_, loss), in our fixed windows of the validation file."""
-    ids = data.val[: eval_tokens or None]
-    nats, _ = evaluate.total_nats(model, evaluate.windows(ids, data.tokenizer.eot, block_size, 16))
+def bits_per_byte(model, data: prepare.Data, block_size: int, eval_tokens: int = 0, apart=False) -> float:
+    """
+    Of any model(idx, targets) -> (_, loss), in our fixed windows of the validation file; `apart`: of one that
+    does not look back past a story's beginning.
+    """
+    ids, eot = data.val[: eval_tokens or None], data.tokenizer.eot
+    batches = evaluate.windows(ids, eot, block_size, 16)
+    nats, _ = evaluate.total_nats(model, batches, eot=eot if apart else None)
     return evaluate.bits_per_byte(nats, int(evaluate.token_bytes(data.tokenizer)[ids].sum()))
 
 
