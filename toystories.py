@@ -28,12 +28,13 @@ A list starts with "name, kind: columns", then come its rows, their columns sepa
 column of several names, separated by ",", makes as many rows; another column with "," has several
 options. The kind is what a wrong word is called: "wrong place".
 
-To add a plot, write a rule that draws its hero, and add its name to `story`. Whatever is drawn has to be
-told soon, and the alternatives of a choice have to differ in their words, whatever follows them: then no
-text can be told in two ways, the parser finds the one, and -logprob is the information in the text. The
-tests prove that for the whole grammar; they also prove the bounds of 60 and 250 words, and compare the
-entropy with the samples. Any change here makes other stories: give VERSION a new number then, and the
-golden test its new sha256.
+To add a plot, write a rule that draws its hero, and add its name to `story`. Let no name begin a
+paragraph: there, without a space before it, it is another token than elsewhere, which cannot be copied.
+Whatever is drawn has to be told soon, and the alternatives of a choice have to differ in their words,
+whatever follows them: then no text can be told in two ways, the parser finds the one, and -logprob is
+the information in the text. The tests prove that for the whole grammar; they also prove the bounds of 60
+and 250 words, and compare the entropy with the samples. Any change here makes other stories: give
+VERSION a new number then, and the golden test its new sha256.
 """
 
 import argparse

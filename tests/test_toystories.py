@@ -18,6 +18,7 @@ from toystories import GRAMMAR, LISTS, RULES, Choice, Draw, Grammar, Ref, check,
 
 ROOT = Path(toystories.__file__).parent
 SAMPLE = list(islice(stories(seed=0), 2000))
+NAMES = {row[0] for row in GRAMMAR.lists["kid"]}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ def test_what_is_drawn_twice_differs(monkeypatch):
 
 
 def test_names_are_drawn_evenly():
-    names = [row[0] for row in GRAMMAR.lists["kid"]]
+    names = [row[0] for row in toystories.GRAMMAR.lists["kid"]]
     first = re.compile(rf"\b({'|'.join(names)})\b")
     counts = Counter(match[1] for text, _ in SAMPLE if (match := first.search(text)))
     mean = sum(counts.values()) / len(names)
@@ -399,6 +400,7 @@ def judge(sample):
         assert verdict.ok and verdict.logprob == logprob, (text, verdict)
         assert 60 <= len(text.split()) <= 250
         assert text == text.strip() and not re.search(r"  | \n|\n |\n\n| [.,!?]|[<>{}|\[\]]", text), text
+        assert not {line.split()[0].strip(",.") for line in text.split("\n")} & NAMES, text
         assert not re.search(r"\b[Aa] (?=[aeio])|\b[Aa]n (?![aeiouh])", text), text
         assert not re.search(r"(?:[.!?]\"? |\n|^)\"?[a-z]", re.sub(r'[!?.]" (?=[a-z])', " ", text)), text
 
@@ -451,7 +453,7 @@ def swapped(text, words, sample):
     return text[: found[-1].start()] + other + text[found[-1].end() :]
 
 
-NAMES = [row[0] for row in GRAMMAR.lists["kid"]]
+NAMES = [row[0] for row in toystories.GRAMMAR.lists["kid"]]
 PLACES = [row[0] for row in GRAMMAR.lists["place"]]
 TOYS = sorted((row[0] for row in GRAMMAR.lists["toy"]), key=len, reverse=True)
 
