@@ -18,7 +18,7 @@ from toystories import GRAMMAR, LISTS, RULES, Choice, Draw, Grammar, Ref, check,
 
 ROOT = Path(toystories.__file__).parent
 SAMPLE = list(islice(stories(seed=0), 2000))
-NAMES = {row[0] for row in GRAMMAR.lists["kid"]}
+KIDS = {row[0] for row in GRAMMAR.lists["kid"]}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def judge(sample):
         assert verdict.ok and verdict.logprob == logprob, (text, verdict)
         assert 60 <= len(text.split()) <= 250
         assert text == text.strip() and not re.search(r"  | \n|\n |\n\n| [.,!?]|[<>{}|\[\]]", text), text
-        assert not {line.split()[0].strip(",.") for line in text.split("\n")} & NAMES, text
+        assert not {line.split()[0].strip(",.") for line in text.split("\n")} & KIDS, text
         assert not re.search(r"\b[Aa] (?=[aeio])|\b[Aa]n (?![aeiouh])", text), text
         assert not re.search(r"(?:[.!?]\"? |\n|^)\"?[a-z]", re.sub(r'[!?.]" (?=[a-z])', " ", text)), text
 
