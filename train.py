@@ -1016,8 +1016,6 @@ def main(argv: list[str]) -> int:
         if plan.state and c.compile == "auto":  # what a run was begun with, it goes on with
             machine = machine._replace(compile=plan.state["compiled"])
         set_up(machine, c)
-        # building an optimizer will import this, nearly a second: rather while data are read, pairs counted
-        threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
         torch.manual_seed(c.seed)
         model, tokenizer = begin(c) if c.init_from and not plan.state else (None, None)
         data = load_data(c, tokenizer)
@@ -1028,6 +1026,8 @@ def main(argv: list[str]) -> int:
         say(describe(c, model, data, machine, iters))
         if not c.max_iters:
             return 0
+        # building an optimizer will import this, nearly a second: rather while pairs are counted
+        threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
         if c.pair_tokens and not (plan.state or c.init_from):
             start_from_pairs(model, torch.from_numpy(data.train[: c.pair_tokens].astype(np.int64)))
         folder = agree(lambda: plan.folder)

@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoint  # noqa: E402
 import config as recipes  # noqa: E402
 import evaluate  # noqa: E402
 import prepare  # noqa: E402
@@ -215,6 +216,11 @@ def bits_per_byte(model, data: prepare.Data, block_size: int, eval_tokens: int =
     batches = evaluate.windows(ids, eot, block_size, 16)
     nats, _ = evaluate.total_nats(model, batches, eot=eot if apart else None)
     return evaluate.bits_per_byte(nats, int(evaluate.token_bytes(data.tokenizer)[ids].sum()))
+
+
+def apart(path: Path) -> bool:
+    """Was the model of this run or checkpoint trained not to look back past a story's beginning?"""
+    return not checkpoint.read(checkpoint.find(path))["train_config"]["cross_stories"]
 
 
 # ----------------------------------------------------------------------------------------------------------

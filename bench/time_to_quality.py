@@ -67,8 +67,7 @@ def our_side(options, data, folder: Path, iters: int, seed: int) -> dict:
     out = folder / f"ours-{iters}-{seed}"
     ran = common.run([*common.ours(options.recipe, data, out, **settings), *options.ours])
     model, _ = checkpoint.load(out)
-    apart = not checkpoint.read(checkpoint.find(out))["train_config"]["cross_stories"]
-    bpb = common.bits_per_byte(model, data, SHAPE["block_size"], options.eval_tokens, apart)
+    bpb = common.bits_per_byte(model, data, SHAPE["block_size"], options.eval_tokens, common.apart(out))
     return {"seconds": ran.find(rf"^step +{iters:,}  val loss")[0], "iters": iters, "peak_mb": ran.peak_mb,
             "parameters": model.num_params()["total"], "bpb": bpb}  # fmt: skip
 

@@ -224,6 +224,25 @@ def test_block_attention_is_torchs(T, biased):
     assert low.dtype == torch.bfloat16 and error(low.double(), want) < 0.03
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{}, dict(n_kv_head=2), dict(window=9), dict(position="shaw"), dict(position="alibi")]
+)
+def test_attention_in_bf16_is_that_in_float32(settings, causal):
+    """Whichever way it takes: values, and gradients of every weight, over more than one block of queries."""
+    model, idx = tiny(block_size=80, causal=causal, **settings), tokens(2, 80)
+    segments, found = (torch.arange(80) >= 30).long().expand(2, 80), []
+    for apart in (None, segments):
+        for mixed in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                loss = model(idx, idx.roll(1, 1), segments=apart)[1]
+            weights = [p for name, p in model.named_parameters() if "attn" in name]
+            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
+        plain, low = found[-2:]
+        assert error(low, plain) < 0.05
+        assert F.cosine_similarity(low, plain, dim=0) > 0.999
+
+
 @pytest.mark.parametrize("settings", [{}, dict(window=4), dict(position="shaw"), dict(position="alibi")])
 def test_a_bidirectional_model_sees_both_sides(settings):
     model, idx = tiny(causal=False, **settings), tokens(1, 9)
