@@ -174,6 +174,8 @@ class Attention(nn.Module):
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        if torch.compiler.is_compiling() and q.device.type == "cpu" and q.shape[2] == 1 and not dropout:
+            return one_query(q, k, v, bias)
         bias = None if bias is None else bias.to(q.dtype)
         grouped = self.heads != self.kv_heads
         blocks = self.causal and (causal or bias is not None and not bias.requires_grad) and not dropout
@@ -183,6 +185,17 @@ class Attention(nn.Module):
                 k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
             return BlockAttention.apply(q, k, v, bias)
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, enable_gqa=grouped)
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """
+    Attention of q (B, heads, 1, head_dim) by its formula in float32, over all of k and v (B, n_kv_head, S,
+    head_dim). Compiled, it becomes one loop with what is around it, and no call of a kernel.
+    """
+    k, v = (x.float().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    score = (q.float() * q.shape[-1] ** -0.5 * k).sum(dim=-1, keepdim=True)  # (B, heads, S, 1)
+    score = score if bias is None else score + bias.mT
+    return (score.softmax(dim=-2) * v).sum(dim=-2, keepdim=True).to(q.dtype)
 
 
 def query_blocks(T: int, size: int = 64) -> list[tuple[slice, slice]]:

@@ -46,11 +46,13 @@ def temperature(t: float) -> Sampler:
     check("temperature", t, 0 <= t < math.inf, "0 (greedy) or more")
 
     def sampler(logits: Tensor, history: Tensor) -> Tensor:
-        if t == 0:
-            return torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
         return (logits - logits.amax(-1, keepdim=True)) / t  # at most 0, so nothing overflows
 
-    return sampler
+    return sampler if t else greedy
+
+
+def greedy(logits: Tensor, history: Tensor) -> Tensor:
+    return torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
 
 
 def top_k(k: int) -> Sampler:
@@ -129,7 +131,12 @@ def chain(**settings: float) -> list[Sampler]:
     if unknown:
         raise ValueError(f"there is no sampler {', '.join(unknown)}: there are {', '.join(SAMPLERS)}")
     settings = DEFAULTS | settings
-    return [make(settings[name]) for name, (make, off) in SAMPLERS.items() if settings.get(name, off) != off]
+    chosen = [
+        make(settings[name]) for name, (make, off) in SAMPLERS.items() if settings.get(name, off) != off
+    ]
+    return (
+        chosen[: chosen.index(greedy) + 1] if greedy in chosen else chosen
+    )  # then nothing is left to choose
 
 
 def check(name: str, value: float, good: bool, want: str) -> None:
@@ -185,21 +192,41 @@ class FixedCache(KVCache):
 
 
 class RowLinear(torch.nn.Linear):
-    """A linear layer whose product with a single row is compiled on a CPU: faster than the library's."""
+    """
+    A linear layer for compiled steps on a CPU: with a single row its product is a loop that the compiler
+    writes, faster than the library's, in which weights of 16 bits meet activations in float32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() or x.numel() > x.shape[-1] or x.device.type != "cpu":
-            return super().forward(x)
-        y = (x.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1).to(x.dtype)
+        if not torch.compiler.is_compiling() or x.numel() > x.shape[-1]:
+            return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+        y = (x.unsqueeze(-2) * self.weight.to(x.dtype)).sum(dim=-1)
         return y if self.bias is None else y + self.bias
 
 
+def widen(x: Tensor) -> Tensor:
+    """In float32 or more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def compile_step(model: GPT, **settings) -> None:
-    """From now on, generation runs the step of a token through torch.compile; the prompt as before."""
-    for part in model.modules():
-        if type(part) is torch.nn.Linear:
+    """
+    From now on, generation runs the step of a token through torch.compile; the prompt as before. Nothing of
+    the model but its weights' values may change then.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        linear = [part for part in model.modules() if type(part) is torch.nn.Linear]
+        stored = {id(p) for part in linear for p in part.parameters()}
+        for part in linear:
             part.__class__ = RowLinear
-    model.compiled_step = torch.compile(model.forward, dynamic=False, fullgraph=True, **settings)
+        for p in model.parameters():
+            p.data = p.data if id(p) in stored else widen(p.data)
+        model.embedder.register_forward_hook(lambda part, given, x: widen(x))  # it may be a tied head's
+        if not settings:  # a small model's step takes less time than calling its kernels from Python would
+            trust = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+            settings = {"options": {"cpp_wrapper": True, "guard_filter_fn": trust}}
+    step = torch.compile(model.forward, dynamic=False, fullgraph=True, isolate_recompiles=True, **settings)
+    model.compiled_step = step  # isolated: it must never be another model's
 
 
 class Batch:
@@ -288,15 +315,16 @@ def stream(
     rows = list(range(len(prompts)))  # the row in each line of the batch
     running, said = set(rows), [[] for _ in rows]
     chance = [random.Random(f"{seed} {row}") for row in rows]
+    sure = bool(samplers) and samplers[-1] is greedy  # no need to draw then
     training = model.training
     model.eval()
     try:
         batch = Batch(model, prompts, eot)
         for _ in range(max_new_tokens):
             logits = batch.logits()
-            for sampler in samplers:
+            for sampler in samplers[:-1] if sure else samplers:
                 logits = sampler(logits, batch.history)
-            ids = draw(logits, [chance[row] for row in rows])  # (B, 1)
+            ids = logits.argmax(-1, keepdim=True) if sure else draw(logits, [chance[row] for row in rows])
             batch.append(ids)
             step = [(row, i) for row, i in zip(rows, ids[:, 0].tolist(), strict=True) if row in running]
             for row, i in step:

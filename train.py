@@ -11,7 +11,6 @@ From a notebook: trainer = Trainer(config, model, data), then trainer.train_step
 
 import contextlib
 import functools
-import importlib
 import itertools
 import json
 import math
@@ -21,7 +20,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -1026,8 +1024,6 @@ def main(argv: list[str]) -> int:
         say(describe(c, model, data, machine, iters))
         if not c.max_iters:
             return 0
-        # building an optimizer will import this, nearly a second: rather while pairs are counted
-        threading.Thread(target=importlib.import_module, args=("torch._dynamo",)).start()
         if c.pair_tokens and not (plan.state or c.init_from):
             start_from_pairs(model, torch.from_numpy(data.train[: c.pair_tokens].astype(np.int64)))
         folder = agree(lambda: plan.folder)

@@ -12,9 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["torch", "torch._dynamo", "train", "sample", "launch"]
-)  # optimizers import dynamo
+FORKS.set_forkserver_preload(["torch", "train", "sample", "launch"])
 
 
 def child(argv: list[str], folder: str, env: dict[str, str], hook, output: str) -> None:

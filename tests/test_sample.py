@@ -1,5 +1,6 @@
 """sample.py: generation against full forwards, samplers against slow formulas, texts, the command line."""
 
+import copy
 import dataclasses
 import io
 import os
@@ -90,6 +91,27 @@ def test_one_compiled_step_does_for_every_token(kind):
     sample.compile_step(model, backend=backend)
     check_generation(model)
     assert len(graphs) == (model.config.block_size > 1)  # 1: every token is a prompt
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_step_of_one_row_reckons_in_float32(dtype):
+    torch._dynamo.reset()
+    model = tiny(tied=True, bias=True, norm="layernorm", n_kv_head=2).to(getattr(torch, dtype))
+    for part in model.modules():
+        if getattr(part, "bias", None) is not None:
+            torch.nn.init.normal_(part.bias)
+    exact, ids, recorded = copy.deepcopy(model).float(), [EOT, *b"The dog"], []
+
+    def record(logits, history):
+        recorded.append(logits)
+        return logits
+
+    sample.compile_step(model, backend="eager")
+    new = generate(model, [ids[1:]], 30, [record, no_end, sample.temperature(0)], eot=EOT)[0]
+    for i, logits in zip(new, recorded, strict=True):  # what the cache keeps is rounded
+        torch.testing.assert_close(logits[0], slow_logits(exact, ids, 12), rtol=0,
+                                   atol=1e-5 if dtype == "float32" else 0.05)  # fmt: skip
+        ids.append(i)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,11 +208,13 @@ def test_laying_out_changes_no_number():
 
 @pytest.mark.slow
 def test_the_step_compiled_by_inductor_says_the_same():
-    for settings in ({}, dict(pointer=True)):
-        model, prompts = tiny(**settings), [[], list(b"The dog")]
-        want = generate(model, prompts, 20, [no_end, sample.temperature(0)], eot=EOT)
+    batches = [list(b"The dog")], [[1], [2]], [[], list(b"The dog")]  # the last ones are padded
+    for settings in ({}, dict(pointer=True), dict(n_kv_head=2, bias=True)):
+        model = tiny(**settings)
+        samplers = [no_end, sample.temperature(0)]
+        want = [generate(model, prompts, 20, samplers, eot=EOT) for prompts in batches]
         sample.compile_step(model)
-        assert generate(model, prompts, 20, [no_end, sample.temperature(0)], eot=EOT) == want
+        assert [generate(model, prompts, 20, samplers, eot=EOT) for prompts in batches] == want
 
 
 def test_edges():
