@@ -448,10 +448,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if smoothing:
                 nll = nll - smoothing * logits[:, :V].mean(dim=-1)
             slope = 1 - (logits / c.softcap).square() if c.softcap and learn else None  # of the cap
-            top = logits.amax(dim=-1)
-            grad = logits.sub_(top[:, None]).exp_()  # the softmax but for its divisor, in the logits' memory
-            mass = grad.sum(dim=-1)
-            log_z = top + mass.log()
+            top, grad = logits.amax(dim=-1), logits.softmax(dim=-1)  # its largest is 1 / sum of exp(x - top)
+            log_z = top - grad.amax(dim=-1).log()
             nll, share = nll + log_z, 1.0  # share: how much of the target's probability is the vocabulary's
             if gate is not None:
                 own = gate[chunk] - nll
@@ -463,7 +461,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if not learn:
                 continue
             # d nll / d logits; divided by count only later: fp16 would round that to 0
-            grad.mul_((kept * (share + 2 * z_loss * log_z) / mass)[:, None])
+            grad.mul_((kept * (share + 2 * z_loss * log_z))[:, None])
             grad.scatter_add_(1, y, (kept * share * (smoothing - 1))[:, None])
             if smoothing:
                 grad[:, :V] -= (kept * smoothing / V)[:, None]

@@ -10,6 +10,7 @@ From a notebook: trainer = Trainer(config, model, data), then trainer.train_step
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
@@ -225,12 +226,27 @@ COMPILE_PAYS = 500  # updates from which a minute of compiling is won back on a 
 def set_up(machine: Machine, c: TrainConfig) -> None:
     """The process-wide settings that go with a machine."""
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
+    if machine.device.type == "cpu":
+        keep_memory()
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
     elif c.threads or machine.world > 1:  # torchrun would give each process one thread
         torch.set_num_threads(c.threads or max(1, prepare.cpus() // machine.world))
     if machine.world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
+
+
+def keep_memory() -> None:
+    """
+    Have the C library keep what a step frees for the next one, rather than give it back to the system and
+    fetch it again page by page: 13,000 faults a step of 3,072 tokens. Where it is not glibc, nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(option, 2**30)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -261,6 +261,40 @@ def test_decay_and_learning_rates_by_group(name):
     assert all(g["lr"] == g["base_lr"] * factor for o in t.optimizers for g in o.param_groups)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizers_do_as_torchs_own(name, monkeypatch):
+    """And state goes over and back: they are the same but for what torch.compile would need."""
+    mine, theirs = trainer(optimizer=name), None
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "AdamW", torch.optim.AdamW)
+        patch.setattr(optim, "Muon", torch.optim.Muon)
+        theirs = trainer(optimizer=name)
+    for step in range(4):
+        for t in (mine, theirs):
+            t.train_step(step)
+        for a, b in zip(mine.optimizers, theirs.optimizers, strict=True):
+            state = a.state_dict()
+            a.load_state_dict(b.state_dict())
+            b.load_state_dict(state)
+    assert all(type(a) is not type(b) for a, b in zip(mine.optimizers, theirs.optimizers, strict=True))
+    assert not any(p.requires_grad for o in mine.optimizers for s in o.state.values()
+                   for p in s.values() if isinstance(p, torch.Tensor))  # fmt: skip
+    for (n, p), q in zip(mine.model.named_parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(p, q), n
+
+
+def test_optimizers_do_not_import_what_compiling_needs():
+    code = """
+import sys, torch, optim
+w = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+for o in (optim.AdamW(w[:1], fused=True), optim.Muon(w[1:])):
+    w[0].grad, w[1].grad = torch.ones(2, 2), torch.ones(2, 2)
+    o.step(), o.zero_grad(), o.load_state_dict(o.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_tied_and_shared_weights_are_optimized_once():
     t = trainer(tied=True, share="layers")
     params = [p for o in t.optimizers for g in o.param_groups for p in g["params"]]
