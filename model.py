@@ -438,17 +438,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dw = [], torch.zeros_like(weight, dtype=total.dtype) if learn else None
         dgate, dcopied = [], []
+        # the same memory for every chunk: it stays in the cache
+        narrow, wide, soft = (w.new_empty(min(len(x), c.loss_chunk), len(w), dtype=kind)
+                              for kind in (dtype, total.dtype, total.dtype))  # fmt: skip
         for start in range(0, len(x), c.loss_chunk):
             chunk = slice(start, start + c.loss_chunk)
-            xc, y = x[chunk].to(dtype), targets[chunk]
+            xc, y, n = x[chunk].to(dtype), targets[chunk], len(x[chunk])
             kept, y = (y >= 0).to(total.dtype), y.clamp(min=0)[:, None]
-            logits = softcap((xc @ w.t()).to(total.dtype), c.softcap)  # (chunk, padded_vocab)
+            torch.mm(xc, w.t(), out=narrow[:n])
+            logits = softcap(wide[:n].copy_(narrow[:n]), c.softcap)  # (n, padded_vocab)
             logits[:, V:] = -torch.inf
             nll = (smoothing - 1) * logits.gather(1, y)[:, 0]  # log_z, and more, is added below
             if smoothing:
                 nll = nll - smoothing * logits[:, :V].mean(dim=-1)
             slope = 1 - (logits / c.softcap).square() if c.softcap and learn else None  # of the cap
-            top, grad = logits.amax(dim=-1), logits.softmax(dim=-1)  # its largest is 1 / sum of exp(x - top)
+            top, grad = (
+                logits.amax(dim=-1),
+                torch.softmax(logits, dim=-1, out=soft[:n]),
+            )  # its largest is 1 / sum of exp(x - top)
             log_z = top - grad.amax(dim=-1).log()
             nll, share = nll + log_z, 1.0  # share: how much of the target's probability is the vocabulary's
             if gate is not None:
@@ -468,7 +475,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if slope is not None:
                 slope[:, V:] = 0
                 grad *= slope
-            grad = grad.to(dtype)
+            grad = narrow[:n].copy_(grad)
             dx.append((grad @ w).to(total.dtype))
             dw += grad.t() @ xc
         if learn:

@@ -3,7 +3,8 @@ Training throughput on nanoGPT's own architecture: our model and trainer against
 
     python bench/train_speed.py --nanogpt PATH [--shapes 4,4,128 6,6,384] [--compile]
 
-LayerNorm, learned positions, GELU, tied, no biases; AdamW on both sides, the same batches of real stories.
+LayerNorm, learned positions, GELU, tied, no biases; AdamW on both sides, the same batches of real stories,
+each side in a process of its own.
 Beside tokens/s stands the share of the machine's measured matrix rate, with 6 operations a weight and
 12 x layers x context x width for attention; on a GPU also the share of the peak that its maker prints. The
 machine's rate is that of square matrices and of the model's own product (batch x context by width by
@@ -11,13 +12,20 @@ machine's rate is that of square matrices and of the model's own product (batch 
 """
 
 import contextlib
+import itertools
+import multiprocessing
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import common
 import torch
 
+import train
+
 NANOGPT = dict(norm="layernorm", position="learned", mlp="gelu", tied=True, bias=False)
+NANO32, NANO16 = "nanoGPT float32", "nanoGPT bf16 autocast"
+BUILT: dict = {}  # in the process of a side
 
 
 def nanogpt_step(path: str, trainer, dtype: torch.dtype, compile: bool) -> Callable[[int], None]:
@@ -43,36 +51,56 @@ def nanogpt_step(path: str, trainer, dtype: torch.dtype, compile: bool) -> Calla
     return step
 
 
-def measure(options, data, layers: int, heads: int, width: int) -> dict:
+def build(options, shape: dict, name: str) -> None:
+    """In the process of a side: its step, warmed up, into BUILT; memory as its own program keeps it."""
+    if name != "ours":
+        train.keep_memory = lambda: None
+    compile = "True" if options.compile else "False"
+    data = common.load_data(options)
+    trainer = common.trainer("", data, batch_size=options.batch_size, compile=compile, **shape, **NANOGPT)
+    dtypes = {"ours": trainer.machine.dtype, NANO32: torch.float32, NANO16: torch.bfloat16}
+    step = trainer.train_step
+    if name != "ours":
+        step = nanogpt_step(options.nanogpt, trainer, dtypes[name], options.compile)
+    BUILT.update(step=step, tokens=trainer.tokens_per_step, numbers=itertools.count())
+    BUILT["about"] = str(dtypes[name])[6:], trainer.model.flops_per_token(), trainer.machine.device.type
+    rate(options)
+
+
+def rate(options) -> float:
+    """In the process of a side: tokens a second of some updates."""
+    took = common.seconds(lambda: [BUILT["step"](next(BUILT["numbers"])) for _ in range(options.steps)])
+    return options.steps * BUILT["tokens"] / took
+
+
+def about() -> tuple[str, int, str]:
+    """In the process of a side: its dtype, operations a token, and the kind of device."""
+    return BUILT["about"]
+
+
+def measure(options, layers: int, heads: int, width: int) -> dict:
     """Tokens a second of every side at one shape, and the rates of the machine's matrix products."""
     shape = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=options.block_size)
-    compile = "True" if options.compile else "False"
-    trainer = common.trainer("", data, batch_size=options.batch_size, compile=compile, **shape, **NANOGPT)
-    bf16, fp32 = torch.bfloat16, torch.float32
-    dtypes = {"ours": trainer.machine.dtype}
-    steps = {"ours": trainer.train_step}
-    for name, dtype in {"nanoGPT float32": fp32, "nanoGPT bf16 autocast": bf16}.items():
-        if options.nanogpt:
-            dtypes[name] = dtype
-            steps[name] = nanogpt_step(options.nanogpt, trainer, dtype, options.compile)
-    numbers = iter(range(10**9))
-
-    def rate(step):
-        took = common.seconds(lambda: [step(next(numbers)) for _ in range(options.steps)])
-        return options.steps * trainer.tokens_per_step / took
-
-    for step in steps.values():
-        rate(step)  # warms up, compiles
-    found = common.in_turn({name: lambda s=s: rate(s) for name, s in steps.items()}, options.repeats)
-    device, rows = trainer.machine.device.type, options.batch_size * options.block_size
+    names = ["ours", *([NANO32, NANO16] if options.nanogpt else [])]
+    with contextlib.ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in names}
+        for name, pool in pools.items():
+            pool.submit(build, options, shape, name).result()
+        sides = {name: lambda p=pool: p.submit(rate, options).result() for name, pool in pools.items()}
+        found = common.in_turn(sides, options.repeats)
+        told = {name: pool.submit(about).result() for name, pool in pools.items()}
+    _, flops, device = told["ours"]
+    rows = options.batch_size * options.block_size
     square, own = [options.matrix] * 3, [rows, width, 4 * width]
+    bf16, fp32 = torch.bfloat16, torch.float32
     rates = {f"{kind} {str(dtype)[6:]}": common.matrix_rate(*sizes, dtype, device)
              for kind, sizes in (("square", square), ("own", own)) for dtype in (bf16, fp32)}  # fmt: skip
     return {
         "shape": shape,
         "batch_size": options.batch_size,
-        "flops_per_token": trainer.model.flops_per_token(),
-        "dtypes": {name: str(dtype)[6:] for name, dtype in dtypes.items()},
+        "flops_per_token": flops,
+        "dtypes": {name: dtype for name, (dtype, *_) in told.items()},
         "tokens_per_s": common.medians(found),
         "spread": {name: [min(values), max(values)] for name, values in found.items()},
         "matrix_rates": rates,
@@ -91,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--matrix", type=int, default=2048, help="side of the square matrices; 8192 for a GPU")
     add("--compile", action="store_true", help="compile both sides' models")
     options = common.parse(parser, argv)
-    data = common.load_data(options)
-    shapes = [measure(options, data, *map(int, shape.split(","))) for shape in options.shapes]
+    common.load_data(options)
+    shapes = [measure(options, *map(int, shape.split(","))) for shape in options.shapes]
     peak = common.card(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     head = [
         "layers x width",
@@ -106,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     rows = []
     for made in shapes:
-        base = made["tokens_per_s"].get("nanoGPT float32")
+        base = made["tokens_per_s"].get(NANO32)
         for name, rate in made["tokens_per_s"].items():
             done, dtype = rate * made["flops_per_token"], made["dtypes"][name]
             shares = [f"{done / made['matrix_rates'][f'{kind} {dtype}']:.1%}" for kind in ("square", "own")]
