@@ -9,7 +9,6 @@ n_layer = 4
 n_head = 2
 n_embd = 128
 block_size = 256
-mlp = "relu2"
 qk_norm = True
 norm_weight = False
 embed_norm = True

@@ -171,11 +171,11 @@ def test_ablation_lists_variants_that_the_recipe_takes(capsys):
 
 @pytest.mark.slow
 def test_ablation_goes_on_where_it_was(bench, tmp_path):
-    words = ["--only", "base", "relu2", "swiglu", "--seeds", 1, "--iters", 1, "--eval_stories", 1]
+    words = ["--only", "base", "swiglu", "relu2", "--seeds", 1, "--iters", 1, "--eval_stories", 1]
     words += ["--out", tmp_path / "made.jsonl"]
     made = bench("ablation", *words)[1]["results"]["iters"]
-    assert [one["variant"] for one in made] == ["base", "relu2", "swiglu"]
-    assert made[0]["bpb"] == made[1]["bpb"] != made[2]["bpb"]  # relu2 is the recipe's own: one run for both
+    assert [one["variant"] for one in made] == ["base", "swiglu", "relu2"]
+    assert made[0]["bpb"] == made[1]["bpb"] != made[2]["bpb"]  # swiglu is the recipe's own: one run for both
     assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 2
     began = time.perf_counter()
     assert bench("ablation", *words)[1]["results"]["iters"] == made and time.perf_counter() - began < 2
