@@ -438,9 +438,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dw = [], torch.zeros_like(weight, dtype=total.dtype) if learn else None
         dgate, dcopied = [], []
-        # the same memory for every chunk: it stays in the cache
-        narrow, wide, soft = (w.new_empty(min(len(x), c.loss_chunk), len(w), dtype=kind)
-                              for kind in (dtype, total.dtype, total.dtype))  # fmt: skip
+        # the same memory for every chunk, so that it stays in the cache
+        rows = min(len(x), c.loss_chunk)
+        wide, soft = (w.new_empty(rows, len(w), dtype=total.dtype) for _ in range(2))
+        narrow = wide if dtype == total.dtype else w.new_empty(rows, len(w))
         for start in range(0, len(x), c.loss_chunk):
             chunk = slice(start, start + c.loss_chunk)
             xc, y, n = x[chunk].to(dtype), targets[chunk], len(x[chunk])
@@ -452,10 +453,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if smoothing:
                 nll = nll - smoothing * logits[:, :V].mean(dim=-1)
             slope = 1 - (logits / c.softcap).square() if c.softcap and learn else None  # of the cap
-            top, grad = (
-                logits.amax(dim=-1),
-                torch.softmax(logits, dim=-1, out=soft[:n]),
-            )  # its largest is 1 / sum of exp(x - top)
+            top = logits.amax(dim=-1)
+            grad = torch.softmax(logits, dim=-1, out=soft[:n])  # its largest is 1 / sum of exp(x - top)
             log_z = top - grad.amax(dim=-1).log()
             nll, share = nll + log_z, 1.0  # share: how much of the target's probability is the vocabulary's
             if gate is not None:

@@ -215,7 +215,7 @@ def compile_step(model: GPT, **settings) -> None:
     the model but its weights' values may change then.
     """
     if next(model.parameters()).device.type == "cpu":
-        linear = [part for part in model.modules() if type(part) is torch.nn.Linear]
+        linear = [part for part in model.modules() if type(part) in (torch.nn.Linear, RowLinear)]
         stored = {id(p) for part in linear for p in part.parameters()}
         for part in linear:
             part.__class__ = RowLinear
