@@ -72,7 +72,7 @@ class Bench:
     """The runs that were made, in a file that grows by a line a run."""
 
     def __init__(self, options):
-        self.options, self.out, self.rates = options, Path(options.out), {}
+        self.options, self.out = options, Path(options.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         lines = self.out.read_text(encoding="utf-8").splitlines() if self.out.exists() else []
         self.done = {(one["mark"], one["seed"], one["budget"]): one for one in map(json.loads, lines)}
@@ -90,9 +90,10 @@ class Bench:
         mark = hashlib.sha256(mark.encode()).hexdigest()[:12]
         key = mark, seed, f"{kind} {amount:g}"
         if key not in self.done:
-            if kind == "seconds" and mark not in self.rates:
-                self.rates[mark] = self.learn(settings, data, max_iters=30)["tokens_per_s"]
-            tokens = amount * (self.rates[mark] if kind == "seconds" else step_tokens(self.recipe))
+            rate = step_tokens(self.recipe)
+            if kind == "seconds":  # for every seed anew, for machines are uneven
+                rate = self.learn(settings, data, max_iters=30)["tokens_per_s"]
+            tokens = amount * rate
             made = self.learn(settings, data, max_iters=max(1, round(tokens / step_tokens(full))), seed=seed)
             made = {"variant": name, "mark": mark, "seed": seed, "budget": key[2], **made}
             self.done[key] = made
