@@ -52,6 +52,7 @@ def temperature(t: float) -> Sampler:
 
 
 def greedy(logits: Tensor, history: Tensor) -> Tensor:
+    """temperature(0)."""
     return torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
 
 
@@ -131,12 +132,9 @@ def chain(**settings: float) -> list[Sampler]:
     if unknown:
         raise ValueError(f"there is no sampler {', '.join(unknown)}: there are {', '.join(SAMPLERS)}")
     settings = DEFAULTS | settings
-    chosen = [
-        make(settings[name]) for name, (make, off) in SAMPLERS.items() if settings.get(name, off) != off
-    ]
-    return (
-        chosen[: chosen.index(greedy) + 1] if greedy in chosen else chosen
-    )  # then nothing is left to choose
+    on = {name: settings[name] for name, (_, off) in SAMPLERS.items() if settings.get(name, off) != off}
+    chosen = [SAMPLERS[name][0](value) for name, value in on.items()]
+    return chosen[: chosen.index(greedy) + 1] if greedy in chosen else chosen  # after it there is no choice
 
 
 def check(name: str, value: float, good: bool, want: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -293,6 +294,24 @@ for o in (optim.AdamW(w[:1], fused=True), optim.Muon(w[1:])):
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it asks glibc")
+def test_the_memory_of_a_step_is_kept_for_the_next():
+    code = """
+import resource, torch, train
+train.keep_memory()
+def step():
+    for size in (1 << 20, 1 << 22, 1 << 21):
+        torch.ones(size).mul(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(-step() + [step() for _ in range(10)][-1])
+"""
+    faults = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert int(faults.stdout) < 5_000  # it was 80,000
 
 
 def test_tied_and_shared_weights_are_optimized_once():
