@@ -311,7 +311,7 @@ print(-step() + [step() for _ in range(10)][-1])
     faults = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    assert int(faults.stdout) < 5_000  # it was 80,000
+    assert int(faults.stdout) < 20_000  # 80,000 without; the heap may still grow once
 
 
 def test_tied_and_shared_weights_are_optimized_once():
