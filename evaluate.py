@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-import checkpoint
 import prepare
 import sample
-import tokenizer as tokenizers
+from nanostlm import checkpoint
+from nanostlm import tokenizer as tokenizers
 
 
 def token_bytes(tokenizer: "tokenizers.Tokenizer") -> np.ndarray:
@@ -86,7 +86,7 @@ def story_windows(stories: list[np.ndarray], eot: int, block_size: int, rows: in
 
 def judge(model, data: prepare.Data, rows: int = 16, count: int = 100) -> list[str]:
     """A model of toystories: its distance to the floor on whole stories, and how many of its are valid."""
-    import toystories
+    from nanostlm import toystories
 
     eot, T, device = data.tokenizer.eot, model.config.block_size, next(model.parameters()).device
     whole = whole_stories(data, T)

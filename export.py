@@ -25,10 +25,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import tokenizer as tokenizers
 from model import GATES, GPT, MLPS, GPTConfig, LoRA, rope_table, sinusoids
-from tokenizer import EOT, Tokenizer, Unreachable
+from nanostlm import checkpoint
+from nanostlm import tokenizer as tokenizers
+from nanostlm.tokenizer import EOT, Tokenizer, Unreachable
 
 # ----------------------------------------------------------------------------------------------------------
 # Which settings another program knows, and how it calls them

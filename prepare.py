@@ -32,8 +32,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import tokenizer as tokenizers
-from tokenizer import EOT, Tokenizer, Unreachable, within
+from nanostlm import tokenizer as tokenizers
+from nanostlm.tokenizer import EOT, Tokenizer, Unreachable, within
 
 HUB_ID = "roneneldan/TinyStories"
 TOYS = 100_000  # toystories has no end: this many stories unless --stories says otherwise
@@ -58,7 +58,7 @@ class Drawn(str):
 
 
 def read_toystories() -> Iterator[Drawn]:
-    import toystories
+    from nanostlm import toystories
 
     for text, logprob in toystories.stories(seed=0):
         story = Drawn(text)

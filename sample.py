@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import checkpoint
 from model import GPT, KVCache
+from nanostlm import checkpoint
 
 Sampler = Callable[[Tensor, Tensor], Tensor]  # (logits, history) -> logits
 Stop = Callable[[list[int]], bool]  # a row's new ids -> whether it ends with the last of them

@@ -34,13 +34,12 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import checkpoint
-import config as recipes
 import evaluate
-import optim
 import prepare
 from model import GPT, GPTConfig, start_from_pairs
-from tokenizer import Tokenizer
+from nanostlm import checkpoint, optim
+from nanostlm import settings as recipes
+from nanostlm.tokenizer import Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -754,7 +753,7 @@ def continued(state: dict, recipe: dict, recipe_then: dict, given: dict, flags: 
     for change in changes.values():
         say(f"changed for the rest of the run: {change}")
     made, now = state["provenance"], checkpoint.provenance()
-    for file in ("model.py", "train.py", "optim.py"):
+    for file in ("model.py", "train.py", "nanostlm/optim.py"):
         if made.get(file) != now.get(file):
             say(f"{file} was changed since this run was saved: the rest may come out differently")
     return wanted

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import common
 
-import config as recipes
 import train
+from nanostlm import settings as recipes
 
 ADAMW = dict(optimizer="adamw", weight_decay=0.1)
 VARIANTS: dict[str, dict] = {

@@ -30,12 +30,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import config as recipes  # noqa: E402
 import evaluate  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from model import GPT  # noqa: E402
+from nanostlm import checkpoint  # noqa: E402
+from nanostlm import settings as recipes  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------
 # The command line and the data

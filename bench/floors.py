@@ -18,10 +18,10 @@ from pathlib import Path
 import common
 import torch
 
-import config as recipes
-import tokenizer as tokenizers
 import train
 from model import GPT
+from nanostlm import settings as recipes
+from nanostlm import tokenizer as tokenizers
 
 CARDS = {"H100 SXM 80 GB": common.CARDS["H100 80GB HBM3"], "RTX 4090 24 GB": common.CARDS["RTX 4090"]}
 STORIES, BYTES = 2_119_719, 1.92e9

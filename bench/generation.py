@@ -26,12 +26,12 @@ from pathlib import Path
 import common
 import torch
 
-import checkpoint
 import export
 import prepare
 import sample
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from nanostlm import checkpoint
+from nanostlm.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,7 +25,7 @@ import common
 import numpy as np
 
 import prepare
-import tokenizer as tokenizers
+from nanostlm import tokenizer as tokenizers
 
 MB = 1_000_000
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import common
 import torch
 
-import config as recipes
 import train
 from model import locate
+from nanostlm import settings as recipes
 
 
 class Stopwatch:

@@ -21,7 +21,7 @@ from pathlib import Path
 import common
 import torch
 
-import checkpoint
+from nanostlm import checkpoint
 
 SHAPE = dict(n_layer=4, n_embd=128, block_size=256)
 

@@ -152,8 +152,8 @@ def test_attention(bench):
 def test_ablation_lists_variants_that_the_recipe_takes(capsys):
     import ablation
 
-    import config as recipes
     import train
+    from nanostlm import settings as recipes
 
     default = recipes.read(ROOT / "config" / "tiny.py", train.TrainConfig)
     for name, settings in ablation.VARIANTS.items():

@@ -15,10 +15,9 @@ import pytest
 import torch
 from test_train import kept, lines, numbers, same, settings, trainer
 
-import checkpoint
-import tokenizer
 import train
 from model import GPT
+from nanostlm import checkpoint, tokenizer
 
 
 def state(**more) -> dict:

@@ -18,8 +18,8 @@ import torch
 from launch import ROOT, Program
 from test_train import MICRO, apart, kept, lines, same
 
-import checkpoint
 import train
+from nanostlm import checkpoint
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 

@@ -20,11 +20,11 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint
 import export
 import sample
-import tokenizer as tokenizers
 from model import GPT, GPTConfig
+from nanostlm import checkpoint
+from nanostlm import tokenizer as tokenizers
 
 STORIES = [
     "Once upon a time there was a little pumpkin. She didn't like the big, dark barn!",

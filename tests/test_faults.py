@@ -21,9 +21,9 @@ from launch import Program
 from test_cli import words
 from test_train import kept, lines, same
 
-import checkpoint
 import evaluate
 import train
+from nanostlm import checkpoint
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import checkpoint
 import train
+from nanostlm import checkpoint
 
 
 @pytest.fixture

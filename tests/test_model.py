@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
-import tokenizer
 from model import (
     GPT,
     Attention,
@@ -27,6 +25,7 @@ from model import (
     rope_table,
     rotate,
 )
+from nanostlm import checkpoint, tokenizer
 
 V = 40
 TINY = dict(n_layer=2, n_head=4, n_embd=16, block_size=16, vocab_size=V)

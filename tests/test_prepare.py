@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare
-import tokenizer as tokenizers
-from tokenizer import EOT, Tokenizer
+from nanostlm import tokenizer as tokenizers
+from nanostlm.tokenizer import EOT, Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINYSTORIES = ROOT / ".." / "shared" / "tinystories"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import config as recipes
 import train
 from model import GPT, GPTConfig
+from nanostlm import settings as recipes
 from train import FLAGS, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,10 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
 import sample
-import tokenizer
 from model import GPT, GPTConfig, Place, alibi_slopes, rope_table
+from nanostlm import checkpoint, tokenizer
 from sample import Story, generate, stories, stream
 
 BYTE = tokenizer.get("byte")

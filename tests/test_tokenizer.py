@@ -13,8 +13,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer as HuggingFace
 
-import tokenizer
-from tokenizer import EOT, Tokenizer
+from nanostlm import tokenizer
+from nanostlm.tokenizer import EOT, Tokenizer
 
 CACHE = Path(__file__).parents[1] / ".." / "shared" / "tiktoken_cache"
 WORDS = (
@@ -285,8 +285,9 @@ def test_within_gives_up_on_what_hangs():
 
 def test_importing_is_light():
     """train.py imports both to read files: no library that takes a second."""
-    heavy = "torch datasets tokenizers tiktoken huggingface_hub pandas pyarrow toystories"
-    code = f"import sys, prepare, tokenizer; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    heavy = "torch datasets tokenizers tiktoken huggingface_hub pandas pyarrow nanostlm.toystories"
+    listed = f"[m for m in '{heavy}'.split() if m in sys.modules]"
+    code = f"import sys, prepare, nanostlm.tokenizer; print({listed})"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "[]", done.stderr

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import toystories
-from toystories import GRAMMAR, LISTS, RULES, Choice, Draw, Grammar, Ref, check, derivations, stories
+from nanostlm import toystories
+from nanostlm.toystories import GRAMMAR, LISTS, RULES, Choice, Draw, Grammar, Ref, check, derivations, stories
 
 ROOT = Path(toystories.__file__).parent
 SAMPLE = list(islice(stories(seed=0), 2000))
@@ -578,7 +578,7 @@ def test_a_changed_word_never_goes_unseen():
 
 def run(*args, **kwargs):
     return subprocess.run(
-        [sys.executable, "toystories.py", *args],
+        [sys.executable, "-m", "nanostlm.toystories", *args],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -14,14 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import config as recipes
 import evaluate
-import optim
 import prepare
-import tokenizer
 import train
 from model import GPT
+from nanostlm import checkpoint, optim, tokenizer
+from nanostlm import settings as recipes
 from train import Batches, Diverged, Machine, TrainConfig, Trainer, choose_machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -286,7 +284,8 @@ def test_optimizers_do_as_torchs_own(name, monkeypatch):
 
 def test_optimizers_do_not_import_what_compiling_needs():
     code = """
-import sys, torch, optim
+import sys, torch
+from nanostlm import optim
 w = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
 for o in (optim.AdamW(w[:1], fused=True), optim.Muon(w[1:])):
     w[0].grad, w[1].grad = torch.ones(2, 2), torch.ones(2, 2)

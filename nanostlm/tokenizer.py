@@ -4,7 +4,7 @@
     bpe4096   byte-level BPE trained on the corpus; N ids in all, any N from 257
     byte      the 256 bytes and end-of-text
 
-    import tokenizer
+    from nanostlm import tokenizer
     tok = tokenizer.train_bpe(texts, 4096)       # or tokenizer.get("gpt2"), tokenizer.get("byte")
     tok.decode(tok.encode("Once upon a time"))   # any text comes back exactly, emoji too
     tok.save("tokenizer.json")                   # Hugging Face's `tokenizers` reads it and gives equal ids

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-import tokenizer as tokenizers
 from model import GPT, GPTConfig
+from nanostlm import tokenizer as tokenizers
 
 FORMAT = 1  # of the dictionary inside; readers refuse what is newer
 
@@ -138,7 +138,7 @@ def newest_run(root: str | Path = "out") -> Path:
 
 def provenance() -> dict[str, str]:
     """What made this checkpoint: versions, the git commit, and whether the code had been changed since."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     made = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -151,7 +151,7 @@ def provenance() -> dict[str, str]:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         made["commit"] = "unknown"
-    for name in ("model.py", "train.py", "optim.py"):
+    for name in ("model.py", "train.py", "nanostlm/optim.py"):
         if (here / name).exists():
             made[name] = hashlib.sha256((here / name).read_bytes()).hexdigest()[:16]
     return made

@@ -1,12 +1,12 @@
-"""toystories.py: a built-in corpus of children's stories, with a known floor and a judge.
+"""A built-in corpus of children's stories, with a known floor and a judge.
 
 A probabilistic grammar tells little stories in the manner of TinyStories: as many as you like, each with
 the exact log-probability of its choices. So the entropy of the corpus is known, and a model's distance to
 it can be measured; and `check` says of any text whether the grammar could have told it, or which rule it
 breaks first.
 
-    python toystories.py -n 3 --seed 1          # three stories on stdout, their bits on stderr
-    python toystories.py --check FILE           # the verdict on each story of a file ("-" is stdin)
+    python -m nanostlm.toystories -n 3 --seed 1          # three stories on stdout, their bits on stderr
+    python -m nanostlm.toystories --check FILE           # the verdict on each story of a file ("-" is stdin)
 
     for text, logprob in stories(seed=0): ...   # endless; story i depends on (seed, i) alone
     check(text)                                 # Verdict(ok, logprob, rule, detail)

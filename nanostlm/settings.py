@@ -89,9 +89,7 @@ def read(path: str | Path, cls: type) -> dict[str, Any]:
     """The settings that a recipe makes, converted to their types. ValueError says where it is wrong."""
     path, table = Path(path), settings(cls)
     if not path.is_file():
-        known = ", ".join(
-            sorted(str(p) for p in Path(__file__).parent.glob("*.py") if p.name != "__init__.py")
-        )
+        known = ", ".join(sorted(str(p) for p in (Path(__file__).parent.parent / "config").glob("*.py")))
         raise FileNotFoundError(f"there is no recipe {path}; there are: {known}")
     values: dict[str, Any] = {}
 
