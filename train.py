@@ -37,8 +37,7 @@ from tqdm import tqdm
 import evaluate
 import prepare
 from model import GPT, GPTConfig, start_from_pairs
-from nanostlm import checkpoint, optim
-from nanostlm import settings as recipes
+from nanostlm import checkpoint, optim, settings
 from nanostlm.tokenizer import Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------
@@ -700,18 +699,18 @@ class Plan(NamedTuple):
 
 def parse(argv: list[str]) -> Plan:
     """The command line -> settings and folder; with --resume those of the run that goes on."""
-    path, recipe, given, flags = recipes.command_line(TrainConfig, argv, FLAGS, "Train a model.")
+    path, recipe, given, flags = settings.command_line(TrainConfig, argv, FLAGS, "Train a model.")
     if "vocab_size" in recipe | given:
         raise ValueError("vocab_size comes from the tokenizer; choose one with --tokenizer=bpeN")
     name = Path(path).stem or "run"
-    default = {s.name: s.default for s in recipes.settings(TrainConfig).values()}
+    default = {s.name: s.default for s in settings.settings_of(TrainConfig).values()}
     wanted = default | recipe | given
     longer = not given.keys().isdisjoint(("max_iters", "patience"))
     folder, state = run_folder(wanted["out_dir"], name, flags, longer)
     if state is not None:
         recipe = recipe if path else state["recipe"]
         wanted = default | continued(state, default | recipe, default | state["recipe"], given, flags)
-    c = recipes.build(TrainConfig, wanted)
+    c = settings.build(TrainConfig, wanted)
     c.validate()
     if 0 < c.max_iters <= c.warmup_iters:
         say(f"warmup_iters={c.warmup_iters} is cut to {c.max_iters // 2}, half of the run")

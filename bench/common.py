@@ -35,7 +35,7 @@ import prepare  # noqa: E402
 import train  # noqa: E402
 from model import GPT  # noqa: E402
 from nanostlm import checkpoint  # noqa: E402
-from nanostlm import settings as recipes  # noqa: E402
+from nanostlm.settings import build, read_recipe  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------
 # The command line and the data
@@ -150,8 +150,8 @@ def ours(recipe: str, data: prepare.Data, out_dir: str | Path, **settings) -> li
 
 def trainer(recipe: str, data: prepare.Data, **changes) -> train.Trainer:
     """Our trainer in this process, with the recipe's settings ("" for none) and `changes`."""
-    values = (recipes.read(recipe, train.TrainConfig) if recipe else {}) | changes
-    c = recipes.build(train.TrainConfig, values)
+    values = (read_recipe(recipe, train.TrainConfig) if recipe else {}) | changes
+    c = build(train.TrainConfig, values)
     c.model.vocab_size = data.tokenizer.vocab_size
     machine = train.choose_machine(c)
     train.set_up(machine, c)

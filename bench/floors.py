@@ -20,7 +20,7 @@ import torch
 
 import train
 from model import GPT
-from nanostlm import settings as recipes
+from nanostlm import settings
 from nanostlm import tokenizer as tokenizers
 
 CARDS = {"H100 SXM 80 GB": common.CARDS["H100 80GB HBM3"], "RTX 4090 24 GB": common.CARDS["RTX 4090"]}
@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     options = common.parse(parser, argv)
     rows, found = [], []
     for file in sorted((common.ROOT / "config").glob("*.py")):
-        values = recipes.read(file, train.TrainConfig) if file.stem != "__init__" else {}
+        values = settings.read_recipe(file, train.TrainConfig) if file.stem != "__init__" else {}
         if not values or "init_from" in values:  # finetune.py has the size of what it begins from
             continue
-        c = recipes.build(train.TrainConfig, values)
+        c = settings.build(train.TrainConfig, values)
         made = on_paper(c) | {"tokens_a_pass": tokens_of_a_pass(options.data_dir, c.tokenizer)}
         for name, (peak, rate) in CARDS.items():
             speed = options.share * peak * 1e12 / made["flops_a_token"]

@@ -22,7 +22,7 @@ import torch
 
 import train
 from model import locate
-from nanostlm import settings as recipes
+from nanostlm import settings
 
 
 class Stopwatch:
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     add("ours", nargs="*", help="after --: further settings, as of train.py")
     options = common.parse(parser, argv)
     data = common.load_data(options)
-    given = recipes.command_line(train.TrainConfig, options.ours, {}, "")[2]
+    given = settings.command_line(train.TrainConfig, options.ours, {}, "")[2]
     changes = {"compile": str(options.compile)} | given
     trainer = common.trainer(options.recipe, data, **changes)
     watch, steps = Stopwatch(trainer.machine.device.type), []

@@ -153,11 +153,11 @@ def test_ablation_lists_variants_that_the_recipe_takes(capsys):
     import ablation
 
     import train
-    from nanostlm import settings as recipes
+    from nanostlm.settings import build, read_recipe
 
-    default = recipes.read(ROOT / "config" / "tiny.py", train.TrainConfig)
+    default = read_recipe(ROOT / "config" / "tiny.py", train.TrainConfig)
     for name, settings in ablation.VARIANTS.items():
-        c = recipes.build(train.TrainConfig, default | settings)
+        c = build(train.TrainConfig, default | settings)
         c.model.vocab_size = 512
         c.validate()
         assert " " not in name

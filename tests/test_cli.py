@@ -117,7 +117,7 @@ def test_mistakes_in_a_recipe(text, here):
 
 
 SETTINGS = {
-    ("--n_headd=4",): "no setting 'n_headd'; did you mean 'n_head'",
+    ("--n_headd=4",): "no option '--n_headd'; did you mean '--n_head'",
     ("nope.py",): r"no recipe nope.py; there are: .*tiny.py",
     ("--n_head=3",): "n_head=3 does not divide n_embd=16",
     ("--n_embd=-16",): "n_embd must be at least 1, not -16",

@@ -19,7 +19,7 @@ import prepare
 import train
 from model import GPT
 from nanostlm import checkpoint, optim, tokenizer
-from nanostlm import settings as recipes
+from nanostlm.settings import build
 from train import Batches, Diverged, Machine, TrainConfig, Trainer, choose_machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ MICRO = dict(dataset="mini", tokenizer="byte", n_layer=2, n_head=2, n_embd=16, b
 
 
 def settings(**changes) -> TrainConfig:
-    c = recipes.build(TrainConfig, MICRO | changes)
+    c = build(TrainConfig, MICRO | changes)
     c.model.vocab_size = changes.get("vocab_size", 257)
     return c
 

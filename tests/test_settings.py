@@ -1,8 +1,12 @@
-"""Recipes and the command line: parsed, never executed; typed; a slip of the fingers names what was meant."""
+"""Recipes and command lines: parsed, never executed; one-line errors; closest names. Exit statuses."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,8 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from nanostlm import settings as recipes
+from nanostlm import settings
+from nanostlm.tokenizer import Unreachable
 from train import FLAGS, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,13 +29,13 @@ def read(tmp_path):
     def reader(text: str | bytes) -> dict:
         path = tmp_path / "mine.py"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return recipes.read(path, TrainConfig)
+        return settings.read_recipe(path, TrainConfig)
 
     return reader
 
 
 def line(*argv: str):
-    return recipes.command_line(TrainConfig, list(argv), FLAGS, "about")
+    return settings.command_line(TrainConfig, list(argv), FLAGS, "about")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -150,12 +155,12 @@ def test_no_recipe_eats_the_machine(text, read):
 
 def test_no_such_recipe_names_those_there_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="no recipe .*nope.py; there are: .*tiny.py"):
-        recipes.read(tmp_path / "nope.py", TrainConfig)
+        settings.read_recipe(tmp_path / "nope.py", TrainConfig)
     with pytest.raises(FileNotFoundError, match="no recipe"):
-        recipes.read(tmp_path, TrainConfig)
+        settings.read_recipe(tmp_path, TrainConfig)
     (tmp_path / "latin.py").write_bytes(b"dataset = '\xe9'")
     with pytest.raises(ValueError, match="latin.py"):
-        recipes.read(tmp_path / "latin.py", TrainConfig)
+        settings.read_recipe(tmp_path / "latin.py", TrainConfig)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,8 +171,8 @@ def test_no_such_recipe_names_those_there_are(tmp_path):
 def test_a_shipped_recipe_is_what_it_says(name):
     """It builds, validates, and states its parameters, the share of the embeddings and its batch truly."""
     path = ROOT / "config" / f"{name}.py"
-    text, values = path.read_text(encoding="utf-8"), recipes.read(path, TrainConfig)
-    c = recipes.build(TrainConfig, values)
+    text, values = path.read_text(encoding="utf-8"), settings.read_recipe(path, TrainConfig)
+    c = settings.build(TrainConfig, values)
     c.model.vocab_size = 50_257 if c.tokenizer == "gpt2" else int(c.tokenizer.removeprefix("bpe"))
     c.validate()
     assert (
@@ -201,7 +206,7 @@ def test_a_shipped_recipe_is_what_it_says(name):
 
 def test_the_recipes_that_the_project_promises():
     assert {"tiny", "llama", "slm", "stories10m", "stories50m", "stories100m"} <= set(SHIPPED)
-    llama = recipes.build(TrainConfig, recipes.read(ROOT / "config" / "llama.py", TrainConfig)).model
+    llama = settings.build(TrainConfig, settings.read_recipe(ROOT / "config" / "llama.py", TrainConfig)).model
     plain = dict(norm="rmsnorm", norm_eps=1e-5, position="rope", rope_theta=10000.0, mlp="swiglu", bias=False,
                  qk_norm=False, embed_norm=False, share="none", window=0, softcap=0.0)  # fmt: skip
     assert {key: getattr(llama, key) for key in plain} == plain
@@ -212,7 +217,7 @@ def test_the_recipes_that_the_project_promises():
 
 
 def test_every_setting_has_a_comment_a_group_and_a_type():
-    table = recipes.settings(TrainConfig)
+    table = settings.settings_of(TrainConfig)
     names = [f.name for cls in (TrainConfig, GPTConfig) for f in fields(cls) if f.name != "model"]
     assert sorted(table) == sorted(names), "no name twice"
     for s in table.values():
@@ -222,16 +227,95 @@ def test_every_setting_has_a_comment_a_group_and_a_type():
     assert groups[0] == "everyday" and groups[-1] == "the model"
 
 
-@dataclass
-class Bare:
+@dataclass(frozen=True)
+class Inner:
+    width: int = 4
+    name: str = "a # b"  # a comment after a default with a #
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A comment such as `width: int = 3  # no` here is no field."""
+
+    plain: int = 1
     # -- a group
     a: int = 1  # with a comment
-    b: int = 2
+    # a comment of its own
+    b: float = 2.0
+    wrapped: str = (
+        "a default that is longer than a line, "  # wrapped by
+        "and is therefore wrapped"  # the formatter
+    )
+    longer: float = (  # first
+        3.0 * 4.0
+    )  # last
+
+    # -- another: group
+    choice: "bool" = False  # 50% of it
+    inner: Inner = field(default_factory=Inner)
+
+    def method(self):
+        c: int = 3  # no field either
+        return c
 
 
-def test_a_field_without_a_comment_is_noticed():
-    with pytest.raises(KeyError, match="b"):
-        recipes.settings(Bare)
+@dataclass(frozen=True)
+class Derived(Outer):
+    depth: int = 3  # of the derived class
+
+
+def test_comments_are_the_help_and_are_optional():
+    table = settings.settings_of(Derived)
+    assert {s.name: (s.help, s.group, s.nested) for s in table.values()} == {
+        "plain": ("", "", ""),
+        "a": ("with a comment", "a group", ""),
+        "b": ("", "a group", ""),
+        "wrapped": ("wrapped by the formatter", "a group", ""),
+        "longer": ("first last", "a group", ""),
+        "choice": ("50% of it", "another: group", ""),
+        "width": ("", "the inner", "inner"),
+        "name": ("a comment after a default with a #", "the inner", "inner"),
+        "depth": ("of the derived class", "", ""),
+    }
+    assert table["choice"].type is bool and table["longer"].default == 12.0
+
+
+def test_a_class_without_source_has_no_help():
+    cls = make_dataclass("Interactive", [("a", int, field(default=1)), ("b", str, field(default="x"))])
+    assert [s.help for s in settings.settings_of(cls).values()] == ["", ""]
+
+
+def test_frozen_dataclasses_are_built():
+    assert settings.build(Outer, dict(a=5, width=6)) == Outer(a=5, inner=Inner(width=6))
+    assert settings.build(Outer, {}) == Outer()
+    with pytest.raises(ValueError, match="Outer: there is no setting 'widht'; did you mean 'width'"):
+        settings.build(Outer, dict(widht=6))
+
+
+def test_fields_that_cannot_be_settings():
+    twice = make_dataclass("Twice", [("width", int, field(default=1)), ("inner", Inner, field(default=None))])
+    with pytest.raises(ValueError, match="Twice has two settings 'width'; rename"):
+        settings.settings_of(twice)
+    for wrong in [("sizes", list[int], field(default=None)), ("size", int)]:
+        with pytest.raises(
+            ValueError, match=rf"Wrong.{wrong[0]} must be int, float, bool or str, with a default"
+        ):
+            settings.settings_of(make_dataclass("Wrong", [wrong]))
+
+
+def test_settings_that_the_program_computes_are_refused(tmp_path, capsys):
+    reason = {"width": "comes from the name; choose one with --name"}
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("width = 5")
+    for words in (["--width=5"], [str(recipe)]):
+        with pytest.raises(ValueError, match="^width comes from the name; choose one with --name$"):
+            settings.command_line(Outer, words, {}, "about", reason)
+    assert settings.command_line(Outer, ["--name=x"], {}, "about", reason)[2] == {"name": "x"}
+    with pytest.raises(SystemExit):
+        settings.command_line(Outer, ["--help"], {}, "about", reason)
+    said = capsys.readouterr().out
+    assert "--width" not in said and re.search(r"--choice bool +50% of it \(default: False\)", said)
+    assert re.search(r"--plain int +\(default: 1\)", said)
 
 
 def test_values_on_the_command_line():
@@ -258,11 +342,12 @@ def test_the_command_line_goes_over_the_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--n_headd=4"], "no setting 'n_headd'; did you mean 'n_head'"),
-    (["--resum"], "did you mean 'resume'"),
-    (["--batchsize", "4"], "did you mean 'batch_size'"),
-    (["--qqqq=1"], "no setting 'qqqq'"),
-    (["--model=1"], "no setting 'model'"),
+    (["--n_headd=4"], "no option '--n_headd'; did you mean '--n_head'"),
+    (["--resum"], "did you mean '--resume'"),
+    (["--batchsize", "4"], "did you mean '--batch_size'"),
+    (["--promt=Once upon a time"], "did you mean '--prompt'"),
+    (["--qqqq=1"], "no option '--qqqq'; --help lists all options"),
+    (["--model=1"], "no option '--model'"),
     (["--n_layer=two"], "n_layer takes a whole number, not 'two'"),
     (["--n_layer="], "n_layer takes a whole number"),
     (["--n_layer"], "expected one argument"),
@@ -287,7 +372,7 @@ def test_help_lists_every_setting_in_groups_the_everyday_ones_first(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     flat = " ".join(text.split())
-    for s in recipes.settings(TrainConfig).values():
+    for s in settings.settings_of(TrainConfig).values():
         assert f"--{s.name} " in text and " ".join(s.help.split()) in flat, s.name
         assert f"(default: {s.default!r})" in flat
     for flag in FLAGS:
@@ -296,3 +381,151 @@ def test_help_lists_every_setting_in_groups_the_everyday_ones_first(capsys):
     places = [text.index(f"\n{title}:") for title in titles]
     assert places == sorted(places)
     assert max(map(len, text.splitlines())) <= 110
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scripts
+
+
+def parser() -> settings.Parser:
+    parser = settings.Parser(prog="some.py")
+    parser.add_argument("dest", nargs="?")
+    parser.add_argument("--prompt", default="")
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--to", choices=["hf", "llama2c"])
+    return parser
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--promt", "x"], "there is no option '--promt'; did you mean '--prompt'?"),
+    (["--promt=some words"], "there is no option '--promt'; did you mean '--prompt'?"),
+    (["--top-k=3"], "there is no option '--top-k'; did you mean '--top_k'?"),
+    (["--pro", "x"], "there is no option '--pro'"),  # no abbreviations
+    (["--zzz"], "there is no option '--zzz'; --help lists all options"),
+    (["--top_k=many"], "argument --top_k: invalid int value: 'many'"),
+    (["--top_k"], "argument --top_k: expected one argument"),
+    (["--to", "x"], "argument --to: invalid choice: 'x' (choose from "),
+    (["a", "b"], "unrecognized arguments: b"),
+    (["-x"], "unrecognized arguments: -x"),
+])  # fmt: skip
+def test_the_parser_raises_one_line(words, said):
+    with pytest.raises(ValueError, match="^" + re.escape(said)) as caught:
+        parser().parse_args(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_parser_takes_what_only_looks_like_an_option():
+    assert parser().parse_args(["--prompt=--zzz"]).prompt == "--zzz"
+    assert parser().parse_args(["--prompt", "-- he said"]).prompt == "-- he said"
+    assert parser().parse_args(["--", "--zzz"]).dest == "--zzz"
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(["--help"])
+    assert caught.value.code == 0
+
+
+def test_closest():
+    assert settings.closest("n_headd", {"n_head", "n_layer"}) == "; did you mean 'n_head'?"
+    assert settings.closest("zzz", ["n_head"]) == settings.closest("zzz", []) == ""
+
+
+STATUSES = [
+    (ValueError("a\n  b"), 2, "a b"),
+    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "invalid start byte"),
+    (json.JSONDecodeError("Expecting value", "", 0), 2, "Expecting value"),
+    (FileNotFoundError(2, "No such file", "x.txt"), 2, "[Errno 2] No such file: 'x.txt'"),
+    (FileExistsError("x is there"), 2, "x is there"),
+    (IsADirectoryError("x is a folder"), 2, "x is a folder"),
+    (NotADirectoryError("x is a file"), 2, "x is a file"),
+    (Unreachable("no network"), 1, "no network"),
+    (PermissionError(13, "Permission denied", "x"), 1, "Permission denied"),
+    (OSError(28, "No space left on device"), 1, "No space left on device"),
+    (RuntimeError("the kernel failed"), 1, "the kernel failed"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
+    (MemoryError(), 1, "MemoryError"),
+    (ImportError("No module named 'x'"), 1, "No module named 'x'"),
+]
+
+
+@pytest.mark.parametrize("error, status, said", STATUSES, ids=lambda x: type(x).__name__)
+def test_a_script_maps_exceptions_to_exit_statuses(error, status, said, capsys):
+    @settings.script
+    def main(argv):
+        raise error
+
+    assert main([]) == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_a_script_returns_0_and_passes_other_exceptions_through(capsys, monkeypatch):
+    @settings.script
+    def main(argv):
+        """What it does."""
+        if argv[0] == "bug":
+            raise KeyError("bug")
+        if argv[0] == "exit":
+            sys.exit(3)
+        if argv[0] == "ctrl-c":
+            raise KeyboardInterrupt
+        return {"none": None, "zero": 0, "signal": 143}[argv[0]]
+
+    assert (main(["none"]), main(["zero"]), main(["signal"]), main(["ctrl-c"])) == (0, 0, 143, 130)
+    with pytest.raises(KeyError):
+        main(["bug"])
+    with pytest.raises(SystemExit) as caught:
+        main(["exit"])
+    assert caught.value.code == 3
+    monkeypatch.setattr(sys, "argv", ["some.py", "signal"])
+    assert main() == 143 and main.__name__ == "main" and main.__doc__ == "What it does."
+    assert capsys.readouterr() == ("", "")
+
+
+SCRIPT = r"""
+import signal, sys, warnings
+from nanostlm import settings
+
+@settings.script
+def main(argv):
+    match argv:
+        case ["warn"]:
+            warnings.warn("two\n  lines")
+        case ["print", count]:
+            for i in range(int(count)):
+                print(i)
+        case ["unicode"]:
+            print("\u2602 \ud83d")
+        case ["ctrl-c"]:
+            signal.raise_signal(signal.SIGINT)
+    return 0
+
+sys.exit(main())
+"""
+
+
+def launch(*argv: str, **options) -> subprocess.Popen:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONWARNINGS": "default",
+    }
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *argv], **pipes, **options)
+
+
+def test_a_script_in_a_process_of_its_own():
+    for argv, status, out, err in [
+        (["warn"], 0, b"", b"note: two lines\n"),
+        (["print", "2"], 0, b"0\n1\n", b""),
+        (["unicode"], 0, "\u2602 ?\n".encode(), b""),
+        (["ctrl-c"], 130, b"", b""),
+    ]:
+        process = launch(*argv)
+        found = process.communicate()
+        assert (process.returncode, *(text.replace(b"\r", b"") for text in found)) == (status, out, err), argv
+
+
+@pytest.mark.parametrize("count", ["1", "1000000"])  # fails when the output is flushed, and in the middle
+def test_a_script_whose_reader_has_left(count):
+    process = launch("print", count)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
