@@ -14,9 +14,21 @@ from pathlib import Path
 import pytest
 
 from nanostlm import toystories
-from nanostlm.toystories import GRAMMAR, LISTS, RULES, Choice, Draw, Grammar, Ref, check, derivations, stories
+from nanostlm.toystories import (
+    GRAMMAR,
+    REQUIRED,
+    TEXT,
+    Choice,
+    Draw,
+    Grammar,
+    Ref,
+    check,
+    derivations,
+    expand,
+    stories,
+)
 
-ROOT = Path(toystories.__file__).parent
+ROOT = Path(__file__).parents[1]
 SAMPLE = list(islice(stories(seed=0), 2000))
 KIDS = {row[0] for row in GRAMMAR.lists["kid"]}
 
@@ -264,7 +276,7 @@ def test_the_proof_can_fail():
         ),
         ("story: He <hero=kid> sat. {he}. | He <friend=kid> sat. {friend.he}.\n", True),
     ]:
-        grammar = Grammar(lists, rules)
+        grammar = Grammar(lists + rules)
         if ambiguous:
             with pytest.raises(AssertionError, match="two ways"):
                 prove_unambiguous(grammar)
@@ -352,13 +364,13 @@ def test_probabilities_are_those_that_are_drawn():
         chances = [math.exp(logprob) for logprob in choice.logprobs]
         steps = [b - a for a, b in zip((0, *choice.cumulative), (*choice.cumulative, 1), strict=True)]
         assert chances == pytest.approx(steps), choice.rule
-    chances = [math.exp(logprob) for logprob in Grammar("", "story: a | (3) b\n").start.logprobs]
+    chances = [math.exp(logprob) for logprob in Grammar("story: a | (3) b\n").start.logprobs]
     assert chances == pytest.approx([0.25, 0.75])
 
 
 def test_what_is_drawn_twice_differs(monkeypatch):
     lists = "kid, name:\n    Tom, Lily, Max\n"
-    grammar = Grammar(lists, "story: <hero=kid> [and <friend=kid> | alone], <third=kid>\n")
+    grammar = Grammar(lists + "story: <hero=kid> [and <friend=kid> | alone], <third=kid>\n")
     monkeypatch.setattr(toystories, "GRAMMAR", grammar)
     counts = Counter(islice(stories(seed=0), 3000))
     assert len(counts) == 6 + 6
@@ -394,7 +406,7 @@ def test_a_story_depends_on_seed_and_number_only():
     assert list(islice(stories(1), 5)) != SAMPLE[:5] != list(islice(stories(-1), 5))
 
 
-def judge(sample):
+def assert_valid(sample):
     for text, logprob in sample:
         verdict = check(text)
         assert verdict.ok and verdict.logprob == logprob, (text, verdict)
@@ -406,12 +418,12 @@ def judge(sample):
 
 
 def test_check_agrees_with_the_generator():
-    judge(SAMPLE)
+    assert_valid(SAMPLE)
 
 
 @pytest.mark.slow
 def test_check_agrees_with_the_generator_100_000_times():
-    judge(islice(stories(seed=1), 100_000))
+    assert_valid(islice(stories(seed=1), 100_000))
 
 
 def test_each_story_has_one_derivation():
@@ -476,7 +488,7 @@ def test_a_wrong_word_late_in_a_story_is_named(words, rule, openings):
     assert verdicts[rule] >= 0.98 * verdicts.total() > 10, verdicts
 
 
-def test_a_wrong_word_drawn_from_a_column_is_judged():
+def test_a_wrong_word_drawn_from_a_column_is_checked():
     """What mends a thing is a column that only some of the lists of things have."""
     story = next(text for text, _ in SAMPLE if " hours, and with " in text and "they made the" in text)
     before, rest = story.split(" hours, and with ")
@@ -508,21 +520,21 @@ def test_a_story_cut_short_is_unfinished():
 
 def test_a_story_without_its_turn_is_told_so():
     """Leave out the sentences in which a thing is found or mended, or a quarrel is made up."""
-    must = "|".join(toystories.MUST)
-    marked = Grammar(LISTS, re.sub(rf"<({must})>", r"#\1 <\1>#", RULES))
+    required = "|".join(REQUIRED)
+    marked = Grammar(re.sub(rf"<({required})>", r"#\1 <\1>#", TEXT))
     verdicts = Counter()
     for seed in range(400):
         parts = []
         memory = [None] * (len(marked.variables) + 1)
-        toystories._tell((marked.start,), memory, parts.append, [].append, random.Random(seed).random)
-        before, *found = re.split(rf"\s?#({must}) ([^#]*)#", "".join(parts))
+        expand((marked.start,), memory, parts.append, [].append, random.Random(seed).random)
+        before, *found = re.split(rf"\s?#({required}) ([^#]*)#", "".join(parts))
         if found:
             rule, left_out, after = found
             verdict = check(before + after)
             verdicts[rule, verdict.rule] += 1
-            assert verdict.rule == toystories.MUST[rule], (before, left_out, after, verdict)
+            assert verdict.rule == REQUIRED[rule], (before, left_out, after, verdict)
     print(verdicts)
-    assert min(verdicts[pair] for pair in toystories.MUST.items()) > 10, verdicts
+    assert min(verdicts[pair] for pair in REQUIRED.items()) > 10, verdicts
 
 
 GARBAGE = [
