@@ -121,10 +121,9 @@ def test_batches_equal_one_by_one(any_tokenizer):
     tok = any_tokenizer
     many = [*texts(700), "", "", f"x {EOT} y", "end \n\n"]
     alone = [tok.encode(text) for text in many]
-    assert [list(ids) for ids in tok.encode_batch(many, num_threads=2)] == alone
     assert tok.encode_stories(many).tolist() == [i for ids in alone for i in (*ids, tok.eot)]
     assert tok.encode_stories(many[:3]).tolist() == [i for ids in alone[:3] for i in (*ids, tok.eot)]
-    assert tok.encode_stories([]).size == 0 and tok.encode_batch([]) == []
+    assert tok.encode_stories([]).size == 0
 
 
 def test_equal_ids_in_hugging_face(bpe, tmp_path):
@@ -221,7 +220,7 @@ def test_names_that_are_none(name, words):
 
 def test_bad_input_is_one_clear_line(any_tokenizer, tmp_path):
     tok = any_tokenizer
-    for call in (tok.encode, lambda t: tok.encode_stories(["fine", t]), lambda t: tok.encode_batch([t])):
+    for call in (tok.encode, lambda t: tok.encode_stories([t]), lambda t: tok.encode_stories(["fine", t])):
         with pytest.raises(ValueError, match="half a surrogate pair .*U\\+D83D"):
             call("a \ud83d b")
     for ids in ([tok.vocab_size], [0, -1]):
