@@ -25,6 +25,7 @@ import common
 import numpy as np
 
 import prepare
+from nanostlm import sources
 from nanostlm import tokenizer as tokenizers
 
 MB = 1_000_000
@@ -33,9 +34,9 @@ MB = 1_000_000
 def stories(text: str | None) -> Iterator[str]:
     """The stories of a file or folder, over and over; those of the built-in corpus have no end."""
     if text is None:
-        return prepare.read_toystories()
+        return sources.corpus("toystories").generate()
     return (
-        story for _ in itertools.count() for story in prepare.find("text", text, None)["train"]() if story
+        story for _ in itertools.count() for story in sources.find("text", text, None)["train"]() if story
     )
 
 

@@ -283,10 +283,10 @@ def test_within_gives_up_on_what_hangs():
 
 
 def test_importing_is_light():
-    """train.py imports both to read files: no library that takes a second."""
+    """train.py imports these to read files: they import no library that takes a second."""
     heavy = "torch datasets tokenizers tiktoken huggingface_hub pandas pyarrow nanostlm.toystories"
     listed = f"[m for m in '{heavy}'.split() if m in sys.modules]"
-    code = f"import sys, prepare, nanostlm.tokenizer; print({listed})"
+    code = f"import sys, prepare, nanostlm.data, nanostlm.sources, nanostlm.tokenizer; print({listed})"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "[]", done.stderr
