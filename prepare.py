@@ -198,8 +198,8 @@ def main(argv: list[str]) -> None:
     add("--tokenizer", default="bpe4096", help="gpt2, byte or bpeN (default: %(default)s)")
     add("--source", help=".txt, .jsonl, .parquet, a folder of them, or the id of a data set on the Hub")
     limits = ", ".join(f"{n:,} of {name}" for name, c in sources.CORPORA.items() if (n := c.stories))
-    add("--stories", type=int, help=f"use only the first N stories (default: all; {limits})")
-    add("--workers", type=int, help="threads that encode (default: one per processor)")
+    add("--stories", type=int, metavar="N", help=f"use only the first N stories (default: all; {limits})")
+    add("--workers", type=int, metavar="N", help="threads that encode (default: one per processor)")
     add("--data_dir", default="data", help="where to write CORPUS/TOKENIZER/ (default: %(default)s)")
     try:
         prepare(**vars(parser.parse_args(argv)))

@@ -1,11 +1,11 @@
-"""The files of a prepared corpus, in data/CORPUS/TOKENIZER/.
+"""Write and read the files of a prepared corpus, in data/CORPUS/TOKENIZER/.
 
-train.bin, val.bin   token ids, little-endian uint16 (uint32 above 65,536 ids), with end-of-text after every
-                     story, without a header
-meta.json            corpus, source, limit, tokenizer, dtype; stories, tokens and bytes of each split
-tokenizer.json       a trained tokenizer
+    train.bin, val.bin   token ids, little-endian uint16 (uint32 above 65,536 ids), with end-of-text after every
+                         story, without a header
+    meta.json            corpus, source, limit, tokenizer, dtype; stories, tokens and bytes of each split
+    tokenizer.json       the tokenizer, if it was trained on the corpus
 
-data = load("data/tinystories/bpe4096")   # Data(train, val, meta, tokenizer, folder)
+`load("data/tinystories/bpe4096")` returns Data(train, val, meta, tokenizer, folder).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""prepare.py: bins that say what the corpus says, made whole or not at all; one clear line for bad input."""
+"""prepare.py: the bins have the text of the corpus, all files appear at once, bad input is one clear line."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def test_a_bpe_is_trained_on_the_training_split_only(tmp_path):
     val = texts_of(data, "val")
     trained = tokenizers.train_bpe([t for t in texts if t not in val], 400)
     assert val and data.tokenizer.sha256 == trained.sha256
-    assert data.tokenizer.sha256 != tokenizers.train_bpe(texts, 400).sha256  # so it can tell
+    assert data.tokenizer.sha256 != tokenizers.train_bpe(texts, 400).sha256  # the vocabularies differ
 
 
 def test_a_vocabulary_over_65536_is_uint32(tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_split_is_by_story_and_never_both(n):
     assert Counter(train) + Counter(val) == Counter(texts) and train and val and not set(train) & set(val)
     assert [t for t, _ in items] == texts
     assert set(val) == {t for t, is_val in sources.split_by_hash(sorted(texts)) if is_val}
-    if n == 500:  # with more stories, none of these changes sides
+    if n == 500:  # with more stories, none of these changes its split
         more = {t for t, v in sources.split_by_hash([*texts, *(f"more {i}" for i in range(5000))]) if v}
         assert set(val) == more & set(texts) and 20 < len(more) < 100
 
@@ -232,7 +232,7 @@ def test_tinystories_is_repaired_and_empty_stories_are_dropped(tmp_path):
     assert broken.startswith("â€œYes,â€ she")
     latin = quotes.encode().decode("latin-1")
     fine = 'It cost 5 € in the château, "â" she said. “Good.”'
-    kept = "".join(c.encode().decode("cp1252") for c in "“’")  # in another corpus, not ours to change
+    kept = "".join(c.encode().decode("cp1252") for c in "“’")  # another corpus is not repaired
     parquet(
         tmp_path / "s" / "data" / "train-00000-of-00001.parquet",
         [broken, "", latin, fine, " \n", None, "â€\x9d", kept + " ok"],
@@ -257,7 +257,7 @@ def test_real_stories(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Again, killed, two at once
+# Run again, killed, two at once
 
 
 def test_what_is_there_is_kept_while_it_does(tmp_path, capsys):
@@ -278,7 +278,7 @@ def test_what_is_there_is_kept_while_it_does(tmp_path, capsys):
     whole = made(tmp_path, source)
     assert whole.meta["limit"] is None and len(all_texts(whole)) == 400
     assert made(tmp_path, source, stories=10_000).meta["limit"] is None
-    assert "is ready" in capsys.readouterr().out  # it has all there are
+    assert "is ready" in capsys.readouterr().out  # it already has all stories
     time.sleep(0.01)
     txt(tmp_path / "mine.txt", stories(401))
     assert len(all_texts(made(tmp_path, source))) == 401
@@ -308,11 +308,11 @@ def test_a_killed_prepare_is_done_again(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True).returncode == -9
     assert not (tmp_path / "data" / "mine" / "byte").exists()
-    assert any(p.endswith("train.bin") for p in map(str, (tmp_path / "data").rglob("*")))  # it was under way
+    assert list((tmp_path / "data").rglob("train.bin"))  # it was in progress
     with pytest.raises(ValueError, match="python prepare.py mine --tokenizer byte"):
         load(tmp_path / "data" / "mine" / "byte")
     assert len(all_texts(made(tmp_path, source))) == 3000
-    assert os.listdir(tmp_path / "data") == ["mine"]  # what the first one left is gone
+    assert os.listdir(tmp_path / "data") == ["mine"]  # the remains of the killed process are removed
     assert os.listdir(tmp_path / "data" / "mine") == ["byte"]
 
 
@@ -346,7 +346,7 @@ def test_two_at_once(tmp_path):
     both = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [p.communicate(timeout=60)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0]
-    assert sum("is ready" in out for out in outputs) == 1  # one did the work, the other found it done
+    assert sum("is ready" in out for out in outputs) == 1  # one made it, the other found it
     data = load(tmp_path / "data" / "mine" / "bpe300")
     assert len(all_texts(data)) == 4000 and os.listdir(tmp_path / "data" / "mine") == ["bpe300"]
     assert os.listdir(tmp_path / "data") == ["mine"]
@@ -370,7 +370,7 @@ def test_waiting_for_another_prepare(tmp_path, capsys):
 
 
 def test_a_data_dir_without_locks(tmp_path, monkeypatch, capsys):
-    """As in a read-only directory: data that are there are ready; others are made without a lock."""
+    """In a read-only directory, for example: existing data are ready, other data are made without a lock."""
     source = txt(tmp_path / "mine.txt", stories(100))
 
     def refuse(*args, **kwargs):
@@ -401,7 +401,7 @@ def test_memory_is_flat(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# load(): what does not fit is refused, with what to type
+# load() refuses damaged data, and names the command that makes them anew
 
 
 def edit(path: Path, change) -> None:
@@ -432,7 +432,7 @@ def test_damaged_data_are_refused(tmp_path, harm, words):
     if "tokenizer.json is not" not in words:
         where = re.escape(f"--data_dir {tmp_path / 'data'}")
         assert re.search(f"python prepare.py mine --tokenizer bpe300 --source PATH {where}", str(error.value))
-    assert sorted(all_texts(made(tmp_path, source, "bpe300"))) == sorted(stories(30))  # prepare saw it, too
+    assert all_texts(made(tmp_path, source, "bpe300")) == sorted(stories(30))  # prepare notices it, too
 
 
 def test_the_highest_id_is_found(monkeypatch):
@@ -443,12 +443,12 @@ def test_the_highest_id_is_found(monkeypatch):
         assert highest(ids, block=64, most=100) == 9
     ids[:] = 3
     ids[-1] = 9
-    assert highest(ids, block=10, most=5) == 9  # of a large file the start, the end and some between
+    assert highest(ids, block=10, most=5) == 9  # in a large file: the start, the end, and parts between
     assert highest(np.full(1000, 7, np.uint16), block=10, most=5) == 7
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command line: one clear line, exit status 2 (a mistake) or 1 (the machine), nothing left behind
+# The command line: one clear line, exit status 2 (user error) or 1 (the machine failed), no files left
 
 
 def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
@@ -540,7 +540,7 @@ def cli(*args, **env):
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "offline"])
 def test_the_hub_out_of_reach(tmp_path, kind):
-    """Within 5 seconds, the interpreter's start included; a busy machine has two tries."""
+    """Within 5 seconds, including the start of the interpreter; a busy machine has two attempts."""
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         port = silent.getsockname()[1]
         if kind == "refused":
@@ -561,7 +561,7 @@ def test_out_of_reach_is_an_exception_of_its_own():
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as `datasets` asks for: one data set, `files` of {path: bytes}."""
+    """The part of the Hub that `datasets` needs: one data set, with `files` {path: bytes}."""
 
     files, name, sha, asked = {}, "someone/MyStories", "a" * 40, []
 
@@ -613,7 +613,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_a_data_set_of_the_hub(tmp_path):
-    """Some stories are streamed; all of them are downloaded once, and then need no network."""
+    """Some stories are streamed; all stories are downloaded once and need no network later."""
     train, val = stories(200), stories(20, seed=1)
     for name, texts in (("train", train), ("validation", val)):
         path = parquet(tmp_path / "x.parquet", texts)

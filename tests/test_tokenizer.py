@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, ids equal to Hugging Face's, and nothing special in a text."""
+"""Tokenizers: exact round trips, ids equal to Hugging Face's, and no special tokens from text."""
 
 import json
 import random
@@ -52,7 +52,7 @@ def story(r: random.Random) -> str:
 
 
 def piece(r: random.Random) -> str:
-    """A bit of anything that can stand in a str."""
+    """A random piece of text, of any kind that a str can hold."""
     kind = r.randrange(7)
     if kind == 0:
         return r.choice(BLANKS) * r.randint(1, 6)
@@ -139,7 +139,7 @@ def test_equal_ids_in_hugging_face(bpe, tmp_path):
 
 @pytest.mark.parametrize("letters,size", [("ab", 300), ("abc ", 400), ("a \n", 330), ("ab😀é", 500)])
 def test_equal_ids_where_merges_are_ambiguous(letters, size, tmp_path):
-    """Few letters make tokens that several pairs could make (a|aa and aa|a): the hard case for equal ids."""
+    """With few letters, several pairs could form a token (a|aa and aa|a): the hard case for equal ids."""
     r = random.Random(size)
     tok = tokenizer.train_bpe(["".join(r.choices(letters, k=60)) for _ in range(400)], size)
     hf = hugging_face(tok, tmp_path / "tokenizer.json")
@@ -178,7 +178,7 @@ def test_training_is_deterministic_and_sha256_tells_vocabularies_apart(bpe):
 
 def test_frequent_pairs_merge_first(bpe):
     assert tokenizer.train_bpe(["zy zy zy zy ab ab abc"], 300).tokens[256] == b"zy"
-    assert len(bpe.encode("once upon a time there was a little girl named lily")) == 11  # a token a word
+    assert len(bpe.encode("once upon a time there was a little girl named lily")) == 11  # one token per word
 
 
 def test_a_word_that_no_merge_reaches(tmp_path):
