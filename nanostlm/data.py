@@ -1,7 +1,7 @@
 """Write and read the files of a prepared corpus, in data/CORPUS/TOKENIZER/.
 
-    train.bin, val.bin   token ids, little-endian uint16 (uint32 above 65,536 ids), with end-of-text after every
-                         story, without a header
+    train.bin, val.bin   token ids, little-endian uint16 (uint32 above 65,536 ids), with end-of-text after
+                         every story, without a header
     meta.json            corpus, source, limit, tokenizer, dtype; stories, tokens and bytes of each split
     tokenizer.json       the tokenizer, if it was trained on the corpus
 
