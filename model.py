@@ -321,20 +321,20 @@ class Head(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         """
         (None, loss), or (logits, loss) where loss_chunk is 0. Smoothing, z-loss and the own loss of a pointer
-        (`copies`): in training only.
+        (`copies`) count in training only. With smoothing or z-loss, all logits are computed at once.
         """
         c = self.config
         extra = (c.label_smoothing, c.z_loss) if self.training else (0.0, 0.0)
         gate, copied, own = (None, None, 0.0) if copies is None else copies.of(targets)
         own = c.pointer_loss * own if self.training else 0.0
-        if c.loss_chunk == 0:
+        if c.loss_chunk == 0 or any(extra):
             logits = self(x) if copies is None else copies.mix(self(x))
-            return logits, cross_entropy(logits, targets, *extra) + own
+            return None if c.loss_chunk else logits, cross_entropy(logits, targets, *extra) + own
         x, device, learn = self.norm(x).flatten(0, 1), x.device.type, torch.is_grad_enabled()
         mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
         weight, targets = self.linear.weight, targets.flatten()
-        loss = ChunkedCrossEntropy.apply(x, weight, targets, gate, copied, dtype, learn, c, *extra)
+        loss = ChunkedCrossEntropy.apply(x, weight, targets, gate, copied, dtype, learn, c)
         return None, loss + own
 
 
@@ -432,7 +432,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, gate, copied, dtype, learn, c, smoothing, z_loss):
+    def forward(ctx, x, weight, targets, gate, copied, dtype, learn, c):
         count = (targets >= 0).sum().clamp(min=1)
         w, V = weight.to(dtype), c.vocab_size
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -449,9 +449,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(xc, w.t(), out=narrow[:n])
             logits = softcap(wide[:n].copy_(narrow[:n]), c.softcap)  # (n, padded_vocab)
             logits[:, V:] = -torch.inf
-            nll = (smoothing - 1) * logits.gather(1, y)[:, 0]  # log_z, and more, is added below
-            if smoothing:
-                nll = nll - smoothing * logits[:, :V].mean(dim=-1)
+            nll = -logits.gather(1, y)[:, 0]  # log_z is added below
             slope = 1 - (logits / c.softcap).square() if c.softcap and learn else None  # of the cap
             top = logits.amax(dim=-1)
             grad = torch.softmax(logits, dim=-1, out=soft[:n])  # its largest is 1 / sum of exp(x - top)
@@ -463,14 +461,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 share = (own + nll).exp()
                 dgate.append(-share * kept)
                 dcopied.append((share - 1) * kept)
-            total = total + ((nll + z_loss * log_z.square()) * kept).sum()
+            total = total + (nll * kept).sum()
             if not learn:
                 continue
             # d nll / d logits; divided by count only later: fp16 would round that to 0
-            grad.mul_((kept * (share + 2 * z_loss * log_z))[:, None])
-            grad.scatter_add_(1, y, (kept * share * (smoothing - 1))[:, None])
-            if smoothing:
-                grad[:, :V] -= (kept * smoothing / V)[:, None]
+            grad.mul_((kept * share)[:, None])
+            grad.scatter_add_(1, y, (-kept * share)[:, None])
             if slope is not None:
                 slope[:, V:] = 0
                 grad *= slope
@@ -488,7 +484,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dx, dw, *mixture = (g if g is None else g * grad for g in ctx.saved_tensors)
-        return dx, dw, None, *mixture, *[None] * 5
+        return dx, dw, None, *mixture, *[None] * 3
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
