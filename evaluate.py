@@ -47,18 +47,14 @@ def windows(
 
 
 @torch.no_grad()
-def total_nats(
-    model, batches, device: str | torch.device = "cpu", eot: int | None = None
-) -> tuple[float, int]:
+def total_nats(model, batches, device: str | torch.device = "cpu") -> tuple[float, int]:
     """
-    Sum over batches (idx, targets) of the cross entropy in nats, and the number of targets. With `eot`, for
-    models of cross_stories=False, attention does not look back past that id.
+    Sum over batches (idx, targets) of the cross entropy in nats, and the number of targets.
     """
     nats, count = 0.0, 0
     for idx, targets in batches:
         idx, n = idx.to(device), int((targets != -1).sum())
-        apart = {} if eot is None else {"segments": (idx == eot).cumsum(dim=1)}
-        nats += n * model(idx, targets.to(device), **apart)[1].item()  # nanoGPT's model comes here too
+        nats += n * model(idx, targets.to(device))[1].item()  # nanoGPT's model comes here too
         count += n
     return nats, count
 
@@ -131,7 +127,7 @@ def main() -> int:
     if options.dtype == "int8":
         sample.quantize(model)
     batches = windows(data.val, tokenizer.eot, model.config.block_size, options.rows)
-    nats, count = total_nats(model, batches, eot=None if trained["cross_stories"] else tokenizer.eot)
+    nats, count = total_nats(model, batches)
     size = token_bytes(tokenizer)[data.val].sum()
     print(f"{path}: {nats / count:.4f} nats a token, {bits_per_byte(nats, size):.4f} bits per byte "
           f"({count:,} tokens of {data.folder}/val.bin)")  # fmt: skip

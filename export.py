@@ -25,10 +25,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from model import GATES, GPT, MLPS, GPTConfig, LoRA, rope_table, sinusoids
+from model import GATES, GPT, MLPS, GPTConfig, rope_table
 from nanostlm import checkpoint
 from nanostlm import tokenizer as tokenizers
 from nanostlm.tokenizer import EOT, Tokenizer, Unreachable
+from nanostlm.variants import LoRA, sinusoids
 
 # ----------------------------------------------------------------------------------------------------------
 # Which settings another program knows, and how it calls them
@@ -462,7 +463,7 @@ def run(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{there[0]} is there already; --overwrite writes over it")
     source = checkpoint.find(options.out_dir or checkpoint.newest_run())
     model, tokenizer = checkpoint.load(source)
-    print(f"{source}: {model.num_params()['total'] / 1e6:.1f}M parameters, {tokenizer.name}")
+    print(f"{source}: {model.config.estimate()['parameters'] / 1e6:.1f}M parameters, {tokenizer.name}")
     if options.to == "hf":
         print(f"{dest}: {to_hf(model, tokenizer, dest)}, for AutoModelForCausalLM and AutoTokenizer")
     else:

@@ -30,8 +30,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import GPT, KVCache
+from model import GPT
 from nanostlm import checkpoint
+from nanostlm.kv_cache import KVCache
 
 Sampler = Callable[[Tensor, Tensor], Tensor]  # (logits, history) -> logits
 Stop = Callable[[list[int]], bool]  # a row's new ids -> whether it ends with the last of them
@@ -162,33 +163,6 @@ def stop_string(tokenizer, text: str) -> Stop:
 # From ids to ids
 
 
-class FixedCache(KVCache):
-    """
-    A cache after its prompt, made so that one compiled step does for every token: how many tokens it has seen
-    is a tensor, and all columns are shown, used or not. Its rows stay to the end.
-    """
-
-    whole = True
-
-    def __init__(self, cache: KVCache):
-        self.k, self.v = list(cache.k.clone()), list(cache.v.clone())
-        self.ids, self.states, self.size, self.start = cache.ids, cache.states, cache.size, cache.start
-        self.seen, self.clock = 1, torch.tensor([cache.seen], device=cache.ids.device)  # seen: more than 0
-
-    def position(self) -> Tensor:
-        return self.clock
-
-    def advance(self, T: int) -> None:
-        self.clock += T
-
-    def distance(self) -> Tensor:
-        age = (self.clock - torch.arange(self.size, device=self.clock.device)) % self.size
-        return torch.where(age <= self.clock, age, -1)
-
-    def keep(self, store: Tensor, new: Tensor) -> Tensor:
-        return store.index_copy_(-2, self.clock % self.size, new.to(store.dtype))
-
-
 class RowLinear(torch.nn.Linear):
     """
     A linear layer for compiled steps on a CPU: with a single row its product is a loop that the compiler
@@ -254,10 +228,13 @@ class Batch:
     def prefill(self) -> Tensor:
         """A new cache, and all that there is into it in one pass; lines that are alike go in once."""
         T, lines = max(self.lengths), 1 if self.alike else len(self.lengths)
-        start = [T - n for n in self.lengths[:lines]]  # what stands to the left of a line is padding
-        start = torch.tensor(start, device=self.device) if any(start) else None
-        self.cache = KVCache(self.model.config, lines, self.device, self.dtype, start)
-        logits = self.model(self.history[:lines, -T:], cache=self.cache, last=True)[0]
+        start = torch.tensor([T - n for n in self.lengths[:lines]], device=self.device)  # padding ends here
+        padded = len(set(self.lengths[:lines])) > 1
+        segments = (torch.arange(T, device=self.device) >= start[:, None]).long()
+        self.cache = KVCache(self.model.config, lines, self.device, self.dtype, segmented=False)
+        idx = self.history[:lines, -T:]
+        given = {"segments": segments} if padded else {}
+        logits = self.model(idx, cache=self.cache, last=True, **given)[0]
         if not logits[:, -1].isfinite().all():
             raise RuntimeError("the logits are not finite: the training diverged, or the dtype is too narrow")
         if self.alike:
@@ -265,7 +242,7 @@ class Batch:
             self.cache.select([0] * len(self.lengths))
             self.alike = False
         if self.step is not None:
-            self.cache = FixedCache(self.cache)
+            self.cache = self.cache.static()
         return logits
 
     def append(self, ids: Tensor) -> None:
@@ -520,7 +497,6 @@ def quantize(model: GPT) -> None:
     for name, part in list(model.named_modules(remove_duplicate=False)):
         if isinstance(part, torch.nn.Linear) and not any(side % 16 for side in part.weight.shape):
             model.set_submodule(name, made.setdefault(id(part), Int8Linear(part)))
-    model.config.loss_chunk = 0  # the loss, too, takes its logits from forward()
 
 
 def lay_out(model: GPT) -> None:
@@ -574,7 +550,7 @@ def run(arguments: list[str] | None = None) -> None:
     path = checkpoint.find(options.out_dir or checkpoint.newest_run())
     device, dtype = choose(options.device, options.dtype)
     model, tokenizer = checkpoint.load(path, device)
-    size = model.num_params()["total"] / 1e6
+    size = model.config.estimate()["parameters"] / 1e6
     print(f"{path}: {size:.1f}M parameters, {tokenizer.name}, {str(dtype)[6:]} on {device}", file=sys.stderr)
     if dtype == torch.int8:
         quantize(model)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import evaluate
 import prepare
-from model import GPT, GPTConfig, start_from_pairs
+from model import GPT, GPTConfig
 from nanostlm import checkpoint, optim
 from nanostlm import settings as recipes
 from nanostlm.tokenizer import Tokenizer
@@ -370,9 +370,8 @@ class Trainer:
             if c.model.dropout or self.dropout:  # dropout depends on where we are, not on how we came here
                 words = np.random.SeedSequence([c.seed, step, micro, self.machine.rank]).generate_state(2)
                 torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-            segments = None if c.cross_stories else (idx == self.data.tokenizer.eot).cumsum(dim=1)
             with self.machine.autocast():
-                loss = self.compiled(idx, targets, segments=segments)[1]
+                loss = self.compiled(idx, targets)[1]
             loss = loss / len(self.stages[0].rows)  # every row has as many targets: the mean of means
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -438,10 +437,9 @@ class Trainer:
         try:
             compiled = torch.compile(self.model)
             idx, targets = next(self.batches(self.step))
-            segments = None if self.config.cross_stories else torch.zeros_like(idx)
             self.model.train()
             with self.machine.autocast():
-                compiled(idx, targets, segments=segments)[1].backward()
+                compiled(idx, targets)[1].backward()
             self.compiled = compiled
             say(f"compiled in {time.perf_counter() - began:.0f} s")
         except Exception as error:  # whatever a compiler may throw: the run goes on without it
@@ -459,7 +457,7 @@ class Trainer:
         mine = (batch for i, batch in enumerate(batches) if i % machine.world == machine.rank)
         self.model.eval()
         with self.averaged(), machine.autocast():
-            found = evaluate.total_nats(self.compiled, mine, machine.device, None if c.cross_stories else eot)
+            found = evaluate.total_nats(self.compiled, mine, machine.device)
         sums = torch.tensor(found, dtype=torch.float64)
         if machine.world > 1:
             sums = sums.to(machine.device)
@@ -796,7 +794,8 @@ def begin(c: TrainConfig) -> tuple[GPT, Tokenizer]:
              if value not in (there[name], default[name]) and name not in ANY_WEIGHTS]  # fmt: skip
     if other:
         raise ValueError(f"{c.init_from} is another model than one with {', '.join(other)}: leave that out")
-    c.model = replace(model.config, **{name: wanted[name] for name in ANY_WEIGHTS})
+    eot = -1 if c.cross_stories else tokenizer.eot
+    c.model = replace(model.config, **{name: wanted[name] for name in ANY_WEIGHTS}, separator=eot)
     state = model.state_dict()
     if c.model.position == "learned":
         if c.model.block_size > model.config.block_size:
@@ -856,20 +855,18 @@ def agree(choose):
 
 def describe(c: TrainConfig, model: GPT, data: prepare.Data, machine: Machine, iters: int) -> str:
     """The plan of a run in a few lines."""
-    sizes, meta, rows = model.num_params(), data.meta, c.batch_size * c.gradient_accumulation_steps
+    sizes, meta, rows = c.model.estimate(), data.meta, c.batch_size * c.gradient_accumulation_steps
     tokens = rows * c.model.block_size
-    share, epochs = sizes["embedding"] / sizes["total"], iters * tokens / len(data.train)
-    width = 14 * c.model.n_embd + 3 * c.model.hidden  # numbers that a token leaves behind in a layer
-    held = 16 * sizes["total"] + 4 * c.batch_size * c.model.block_size * c.model.n_layer * width
-    held += 12 * c.model.loss_chunk * c.model.padded_vocab
+    count, epochs = sizes["parameters"], iters * tokens / len(data.train)
+    share, held = sizes["embedding_parameters"] / count, c.model.memory(c.batch_size * c.model.block_size, 4)
     return (
-        f"model    {sizes['total'] / 1e6:.2f}M parameters, {share:.0%} of them embeddings; "
+        f"model    {count / 1e6:.2f}M parameters, {share:.0%} of them embeddings; "
         f"{c.model.n_layer} layers, {c.model.n_embd} wide, context {c.model.block_size}\n"
         f"data     {data.folder}: {meta['train']['stories']:,} stories, {len(data.train) / 1e6:.2f}M tokens\n"
         f"batch    {rows} rows x {c.model.block_size} = {tokens:,} tokens a step; "
         f"{iters:,} steps = {iters * tokens / 1e6:.1f}M tokens = {epochs:.2f} epochs\n"
         f"machine  {machine.why}, {'compiled' if machine.compile else 'not compiled'}\n"
-        f"needs    about {held / 2**20:,.0f} MB of memory, {44 * sizes['total'] / 2**20:,.0f} MB of disk"
+        f"needs    about {held / 2**20:,.0f} MB of memory, {44 * count / 2**20:,.0f} MB of disk"
     )
 
 
@@ -884,7 +881,7 @@ def take_folder(trainer: Trainer, state: dict | None) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another run is writing to {folder}") from None
-    need, free = 44 * trainer.model.num_params()["total"], shutil.disk_usage(folder).free
+    need, free = 44 * trainer.config.model.estimate()["parameters"], shutil.disk_usage(folder).free
     if free < need:
         raise OSError(f"checkpoints need {need >> 20:,} MB; the disk of {folder} has {free >> 20:,} MB left")
     lines = lines_until(state, read_metrics(folder), trainer.config.max_iters) if state else []
@@ -1033,14 +1030,17 @@ def main(argv: list[str]) -> int:
         model, tokenizer = begin(c) if c.init_from and not plan.state else (None, None)
         data = load_data(c, tokenizer)
         if model is None:
-            c.model.vocab_size = data.tokenizer.vocab_size
+            eot = -1 if c.cross_stories else data.tokenizer.eot
+            c.model = replace(c.model, vocab_size=data.tokenizer.vocab_size, separator=eot)
             model = GPT(c.model)
         iters = c.max_iters or plan.recipe.get("max_iters", TrainConfig.max_iters)
         say(describe(c, model, data, machine, iters))
         if not c.max_iters:
             return 0
         if c.pair_tokens and not (plan.state or c.init_from):
-            start_from_pairs(model, torch.from_numpy(data.train[: c.pair_tokens].astype(np.int64)))
+            from nanostlm.variants import bigram_init
+
+            bigram_init(model, torch.from_numpy(data.train[: c.pair_tokens].astype(np.int64)))
         folder = agree(lambda: plan.folder)
         trainer = Trainer(c, model, data, folder, machine)
         trainer.recipe = plan.recipe

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -30,11 +31,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import evaluate  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from model import GPT  # noqa: E402
-from nanostlm import checkpoint  # noqa: E402
+from nanostlm import score  # noqa: E402
 from nanostlm import settings as recipes  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------
@@ -152,7 +152,8 @@ def trainer(recipe: str, data: prepare.Data, **changes) -> train.Trainer:
     """Our trainer in this process, with the recipe's settings ("" for none) and `changes`."""
     values = (recipes.read(recipe, train.TrainConfig) if recipe else {}) | changes
     c = recipes.build(train.TrainConfig, values)
-    c.model.vocab_size = data.tokenizer.vocab_size
+    eot = -1 if c.cross_stories else data.tokenizer.eot
+    c.model = replace(c.model, vocab_size=data.tokenizer.vocab_size, separator=eot)
     machine = train.choose_machine(c)
     train.set_up(machine, c)
     torch.manual_seed(c.seed)
@@ -207,20 +208,11 @@ def nanogpt_module(path: str) -> ModuleType:
     return module
 
 
-def bits_per_byte(model, data: prepare.Data, block_size: int, eval_tokens: int = 0, apart=False) -> float:
-    """
-    Of any model(idx, targets) -> (_, loss), in our fixed windows of the validation file; `apart`: of one that
-    does not look back past a story's beginning.
-    """
+def bits_per_byte(model, data: prepare.Data, block_size: int, eval_tokens: int = 0) -> float:
+    """Of any model(idx, targets) -> (_, loss), in our fixed windows of the validation file."""
     ids, eot = data.val[: eval_tokens or None], data.tokenizer.eot
-    batches = evaluate.windows(ids, eot, block_size, 16)
-    nats, _ = evaluate.total_nats(model, batches, eot=eot if apart else None)
-    return evaluate.bits_per_byte(nats, int(evaluate.token_bytes(data.tokenizer)[ids].sum()))
-
-
-def apart(path: Path) -> bool:
-    """Was the model of this run or checkpoint trained not to look back past a story's beginning?"""
-    return not checkpoint.read(checkpoint.find(path))["train_config"]["cross_stories"]
+    nats, _ = score.total(model, [ids], eot, block_size=block_size)
+    return score.bits_per_byte(nats, int(score.token_bytes(data.tokenizer)[ids].sum()))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def bits_per_byte(file: Path, dtype: str, data: prepare.Data, eval_tokens: int) 
         model.to(getattr(torch, dtype))
     else:
         return math.nan
-    return common.bits_per_byte(model, data, model.config.block_size, eval_tokens, common.apart(file))
+    return common.bits_per_byte(model, data, model.config.block_size, eval_tokens)
 
 
 def main(argv: list[str] | None = None) -> None:

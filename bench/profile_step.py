@@ -21,7 +21,7 @@ import common
 import torch
 
 import train
-from model import locate
+from model import attn_inputs
 from nanostlm import settings as recipes
 
 
@@ -68,7 +68,7 @@ def apart(trainer: train.Trainer, repeats: int) -> dict[str, float]:
     """Seconds of the head with its loss, and of the attention of all layers, forward and backward, alone."""
     model, machine = trainer.model, trainer.machine
     idx, targets = next(iter(trainer.batches(0)))
-    place = locate(model.config, idx, None, None)[1]
+    attn = attn_inputs(model.config, idx)[1]
     x = torch.randn(*idx.shape, model.config.n_embd, device=machine.device, requires_grad=True)
 
     def head() -> None:
@@ -78,7 +78,7 @@ def apart(trainer: train.Trainer, repeats: int) -> dict[str, float]:
 
     def attention() -> None:
         with machine.autocast():
-            y = sum(block.attn(x, place) for block in model.core.blocks)
+            y = sum(block.attn(x, attn) for block in model.core.blocks)
         y.sum().backward()
 
     parts = {"head and loss": head, "attention, all layers": attention}
@@ -93,10 +93,10 @@ def floor(trainer: train.Trainer, matrix: int, copied: int) -> dict[str, float]:
     c, machine = trainer.config.model, trainer.machine
     device, tokens = machine.device.type, trainer.tokens_per_step
     rate = common.matrix_rate(matrix, matrix, matrix, machine.dtype, device)
-    width = 14 * c.n_embd + 3 * c.hidden  # numbers that a token leaves behind in a layer, as train.py counts
-    moved = (8 + 8 + 28) * trainer.model.num_params()["total"]
-    moved += 2 * machine.dtype.itemsize * tokens * c.n_layer * width
-    return {"operations": trainer.model.flops_per_token() * tokens / rate,
+    count = c.estimate()
+    moved = (8 + 8 + 28) * count["parameters"]
+    moved += 2 * machine.dtype.itemsize * tokens * count["activations_per_token"]
+    return {"operations": count["flops_per_token"] * tokens / rate,
             "bytes": moved / common.memory_rate(device, copied)}  # fmt: skip
 
 

@@ -63,7 +63,11 @@ def build(options, shape: dict, name: str) -> None:
     if name != "ours":
         step = nanogpt_step(options.nanogpt, trainer, dtypes[name], options.compile)
     BUILT.update(step=step, tokens=trainer.tokens_per_step, numbers=itertools.count())
-    BUILT["about"] = str(dtypes[name])[6:], trainer.model.flops_per_token(), trainer.machine.device.type
+    BUILT["about"] = (
+        str(dtypes[name])[6:],
+        trainer.model.config.estimate()["flops_per_token"],
+        trainer.machine.device.type,
+    )
     rate(options)
 
 

@@ -117,13 +117,16 @@ def find(path: str | Path) -> Path:
 
 def build(state: dict, device: str | torch.device = "cpu") -> tuple[GPT, "tokenizers.Tokenizer"]:
     """What `read` returned -> (model in eval mode, tokenizer)."""
-    known = {field.name for field in fields(GPTConfig)}
-    unknown = sorted(set(state["model_config"]) - known)
+    config, known = dict(state["model_config"]), {field.name for field in fields(GPTConfig)}
+    unknown = sorted(set(config) - known)
     if unknown:
         raise ValueError(f"this checkpoint's model has settings unknown here: {', '.join(unknown)}")
-    model = GPT(GPTConfig(**state["model_config"]))
+    tokenizer = tokenizers.from_state(state["tokenizer"])
+    if "separator" not in config and not state.get("train_config", {}).get("cross_stories", True):
+        config["separator"] = tokenizer.eot  # earlier versions kept this with the settings of the training
+    model = GPT(GPTConfig(**config))
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), tokenizers.from_state(state["tokenizer"])
+    return model.to(device).eval(), tokenizer
 
 
 def newest_run(root: str | Path = "out") -> Path:

@@ -61,7 +61,7 @@ def trained(bpe, tmp_path_factory):
     idx = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
     assert idx.shape[1] <= 96
     for _ in range(100):
-        model.loss((idx[:, :-1].clamp(min=0), idx[:, 1:])).backward()
+        model(idx[:, :-1].clamp(min=0), idx[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
     folder = tmp_path_factory.mktemp("run") / "out" / "tiny"

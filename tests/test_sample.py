@@ -16,8 +16,9 @@ import torch
 from conftest import ROOT
 
 import sample
-from model import GPT, GPTConfig, Place, alibi_slopes, rope_table
+from model import GPT, AttnInputs, GPTConfig, rope_table
 from nanostlm import checkpoint, tokenizer
+from nanostlm.variants import alibi_slopes
 from sample import Story, generate, stories, stream
 
 BYTE = tokenizer.get("byte")
@@ -47,7 +48,7 @@ def slow_logits(model: GPT, ids: list[int], context: int) -> torch.Tensor:
         bias = bias - alibi_slopes(c.n_head)[:, None, None] * distance
     rope = rope_table(position, c.head_dim, c.rope_theta) if c.position == "rope" else None
     bias = bias.expand(1, c.n_head, -1, -1)
-    idx, place = torch.tensor([ids]), Place(rope, bias, False, distance)
+    idx, place = torch.tensor([ids]), AttnInputs(rope, bias, False, distance)
     x = model.core(model.embedder(idx, position), place)
     logits = model.head(x)
     return (logits if model.pointer is None else model.pointer(x, idx, place).mix(logits))[0, -1]

@@ -1,5 +1,6 @@
 """Training: batches, schedules, the machine, one update, metrics, and going on where a run stopped."""
 
+import dataclasses
 import json
 import math
 import os
@@ -31,7 +32,9 @@ MICRO = dict(dataset="mini", tokenizer="byte", n_layer=2, n_head=2, n_embd=16, b
 
 def settings(**changes) -> TrainConfig:
     c = recipes.build(TrainConfig, MICRO | changes)
-    c.model.vocab_size = changes.get("vocab_size", 257)
+    vocab_size = changes.get("vocab_size", 257)
+    separator = -1 if c.cross_stories or vocab_size < 257 else 256
+    c.model = dataclasses.replace(c.model, vocab_size=vocab_size, separator=separator)
     return c
 
 
@@ -878,7 +881,7 @@ def test_ten_lines_train_a_model_in_a_notebook(corpus, tmp_path):
     """The sketch that the project began with (seeds/002)."""
     data = prepare.load(corpus / "mini" / "byte")
     config = settings(max_iters=20)
-    config.model.vocab_size = data.tokenizer.vocab_size
+    config.model = dataclasses.replace(config.model, vocab_size=data.tokenizer.vocab_size)
     model = GPT(config.model)
     trainer = Trainer(config, model, data, out_dir=tmp_path)
     for step in range(config.max_iters):
