@@ -785,9 +785,9 @@ ANY_WEIGHTS = ("dropout", "label_smoothing", "z_loss", "loss_chunk", "block_size
 def begin(c: TrainConfig) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of init_from. c.model and c.tokenizer (the data's folder) become theirs."""
     if c.init_from.startswith("hf:"):
-        from export import from_hf
+        from nanostlm.formats import hf
 
-        model, tokenizer = from_hf(c.init_from.removeprefix("hf:"))
+        model, tokenizer = hf.from_hf(c.init_from.removeprefix("hf:"))
     else:
         model, tokenizer = checkpoint.load(c.init_from)
     wanted, there, default = asdict(c.model), asdict(model.config), asdict(GPTConfig())

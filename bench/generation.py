@@ -26,11 +26,11 @@ from pathlib import Path
 import common
 import torch
 
-import export
 import prepare
 import sample
 from model import GPT, GPTConfig
 from nanostlm import checkpoint
+from nanostlm.formats.llama2c import to_llama2c
 from nanostlm.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time"
@@ -98,7 +98,7 @@ def run_c(path: str, file: Path, folder: Path, tokens: int) -> Callable[[], floa
     compiler = shutil.which("gcc") or shutil.which("cc") or "gcc"
     flags = ["-Ofast", "-fopenmp", "-march=native"]
     subprocess.run([compiler, *flags, "-o", folder / "run", source, "-lm"], check=True)
-    vocabulary = export.to_llama2c(*checkpoint.load(file), folder / "model.bin")
+    vocabulary = to_llama2c(*checkpoint.load(file), folder / "model.bin")
     words = [folder / "run", folder / "model.bin", "-z", vocabulary, "-t", 0, "-n", tokens, "-i", PROMPT]
     return lambda: float(common.run(words).find(r"achieved tok/s: ([\d.]+)")[1][1])
 

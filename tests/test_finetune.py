@@ -5,6 +5,7 @@ import torch
 
 import train
 from nanostlm import checkpoint
+from nanostlm.formats import hf
 
 
 @pytest.fixture
@@ -38,10 +39,9 @@ def test_no_such_checkpoint(here):
 
 
 def test_from_a_hugging_face_folder(here, origin, tmp_path):
-    export = pytest.importorskip("export")
     model, tokenizer = checkpoint.load(origin)
     try:
-        export.to_hf(model, tokenizer, tmp_path / "hf")
+        hf.to_hf(model, tokenizer, tmp_path / "hf")
     except ValueError as error:
         pytest.skip(f"the micro model has no equivalent there: {error}")
     assert here("second", init_from=f"hf:{tmp_path / 'hf'}", max_iters=1) == 0
