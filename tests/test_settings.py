@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 
@@ -529,3 +530,16 @@ def test_a_script_whose_reader_has_left(count):
     process = launch("print", count)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Dependencies
+
+
+def test_pyproject_and_requirements_pin_the_same_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for name, pins in [
+        ("requirements.txt", project["project"]["dependencies"]),
+        ("requirements-dev.txt", ["-r requirements.txt", *project["dependency-groups"]["dev"]]),
+    ]:
+        assert (ROOT / name).read_text(encoding="utf-8").splitlines() == pins

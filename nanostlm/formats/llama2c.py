@@ -1,9 +1,9 @@
 """
 llama2.c (github.com/karpathy/llama2.c): the model file that run.c reads (version 0), and its tokenizer.bin.
 
-run.c puts a space before a prompt and does not split the prompt into words. One sentence in some thousand of
-TinyStories therefore becomes other tokens than here, such as one with 'spell' in single quotes: here the 's
-at its beginning is a word of its own.
+run.c puts a space before a prompt and does not split the prompt into words. One sentence in several thousand
+of TinyStories therefore becomes other tokens than here, such as one with 'spell' in single quotes, where the
+'s is a word of its own here.
 """
 
 import struct
