@@ -188,7 +188,7 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises a ValueError of one line, with the closest option for an unknown one."""
+    """An ArgumentParser that raises a one-line ValueError, and suggests the closest option."""
 
     def __init__(self, **options):
         super().__init__(**{"allow_abbrev": False, "formatter_class": self.formatter} | options)

@@ -1,8 +1,8 @@
 """
-export.py: the same logits, ids and text in transformers and in llama2.c, and back.
+Exports: the same logits, ids and text in transformers and in llama2.c, and back.
 
-transformers is independent of us. llama2.c is not here, so `RunC` below reads the two files and computes what
-their format prescribes, in numpy; where LLAMA2C names a checkout of it, the real run.c is compiled and asked.
+transformers is an independent implementation. For llama2.c, `RunC` below reads the two files and computes
+what the format prescribes, in numpy; if LLAMA2C names a checkout, the real run.c is compiled and compared.
 """
 
 import codecs
