@@ -21,12 +21,12 @@ import safetensors.torch
 import torch
 
 import export
-import sample
 from model import GPT, GPTConfig
 from nanostlm import checkpoint
 from nanostlm import tokenizer as tokenizers
 from nanostlm.formats.hf import from_hf, to_hf
 from nanostlm.formats.llama2c import to_llama2c
+from nanostlm.generate import chain, generate, stories
 
 STORIES = [
     "Once upon a time there was a little pumpkin. She didn't like the big, dark barn!",
@@ -74,7 +74,7 @@ def trained(bpe, tmp_path_factory):
 
 
 def greedy(model: GPT, ids: list[int], n: int, eot: int) -> list[int]:
-    return sample.generate(model, [ids], n, sample.chain(temperature=0, top_p=1), eot=eot)[0]
+    return generate(model, [ids], n, chain(temperature=0, top_p=1), eot=eot)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_trained_text(trained, bpe, tmp_path):
     theirs, tokenizer = open_hf(tmp_path)
     for prompt, story in zip(("Once upon a time", "The dog", "One", "Tom"), STORIES, strict=True):
         n = model.config.block_size - 1 - len(bpe.encode(prompt))
-        ours = sample.stories(model, bpe, prompt, 1, n, temperature=0, top_p=1)[0]
+        ours = stories(model, bpe, prompt, 1, n, temperature=0, top_p=1)[0]
         assert prompt + tokenizer.decode(hf_greedy(theirs, tokenizer, prompt, n)) == ours
         assert ours == story
 
@@ -475,7 +475,7 @@ class RunC:
 def our_text(model: GPT, tokenizer, prompt: str) -> str:
     prompt = " " + prompt if prompt else ""
     n = model.config.block_size - len(tokenizer.encode(prompt))
-    return sample.stories(model, tokenizer, prompt, 1, n, temperature=0, top_p=1)[0].removeprefix(" ")
+    return stories(model, tokenizer, prompt, 1, n, temperature=0, top_p=1)[0].removeprefix(" ")
 
 
 PROMPTS = ["", "Once upon a time", "The dog", 'Tom had a red ball, didn\'t he? "12 birds!"']
