@@ -23,7 +23,7 @@ from pathlib import Path
 import common
 
 import train
-from nanostlm import settings as recipes
+from nanostlm.settings import read_recipe, settings_of
 
 ADAMW = dict(optimizer="adamw", weight_decay=0.1)
 VARIANTS: dict[str, dict] = {
@@ -64,7 +64,6 @@ VARIANTS: dict[str, dict] = {
     "6x96": dict(n_layer=6, n_embd=96),
     "8x96": dict(n_layer=8, n_embd=96),
     "softcap-15": dict(softcap=15.0),
-    "average-0.99": dict(ema=0.99),
 }
 
 
@@ -76,8 +75,8 @@ class Bench:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         lines = self.out.read_text(encoding="utf-8").splitlines() if self.out.exists() else []
         self.done = {(one["mark"], one["seed"], one["budget"]): one for one in map(json.loads, lines)}
-        default = {s.name: s.default for s in recipes.settings(train.TrainConfig).values()}
-        self.recipe = default | recipes.read(options.recipe, train.TrainConfig)
+        default = {s.name: s.default for s in settings_of(train.TrainConfig).values()}
+        self.recipe = default | read_recipe(options.recipe, train.TrainConfig)
 
     def result(self, name: str, seed: int, kind: str) -> dict:
         """A variant's run with so many "iters" or "seconds", made if it was not."""

@@ -30,12 +30,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import evaluate  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from model import GPT  # noqa: E402
-from nanostlm import checkpoint  # noqa: E402
-from nanostlm import settings as recipes  # noqa: E402
+from nanostlm import data as datasets  # noqa: E402
+from nanostlm import score  # noqa: E402
+from nanostlm.machine import choose, cpus  # noqa: E402
+from nanostlm.settings import build, read_recipe  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------
 # The command line and the data
@@ -70,14 +71,14 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
     return options
 
 
-def load_data(options: argparse.Namespace, tokenizer: str = "") -> prepare.Data:
+def load_data(options: argparse.Namespace, tokenizer: str = "") -> datasets.Data:
     """The prepared corpus of --dataset and --tokenizer, made first where it is not there."""
     tokenizer = tokenizer or options.tokenizer
     folder = Path(options.data_dir, options.dataset, tokenizer)
     if not (folder / "meta.json").exists():
         with contextlib.redirect_stdout(sys.stderr):
             prepare.prepare(options.dataset, tokenizer, options.source, data_dir=options.data_dir)
-    return prepare.load(folder)
+    return datasets.load_data(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -141,22 +142,23 @@ def words(settings: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-def ours(recipe: str, data: prepare.Data, out_dir: str | Path, **settings) -> list[str]:
+def ours(recipe: str, data: datasets.Data, out_dir: str | Path, **settings) -> list[str]:
     """The command that trains with our train.py on `data`."""
     corpus = dict(dataset=data.folder.parent.name, tokenizer=data.folder.name, out_dir=out_dir,
                   data_dir=data.folder.parent.parent.resolve())  # fmt: skip
     return [sys.executable, ROOT / "train.py", Path(recipe).resolve(), *words(corpus | settings)]
 
 
-def trainer(recipe: str, data: prepare.Data, **changes) -> train.Trainer:
+def trainer(recipe: str, data: datasets.Data, **changes) -> train.Trainer:
     """Our trainer in this process, with the recipe's settings ("" for none) and `changes`."""
-    values = (recipes.read(recipe, train.TrainConfig) if recipe else {}) | changes
-    c = recipes.build(train.TrainConfig, values)
-    c.model.vocab_size = data.tokenizer.vocab_size
-    machine = train.choose_machine(c)
-    train.set_up(machine, c)
+    values = (read_recipe(recipe, train.TrainConfig) if recipe else {}) | changes
+    masked = not values.get("cross_stories", True)
+    values |= dict(vocab_size=data.tokenizer.vocab_size, separator=data.tokenizer.eot if masked else -1)
+    c = build(train.TrainConfig, values)
+    chosen = choose(c.device, c.dtype, c.compile, c.max_iters)
+    chosen.set_up(c.threads)
     torch.manual_seed(c.seed)
-    made = train.Trainer(c, GPT(c.model), data, machine=machine)
+    made = train.Trainer(c, GPT(c.model), data, None, chosen)
     made.compile()
     return made
 
@@ -167,7 +169,7 @@ def checkout(path: str, file: str) -> Path:
     return Path(path)
 
 
-def nanogpt(path: str, folder: Path, data: prepare.Data) -> Path:
+def nanogpt(path: str, folder: Path, data: datasets.Data) -> Path:
     """A copy of nanoGPT's programs in `folder`, which finds our bins as its dataset "ours"."""
     source = checkout(path, "train.py")
     if data.train.dtype.itemsize > 2:
@@ -207,20 +209,11 @@ def nanogpt_module(path: str) -> ModuleType:
     return module
 
 
-def bits_per_byte(model, data: prepare.Data, block_size: int, eval_tokens: int = 0, apart=False) -> float:
-    """
-    Of any model(idx, targets) -> (_, loss), in our fixed windows of the validation file; `apart`: of one that
-    does not look back past a story's beginning.
-    """
+def bits_per_byte(model, data: datasets.Data, block_size: int, eval_tokens: int = 0) -> float:
+    """Of any model(idx, targets) -> (_, loss), in our fixed windows of the validation file."""
     ids, eot = data.val[: eval_tokens or None], data.tokenizer.eot
-    batches = evaluate.windows(ids, eot, block_size, 16)
-    nats, _ = evaluate.total_nats(model, batches, eot=eot if apart else None)
-    return evaluate.bits_per_byte(nats, int(evaluate.token_bytes(data.tokenizer)[ids].sum()))
-
-
-def apart(path: Path) -> bool:
-    """Was the model of this run or checkpoint trained not to look back past a story's beginning?"""
-    return not checkpoint.read(checkpoint.find(path))["train_config"]["cross_stories"]
+    nats, _ = score.total(model, [ids], eot, block_size=block_size)
+    return score.bits_per_byte(nats, int(score.token_bytes(data.tokenizer)[ids].sum()))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -311,7 +304,7 @@ def machine() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         name = found[1] if found else name
-    return {"cpu": name, "cores": prepare.cpus(), "threads": torch.get_num_threads(), "gpu": gpu,
+    return {"cpu": name, "cores": cpus(), "threads": torch.get_num_threads(), "gpu": gpu,
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
 

@@ -13,14 +13,13 @@ tokenizers had on 7,690 of its stories. Peaks are those that NVIDIA prints, with
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import common
-import torch
 
 import train
-from model import GPT
-from nanostlm import settings as recipes
+from nanostlm import settings
 from nanostlm import tokenizer as tokenizers
 
 CARDS = {"H100 SXM 80 GB": common.CARDS["H100 80GB HBM3"], "RTX 4090 24 GB": common.CARDS["RTX 4090"]}
@@ -41,22 +40,20 @@ def tokens_of_a_pass(data_dir: str, tokenizer: str) -> float:
 
 def on_paper(c: train.TrainConfig) -> dict[str, float]:
     """What a step of a recipe computes, moves and holds, whatever the card."""
-    c.model.vocab_size = tokenizers.bpe_size(c.tokenizer) or {"gpt2": 50257, "byte": 257}[c.tokenizer]
-    with torch.device("meta"):  # nothing is allocated
-        model = GPT(c.model)
-    count, width = model.num_params()["total"], 14 * c.model.n_embd + 3 * c.model.hidden
-    rows = c.batch_size * c.gradient_accumulation_steps
-    tokens, layers = rows * c.model.block_size, c.model.n_layer
-    held = 16 * count + 2 * c.batch_size * c.model.block_size * layers * width
-    held += 10 * c.model.loss_chunk * c.model.padded_vocab  # logits and their gradient, for a chunk of tokens
+    ids = tokenizers.bpe_size(c.tokenizer) or {"gpt2": 50257, "byte": 257}[c.tokenizer]
+    model = replace(c.model, vocab_size=ids)
+    counts = model.estimate()
+    count = counts["parameters"]
+    tokens = c.batch_size * c.gradient_accumulation_steps * model.block_size
     return {
         "parameters": count,
-        "flops_a_token": model.flops_per_token(),
+        "flops_a_token": counts["flops_per_token"],
         "tokens_a_step": tokens,
         # float32 weights read twice, gradients written and read, 7 numbers a weight in AdamW; activations
         # written and read
-        "bytes_a_step": (8 * c.gradient_accumulation_steps + 8 + 28) * count + 4 * tokens * layers * width,
-        "memory": held,
+        "bytes_a_step": (8 * c.gradient_accumulation_steps + 8 + 28) * count
+        + 4 * tokens * counts["activations_per_token"],
+        "memory": model.memory(c.batch_size * model.block_size, 2),
     }
 
 
@@ -67,10 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     options = common.parse(parser, argv)
     rows, found = [], []
     for file in sorted((common.ROOT / "config").glob("*.py")):
-        values = recipes.read(file, train.TrainConfig) if file.stem != "__init__" else {}
+        values = settings.read_recipe(file, train.TrainConfig) if file.stem != "__init__" else {}
         if not values or "init_from" in values:  # finetune.py has the size of what it begins from
             continue
-        c = recipes.build(train.TrainConfig, values)
+        c = settings.build(train.TrainConfig, values)
         made = on_paper(c) | {"tokens_a_pass": tokens_of_a_pass(options.data_dir, c.tokenizer)}
         for name, (peak, rate) in CARDS.items():
             speed = options.share * peak * 1e12 / made["flops_a_token"]

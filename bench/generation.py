@@ -26,11 +26,10 @@ from pathlib import Path
 import common
 import torch
 
-import export
-import prepare
-import sample
 from model import GPT, GPTConfig
-from nanostlm import checkpoint
+from nanostlm import checkpoint, generate
+from nanostlm import data as datasets
+from nanostlm.formats.llama2c import to_llama2c
 from nanostlm.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time"
@@ -98,20 +97,20 @@ def run_c(path: str, file: Path, folder: Path, tokens: int) -> Callable[[], floa
     compiler = shutil.which("gcc") or shutil.which("cc") or "gcc"
     flags = ["-Ofast", "-fopenmp", "-march=native"]
     subprocess.run([compiler, *flags, "-o", folder / "run", source, "-lm"], check=True)
-    vocabulary = export.to_llama2c(*checkpoint.load(file), folder / "model.bin")
+    vocabulary = to_llama2c(*checkpoint.load(file), folder / "model.bin")
     words = [folder / "run", folder / "model.bin", "-z", vocabulary, "-t", 0, "-n", tokens, "-i", PROMPT]
     return lambda: float(common.run(words).find(r"achieved tok/s: ([\d.]+)")[1][1])
 
 
-def bits_per_byte(file: Path, dtype: str, data: prepare.Data, eval_tokens: int) -> float:
+def bits_per_byte(file: Path, dtype: str, data: datasets.Data, eval_tokens: int) -> float:
     model, _ = checkpoint.load(file)
     if dtype == "int8":
-        sample.quantize(model)
+        generate.quantize(model)
     elif dtype in ("float32", "bfloat16", "float16"):
         model.to(getattr(torch, dtype))
     else:
         return math.nan
-    return common.bits_per_byte(model, data, model.config.block_size, eval_tokens, common.apart(file))
+    return common.bits_per_byte(model, data, model.config.block_size, eval_tokens)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -160,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
                     name = f"sample.py {dtype}, {n} stream{'s' * (n > 1)}"
                     sides[weights, name] = ours(file, dtype, n, count, device)
         if options.checkpoint and options.data:
-            data = prepare.load(options.data)
+            data = datasets.load_data(options.data)
             loss = {dtype: bits_per_byte(files[runs_c][0], dtype, data, options.eval_tokens)
                     for dtype in options.dtype if "-" not in dtype}  # fmt: skip
         found = common.in_turn(sides, options.repeats)

@@ -25,6 +25,7 @@ import common
 import numpy as np
 
 import prepare
+from nanostlm import sources
 from nanostlm import tokenizer as tokenizers
 
 MB = 1_000_000
@@ -33,9 +34,9 @@ MB = 1_000_000
 def stories(text: str | None) -> Iterator[str]:
     """The stories of a file or folder, over and over; those of the built-in corpus have no end."""
     if text is None:
-        return prepare.read_toystories()
+        return sources.corpus("toystories").generate()
     return (
-        story for _ in itertools.count() for story in prepare.find("text", text, None)["train"]() if story
+        story for _ in itertools.count() for story in sources.find("text", text, None)["train"]() if story
     )
 
 
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--text", help=".txt, .jsonl, .parquet or a folder of them; else stories of the built-in corpus")
     add("--mb", type=float, default=50, help="text to measure the speed with, in MB")
     add("--tokenizers", nargs="+", default=["bpe4096", "gpt2"])
-    add("--workers", type=int, default=prepare.cpus(), help="threads, and processes of `datasets`")
+    add("--workers", type=int, default=common.cpus(), help="threads, and processes of `datasets`")
     add("--nanogpt", action="store_true", help="also nanoGPT's way; needs no checkout")
     add("--sizes", type=float, nargs="*", default=[10, 100], help="MB of text to measure the memory with")
     options = common.parse(parser, argv)

@@ -21,8 +21,8 @@ import common
 import torch
 
 import train
-from model import locate
-from nanostlm import settings as recipes
+from model import attn_inputs
+from nanostlm import settings
 
 
 class Stopwatch:
@@ -53,22 +53,22 @@ class Stopwatch:
 @contextlib.contextmanager
 def watched(trainer: train.Trainer, watch: Stopwatch):
     """Inside, the parts of the trainer's steps are timed."""
-    plain = trainer.batches, trainer.compiled, trainer.update, torch.Tensor.backward
+    plain = trainer.micro_batches, trainer.forward, trainer.update, torch.Tensor.backward
     batches = watch.timed("data", lambda step: list(plain[0](step)))
-    trainer.batches, trainer.compiled = batches, watch.timed("forward", plain[1])
+    trainer.micro_batches, trainer.forward = batches, watch.timed("forward", plain[1])
     trainer.update = watch.timed("optimizer", plain[2])
     torch.Tensor.backward = watch.timed("backward", plain[3])
     try:
         yield
     finally:
-        trainer.batches, trainer.compiled, trainer.update, torch.Tensor.backward = plain
+        trainer.micro_batches, trainer.forward, trainer.update, torch.Tensor.backward = plain
 
 
 def apart(trainer: train.Trainer, repeats: int) -> dict[str, float]:
     """Seconds of the head with its loss, and of the attention of all layers, forward and backward, alone."""
     model, machine = trainer.model, trainer.machine
-    idx, targets = next(iter(trainer.batches(0)))
-    place = locate(model.config, idx, None, None)[1]
+    idx, targets = next(iter(trainer.micro_batches(0)))
+    attn = attn_inputs(model.config, idx)[1]
     x = torch.randn(*idx.shape, model.config.n_embd, device=machine.device, requires_grad=True)
 
     def head() -> None:
@@ -78,7 +78,7 @@ def apart(trainer: train.Trainer, repeats: int) -> dict[str, float]:
 
     def attention() -> None:
         with machine.autocast():
-            y = sum(block.attn(x, place) for block in model.core.blocks)
+            y = sum(block.attn(x, attn) for block in model.core.blocks)
         y.sum().backward()
 
     parts = {"head and loss": head, "attention, all layers": attention}
@@ -93,10 +93,10 @@ def floor(trainer: train.Trainer, matrix: int, copied: int) -> dict[str, float]:
     c, machine = trainer.config.model, trainer.machine
     device, tokens = machine.device.type, trainer.tokens_per_step
     rate = common.matrix_rate(matrix, matrix, matrix, machine.dtype, device)
-    width = 14 * c.n_embd + 3 * c.hidden  # numbers that a token leaves behind in a layer, as train.py counts
-    moved = (8 + 8 + 28) * trainer.model.num_params()["total"]
-    moved += 2 * machine.dtype.itemsize * tokens * c.n_layer * width
-    return {"operations": trainer.model.flops_per_token() * tokens / rate,
+    count = c.estimate()
+    moved = (8 + 8 + 28) * count["parameters"]
+    moved += 2 * machine.dtype.itemsize * tokens * count["activations_per_token"]
+    return {"operations": count["flops_per_token"] * tokens / rate,
             "bytes": moved / common.memory_rate(device, copied)}  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     add("ours", nargs="*", help="after --: further settings, as of train.py")
     options = common.parse(parser, argv)
     data = common.load_data(options)
-    given = recipes.command_line(train.TrainConfig, options.ours, {}, "")[2]
+    given = settings.command_line(train.TrainConfig, options.ours, {}, "")[2]
     changes = {"compile": str(options.compile)} | given
     trainer = common.trainer(options.recipe, data, **changes)
     watch, steps = Stopwatch(trainer.machine.device.type), []
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     rows += [[f"floor by {name}", s, whole] for name, s in least.items()]
     common.table(["part", "ms", "of the step"], [[name, s * 1000, f"{s / of:.1%}"] for name, s, of in rows])
     print(f"{trainer.tokens_per_step:,} tokens a step, {trainer.tokens_per_step / whole:,.0f} tokens/s; "
-          f"{trainer.machine.why}")  # fmt: skip
+          f"{trainer.machine.description}")  # fmt: skip
     common.finish("profile_step", recipe=Path(options.recipe).name, settings=given, seconds=whole,
                   parts=parts, alone=alone, floor=least, tokens=trainer.tokens_per_step)  # fmt: skip
 

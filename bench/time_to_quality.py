@@ -67,9 +67,9 @@ def our_side(options, data, folder: Path, iters: int, seed: int) -> dict:
     out = folder / f"ours-{iters}-{seed}"
     ran = common.run([*common.ours(options.recipe, data, out, **settings), *options.ours])
     model, _ = checkpoint.load(out)
-    bpb = common.bits_per_byte(model, data, SHAPE["block_size"], options.eval_tokens, common.apart(out))
+    bpb = common.bits_per_byte(model, data, SHAPE["block_size"], options.eval_tokens)
     return {"seconds": ran.find(rf"^step +{iters:,}  val loss")[0], "iters": iters, "peak_mb": ran.peak_mb,
-            "parameters": model.num_params()["total"], "bpb": bpb}  # fmt: skip
+            "parameters": model.config.estimate()["parameters"], "bpb": bpb}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 import common
 import torch
 
-import train
+from nanostlm import machine
 
 NANOGPT = dict(norm="layernorm", position="learned", mlp="gelu", tied=True, bias=False)
 NANO32, NANO16 = "nanoGPT float32", "nanoGPT bf16 autocast"
@@ -30,17 +30,17 @@ BUILT: dict = {}  # in the process of a side
 
 def nanogpt_step(path: str, trainer, dtype: torch.dtype, compile: bool) -> Callable[[int], None]:
     """One update of nanoGPT's model with its own optimizer, on our trainer's batches."""
-    theirs, c, machine = common.nanogpt_module(path), trainer.config, trainer.machine
+    theirs, c, chosen = common.nanogpt_module(path), trainer.config, trainer.machine
     shape = {name: getattr(c.model, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     config = theirs.GPTConfig(**shape, vocab_size=c.model.padded_vocab, bias=False, dropout=0.0)
     with contextlib.redirect_stdout(sys.stderr):  # it says how many parameters it has
-        model = theirs.GPT(config).to(machine.device).train()
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), machine.device.type)
+        model = theirs.GPT(config).to(chosen.device).train()
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), chosen.device.type)
     called = torch.compile(model) if compile else model
 
     def step(number: int) -> None:
-        for idx, targets in trainer.batches(number):
-            with machine._replace(dtype=dtype).autocast():
+        for idx, targets in trainer.micro_batches(number):
+            with chosen._replace(dtype=dtype).autocast():
                 loss = called(idx, targets)[1]
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -54,7 +54,7 @@ def nanogpt_step(path: str, trainer, dtype: torch.dtype, compile: bool) -> Calla
 def build(options, shape: dict, name: str) -> None:
     """In the process of a side: its step, warmed up, into BUILT; memory as its own program keeps it."""
     if name != "ours":
-        train.keep_memory = lambda: None
+        machine.keep_freed_memory = lambda: None
     compile = "True" if options.compile else "False"
     data = common.load_data(options)
     trainer = common.trainer("", data, batch_size=options.batch_size, compile=compile, **shape, **NANOGPT)
@@ -63,7 +63,11 @@ def build(options, shape: dict, name: str) -> None:
     if name != "ours":
         step = nanogpt_step(options.nanogpt, trainer, dtypes[name], options.compile)
     BUILT.update(step=step, tokens=trainer.tokens_per_step, numbers=itertools.count())
-    BUILT["about"] = str(dtypes[name])[6:], trainer.model.flops_per_token(), trainer.machine.device.type
+    BUILT["about"] = (
+        str(dtypes[name])[6:],
+        trainer.model.config.estimate()["flops_per_token"],
+        trainer.machine.device.type,
+    )
     rate(options)
 
 

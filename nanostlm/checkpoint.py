@@ -16,7 +16,7 @@ import platform
 import struct
 import subprocess
 import zipfile
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,17 @@ import torch
 from model import GPT, GPTConfig
 from nanostlm import tokenizer as tokenizers
 
-FORMAT = 1  # of the dictionary inside; readers refuse what is newer
+FORMAT = 2  # of the dictionary inside; readers refuse what is newer
+WEIGHTLESS = ("dropout", "label_smoothing", "z_loss", "loss_chunk", "block_size", "separator")
+CODE = (
+    "model.py",
+    "train.py",
+    "nanostlm/variants.py",
+    "nanostlm/data.py",
+    "nanostlm/machine.py",
+    "nanostlm/optim.py",
+    "nanostlm/score.py",
+)  # the files that a run's numbers depend on
 
 
 def save(path: str | Path, state: dict, previous: Path | None = None) -> None:
@@ -85,7 +95,26 @@ def read(path: str | Path) -> dict:
         raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
     if state["format"] > FORMAT:
         raise ValueError(f"{path} was written by a newer version of this project")
-    return state
+    return upgrade(state)
+
+
+def upgrade(state: dict) -> dict:
+    """
+    Bring the dictionary of an earlier format to today's. Format 1 had document masking among the training
+    settings, the progress of a run in separate entries and, with `ema`, an average of the weights.
+    """
+    if state["format"] >= 2:
+        return state
+    settings = state.get("train_config", {})
+    masked = not settings.get("cross_stories", True)
+    separator = len(state["tokenizer"]["ranks"].splitlines()) if masked else -1
+    state["model_config"] = state["model_config"] | {"separator": separator}
+    if settings.pop("ema", 0):
+        state["ema"] = True
+    if "optimizers" in state:
+        names = ("step", "best", "evaluated", "skipped", "elapsed")
+        state["progress"] = {name: state[name] for name in names} | {"evals_since_best": state["waited"]}
+    return state | {"format": FORMAT}
 
 
 def digest_holds(path: Path) -> bool:
@@ -126,6 +155,33 @@ def build(state: dict, device: str | torch.device = "cpu") -> tuple[GPT, "tokeni
     return model.to(device).eval(), tokenizers.from_state(state["tokenizer"])
 
 
+def adapt(model: GPT, wanted: GPTConfig, source: str) -> GPT:
+    """
+    A model with the weights of `model` and those settings of `wanted` on which no weight depends. ValueError
+    if `wanted` differs from the defaults in another setting; `source` is named as where the model comes from.
+    """
+    own, default, asked = asdict(model.config), asdict(GPTConfig()), asdict(wanted)
+    other = [
+        f"{name}={value}"
+        for name, value in asked.items()
+        if value not in (own[name], default[name]) and name not in WEIGHTLESS
+    ]
+    if other:
+        raise ValueError(f"{source} is another model than one with {', '.join(other)}: leave that out")
+    config = replace(model.config, **{name: asked[name] for name in WEIGHTLESS})
+    state = model.state_dict()
+    if config.position == "learned":
+        if config.block_size > model.config.block_size:
+            raise ValueError(
+                f"block_size={config.block_size}, but {source} has learned only "
+                f"{model.config.block_size} positions"
+            )
+        state["embedder.positions.weight"] = state["embedder.positions.weight"][: config.block_size]
+    adapted = GPT(config)
+    adapted.load_state_dict(state)
+    return adapted
+
+
 def newest_run(root: str | Path = "out") -> Path:
     """The folder under `root` whose checkpoint was written last."""
     files = [file for file in Path(root).glob("*/*.pt") if not file.name.endswith(".tmp")]
@@ -151,7 +207,7 @@ def provenance() -> dict[str, str]:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         made["commit"] = "unknown"
-    for name in ("model.py", "train.py", "nanostlm/optim.py"):
+    for name in CODE:
         if (here / name).exists():
             made[name] = hashlib.sha256((here / name).read_bytes()).hexdigest()[:16]
     return made

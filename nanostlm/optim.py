@@ -1,5 +1,5 @@
 """
-Optimizers, schedules and the average of the weights, by name.
+Optimizers and schedules by name.
 
     optimizers = optim.build(model, config)                 # a list: one or two torch optimizers
     optim.set_lr(optimizers, optim.schedule(config, step))  # each group's base_lr times a factor
@@ -111,6 +111,27 @@ def interpolate(schedule: list[tuple[float, float]], step: int) -> float:
         if step <= b:
             return x + (y - x) * (step - a) / (b - a)
     return schedule[-1][1]
+
+
+def window_stages(schedule: str, iters: int, block_size: int) -> list[tuple[int, int]]:
+    """
+    context_schedule, "0:0.25, 0.5:1" as shares of the run and of block_size, -> pairs (first update, window
+    length). An empty schedule is one stage of block_size.
+    """
+    if not schedule:
+        return [(0, block_size)]
+    shares = points("context_schedule", schedule, 0, 1)
+    stages = [(round(share * iters), round(block_size * part)) for share, part in shares]
+    exact = all(
+        part and block_size * part == n and block_size % n == 0
+        for (_, part), (_, n) in zip(shares, stages, strict=True)
+    )
+    if shares[0][0] or shares[-1][0] > 1 or shares[-1][1] != 1 or not exact:
+        raise ValueError(
+            f"context_schedule={schedule!r} must begin at 0, end with 1, and give lengths that divide "
+            f"block_size={block_size}"
+        )
+    return stages
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

@@ -1,11 +1,12 @@
 """
-Recipes and the command line: from `python train.py config/tiny.py --max_iters=200` to a configuration.
+Recipes and command lines: from `python train.py config/tiny.py --max_iters=200` to a configuration.
 
-A recipe is a Python file of assignments (literals, + - * / // ** on them and on names set above) that is
-parsed, never executed. Every field of the configuration dataclass can stand in it and on the command line, as
---key=value or --key value; fields of a nested dataclass are named like the others. An unknown key is an error
-that names the nearest real one. argparse rather than a larger library: it starts at once, and one line says
-what is wrong.
+A recipe is a Python file of assignments of literals, and of + - * / // ** on literals and on names assigned
+above. It is parsed, never executed. Every field of a configuration dataclass, and of a dataclass nested in
+it, is a setting: in a recipe, and on the command line as `--key=value` or `--key value`.
+
+All scripts share `Parser`, which reports a mistake in one line, and `script`, which sets the exit status.
+The parser is argparse because it starts fast.
 """
 
 import argparse
@@ -13,55 +14,111 @@ import ast
 import difflib
 import functools
 import inspect
+import io
 import operator
+import os
 import re
+import sys
+import textwrap
+import tokenize
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}  # fmt: skip
+TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: operator.pow,
+}
+
+# ----------------------------------------------------------------------------------------------------------
+# Settings: the fields of a configuration dataclass
 
 
 class Setting(NamedTuple):
-    """One field of a configuration dataclass, or of one nested in it."""
+    """A field of a configuration dataclass, or of a dataclass nested in it."""
 
     name: str
     type: type
     default: Any
-    help: str  # the comment behind the field
-    group: str  # the comment line above its paragraph
-    nested: str  # the field that holds its dataclass; "" for the outermost
+    help: str  # the field's trailing comment, or ""
+    group: str  # the title of its group in --help, from the last comment line `# -- title` above it
+    nested: str  # the name of the outer field that holds the nested dataclass, or ""
 
 
-@functools.cache  # finding a class' source takes a tenth of a second
-def settings(cls: type, nested: str = "") -> dict[str, Setting]:
-    """Every setting of a dataclass by name; comments become its help, `# -- title` lines its groups."""
-    found, group, comments = {}, "the model" if nested else "", {}
-    for line in inspect.getsource(cls).splitlines():
-        if title := re.match(r"    # -- (.*)", line):
-            group = title[1]
-        elif field := re.match(r"    (\w+): .*?  # (.*)", line):
-            comments[field[1]] = (field[2], group)
+@functools.cache
+def settings_of(cls: type) -> dict[str, Setting]:
+    """Return all settings of a dataclass by name, in the order of its fields."""
+    table, comments, types = {}, comments_of(cls), typing.get_type_hints(cls)
     for field in fields(cls):
-        if is_dataclass(field.type):
-            found |= settings(field.type, field.name)
+        kind = types[field.name]
+        if is_dataclass(kind):
+            group = f"the {field.name}"
+            found = [
+                s._replace(group=s.group or group, nested=field.name) for s in settings_of(kind).values()
+            ]
+        elif kind in TYPES and field.default is not MISSING:
+            help, group = comments.get(field.name, ("", ""))
+            found = [Setting(field.name, kind, field.default, help, group, "")]
         else:
-            default = field.default if field.default is not MISSING else None
-            found[field.name] = Setting(field.name, field.type, default, *comments[field.name], nested)
+            raise ValueError(f"{cls.__name__}.{field.name} must be int, float, bool or str, with a default")
+        for s in found:
+            if s.name in table:
+                raise ValueError(f"{cls.__name__} has two settings {s.name!r}; rename one of the two fields")
+            table[s.name] = s
+    return table
+
+
+def comments_of(cls: type) -> dict[str, tuple[str, str]]:
+    """Return the trailing comment and the group title of each field, as written in the class's source."""
+    found = {}
+    for base in filter(is_dataclass, reversed(cls.__mro__)):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):  # defined interactively
+            continue
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        titles = {0: ""} | {i: text[3:] for i, text in comments.items() if text.startswith("-- ")}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                lines = range(node.lineno, node.end_lineno + 1)  # the formatter may have wrapped the field
+                help = " ".join(comments[i] for i in lines if i in comments)
+                found[node.target.id] = help, titles[max(i for i in titles if i < node.lineno)]
     return found
 
 
-def build(cls: type, values: dict[str, Any]) -> Any:
-    """Make the dataclass from flat values."""
-    table = settings(cls)
-    inner = {f.name: f.type(**{k: v for k, v in values.items() if table[k].nested == f.name})
-             for f in fields(cls) if is_dataclass(f.type)}  # fmt: skip
-    return cls(**{k: v for k, v in values.items() if not table[k].nested}, **inner)
+def build(cls: type, values: Mapping[str, Any]) -> Any:
+    """Construct the dataclass, and those nested in it, from a flat mapping of settings."""
+    table, parts = settings_of(cls), {"": {}}
+    inner = {name: kind for name, kind in typing.get_type_hints(cls).items() if is_dataclass(kind)}
+    parts |= {name: {} for name in inner}
+    for name, value in values.items():
+        check_name(name, table, cls.__name__)
+        parts[table[name].nested][name] = value
+    return cls(**parts[""], **{name: kind(**parts[name]) for name, kind in inner.items()})
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" with the most similar known name, or "" if none is similar."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_name(name: str, table: dict[str, Setting], where: str) -> None:
+    if name not in table:
+        raise ValueError(f"{where}: there is no setting {name!r}{closest(name, table)}")
 
 
 def convert(name: str, kind: type, value: Any) -> Any:
-    """A recipe's or the command line's value as the field's type, or a ValueError that names the field."""
+    """Convert a value from a recipe or the command line to the setting's type."""
     try:
         if kind is bool and str(value) in ("True", "False", "true", "false"):
             return str(value).lower() == "true"
@@ -74,52 +131,48 @@ def convert(name: str, kind: type, value: Any) -> Any:
             return str(value)
     except (ValueError, TypeError, OverflowError):
         pass
-    wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[kind]
-    raise ValueError(f"{name} takes {wanted}, not {value!r:.60}")
+    raise ValueError(f"{name} takes {TYPES[kind]}, not {value!r:.60}")
 
 
-def check_key(name: str, table: dict, where: str) -> None:
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{where}: there is no setting {name!r}{hint}")
+# ----------------------------------------------------------------------------------------------------------
+# Recipes
 
 
-def read(path: str | Path, cls: type) -> dict[str, Any]:
-    """The settings that a recipe makes, converted to their types. ValueError says where it is wrong."""
-    path, table = Path(path), settings(cls)
+def read_recipe(path: str | Path, cls: type) -> dict[str, Any]:
+    """Return the settings that a recipe assigns, converted to their types. ValueError names file and line."""
+    path, table = Path(path), settings_of(cls)
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in (Path(__file__).parent.parent / "config").glob("*.py")))
         raise FileNotFoundError(f"there is no recipe {path}; there are: {known}")
     values: dict[str, Any] = {}
 
-    def value_of(node: ast.expr) -> Any:
+    def evaluate(node: ast.expr) -> Any:
         match node:
             case ast.Constant():
                 return node.value
             case ast.Name() if node.id in values:
                 return values[node.id]
             case ast.UnaryOp(op=ast.USub()):
-                return -value_of(node.operand)
+                return -evaluate(node.operand)
             case ast.BinOp() if type(node.op) in OPERATORS:
-                left, right = value_of(node.left), value_of(node.right)
+                left, right = evaluate(node.left), evaluate(node.right)
                 if not (isinstance(left, int | float) and isinstance(right, int | float)):
                     raise ValueError("arithmetic is for numbers")
                 if isinstance(node.op, ast.Pow) and (abs(left) > 1e9 or abs(right) > 100):
-                    raise ValueError("a power of numbers that large is no setting")
+                    raise ValueError("the base or the exponent of this power is too large for a setting")
                 return OPERATORS[type(node.op)](left, right)
-        raise ValueError("a recipe holds only literals, arithmetic on them, and names set above")
+        raise ValueError("a recipe holds only literals, arithmetic on them, and names assigned above")
 
     where = str(path)
     try:
         for statement in ast.parse(path.read_text(encoding="utf-8"), filename=where).body:
             where = f"{path}, line {statement.lineno}"
             match statement:
-                case ast.Expr(value=ast.Constant(value=str())):  # the recipe's own description
+                case ast.Expr(value=ast.Constant(value=str())):  # the docstring
                     continue
                 case ast.Assign(targets=[ast.Name(id=name)]):
-                    check_key(name, table, where)
-                    values[name] = convert(name, table[name].type, value_of(statement.value))
+                    check_name(name, table, where)
+                    values[name] = convert(name, table[name].type, evaluate(statement.value))
                 case _:
                     raise ValueError("a recipe holds only assignments `setting = value`")
     except SyntaxError as error:
@@ -130,37 +183,114 @@ def read(path: str | Path, cls: type) -> dict[str, Any]:
     return values
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises a one-line ValueError, and suggests the closest option."""
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": self.formatter} | options)
+
+    @staticmethod
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=34, width=110)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        args = sys.argv[1:] if args is None else args
+        for word in args[: args.index("--")] if "--" in args else args:
+            name, known = word.split("=")[0], self._option_string_actions
+            if name.startswith("--") and " " not in name and name not in known:
+                self.error(
+                    f"there is no option {name!r}{closest(name, known) or '; --help lists all options'}"
+                )
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def command_line(
-    cls: type, argv: list[str], flags: dict[str, str], about: str
+    cls: type,
+    argv: list[str],
+    flags: Mapping[str, str],
+    about: str,
+    resolved: Mapping[str, str] = {},
 ) -> tuple[str, dict[str, Any], dict[str, Any], set[str]]:
     """
-    argv -> (the recipe's path or "", its values, the command line's values, the bare flags given). `flags`:
-    name -> help. ValueError with one clear line for what cannot be taken; `--help` prints all, in groups, and
-    ends.
+    Parse `[recipe] [--setting=value ...] [--flag ...]`. Return the recipe's path or "", the settings that the
+    recipe assigns, the settings on the command line, and the names of the flags given.
+
+    `flags` maps the name of a flag to its help. `resolved` maps the name of a setting that the program itself
+    computes to the reason why it cannot be set: --help leaves it out, and the error is "NAME REASON".
     """
-    table = settings(cls)
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ValueError(message)
-
-    parser = Parser(description=about, allow_abbrev=False, usage=argparse.SUPPRESS,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, 34, 34, 110))  # fmt: skip
+    table = settings_of(cls)
+    parser = Parser(description=about, usage=argparse.SUPPRESS)
     parser.add_argument("recipe", nargs="?", default="", help="a file of settings such as config/tiny.py")
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, help in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=help)
     groups: dict[str, Any] = {}
     for s in table.values():
         if s.group not in groups:
-            groups[s.group] = parser.add_argument_group(s.group)
-        text = f"{s.help} (default: {s.default!r})".replace("%", "%%")
+            groups[s.group] = parser.add_argument_group(s.group or "settings")
+        help = f"{s.help} (default: {s.default!r})".lstrip().replace("%", "%%")
         groups[s.group].add_argument(
-            f"--{s.name}", metavar=s.type.__name__, help=text, default=argparse.SUPPRESS
+            f"--{s.name}",
+            metavar=s.type.__name__,
+            help=argparse.SUPPRESS if s.name in resolved else help,
+            default=argparse.SUPPRESS,
         )
-    for word in argv:
-        if word.startswith("--") and word not in ("--help", "--"):
-            check_key(word[2:].split("=")[0], flags | table, "command line")
     given = vars(parser.parse_args(argv))
     recipe, chosen = given.pop("recipe"), {name for name in flags if given.pop(name)}
     given = {name: convert(name, table[name].type, value) for name, value in given.items()}
-    return recipe, read(recipe, cls) if recipe else {}, given, chosen
+    values = read_recipe(recipe, cls) if recipe else {}
+    for name, reason in resolved.items():
+        if name in values | given:
+            raise ValueError(f"{name} {reason}")
+    return recipe, values, given, chosen
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scripts
+
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
+def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
+    """
+    Decorate a script's main(argv), so that it takes sys.argv[1:] by default and returns the exit status: 0
+    for success, 1 if the machine or the run failed, 2 for a user error, 130 after Ctrl-C. With status 1 or 2,
+    one line on stderr gives the reason. Any other exception is a bug and leaves a traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapper(argv: list[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(encoding="utf-8", errors="replace")
+        formatwarning = warnings.formatwarning
+        warnings.formatwarning = lambda message, *_, **__: f"note: {one_line(message)}\n"
+        try:
+            status = main(sys.argv[1:] if argv is None else argv) or 0
+            print(end="", flush=True)  # raises BrokenPipeError here rather than at exit
+            return status
+        except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            return 130
+        except USER_ERRORS as error:
+            status, message = 2, one_line(error)
+        except (OSError, RuntimeError, MemoryError, ImportError) as error:
+            status, message = 1, one_line(error)
+        finally:
+            warnings.formatwarning = formatwarning
+        print(f"error: {message}", file=sys.stderr)
+        return status
+
+    return wrapper
+
+
+def one_line(message: Exception) -> str:
+    return " ".join(str(message).split()) or type(message).__name__

@@ -9,8 +9,8 @@
     tok.decode(tok.encode("Once upon a time"))   # any text comes back exactly, emoji too
     tok.save("tokenizer.json")                   # Hugging Face's `tokenizers` reads it and gives equal ids
 
-A vocabulary is a list of byte strings, each at the place of its id; end-of-text is the id after the last.
-Text never turns into end-of-text, even where it reads `<|endoftext|>`. A user's mistake raises ValueError.
+A vocabulary is a list of byte strings; a token's id is its index, and end-of-text is the id after the last.
+Text never becomes end-of-text, not even the text `<|endoftext|>`. A user's mistake raises ValueError.
 """
 
 import base64
@@ -21,21 +21,20 @@ import re
 import sys
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 EOT = "<|endoftext|>"
-# GPT-2's split into words as tiktoken writes it: possessive quantifiers, the same pieces, much faster.
+# GPT-2's split into words, as tiktoken writes it: possessive quantifiers give the same pieces, much faster.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-BLANKS = 900_000  # blanks in a row; tiktoken's regular expressions overflow at a million
+BLANKS = 900_000  # longest run of white space; tiktoken's regular expressions overflow at a million
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 class Unreachable(OSError):
-    """Only a network could bring it (the Hub's data, a vocabulary), and there is none. Names the ways out."""
+    """Data or a vocabulary must be downloaded, and the network fails. The message names the alternatives."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -43,11 +42,11 @@ class Unreachable(OSError):
 
 
 class Tokenizer:
-    """tokens: the byte strings of ids 0, 1, ... in the order in which they merge, all bytes among them."""
+    """tokens: the byte strings of ids 0, 1, ..., in the order of their merges, including all 256 bytes."""
 
     def __init__(self, name: str, tokens: list[bytes]):
         if len({token for token in tokens if len(token) == 1}) != 256 or len(set(tokens)) != len(tokens):
-            raise ValueError("a vocabulary has each of the 256 bytes, and nothing twice")
+            raise ValueError("a vocabulary contains each of the 256 bytes, and no token twice")
         self.name = name
         self.tokens = [*tokens, EOT.encode()]
         self.eot = len(tokens)
@@ -56,7 +55,7 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(self.ranks.encode()).hexdigest()
 
     @cached_property
-    def tiktoken(self):  # made at the first encode: a run that only reads ids needs none
+    def tiktoken(self):  # created by the first encode(): a run that only reads ids does not need it
         import tiktoken
 
         ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
@@ -64,15 +63,16 @@ class Tokenizer:
         return tiktoken.Encoding(self.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
-        """ValueError where the text is not valid Unicode (a lone surrogate)."""
+        """ValueError if the text is not valid Unicode (it contains a lone surrogate)."""
         data = checked(text)
         return list(data) if self.name == "byte" else self.tiktoken.encode_ordinary(text)
 
     def encode_stories(self, texts: list[str]) -> np.ndarray:
-        """(n_ids,) uint32: the ids of each text, end-of-text after each.
+        """(n_ids,) uint32: the ids of all texts, with end-of-text after each.
 
-        tiktoken gets all texts as one string with end-of-text between them, and works on it without the GIL:
-        three times as fast as one by one."""
+        tiktoken encodes all texts as one string with end-of-text between them, and releases the GIL: this is
+        three times as fast as one text at a time.
+        """
         if self.name == "byte":
             data = [checked(text) for text in texts]
             ids = np.frombuffer(b"".join(data), np.uint8).astype(np.uint32)
@@ -81,18 +81,11 @@ class Tokenizer:
         checked(joined)
         if joined.count(EOT) == len(texts):
             return self.tiktoken.encode_to_numpy(joined, allowed_special={EOT})
-        # a text that holds the very words: one by one
+        # some text contains the string <|endoftext|>
         return np.array([i for text in texts for i in (*self.encode(text), self.eot)], np.uint32)
 
-    def encode_batch(self, texts: list[str], num_threads: int = 8) -> list[np.ndarray]:
-        """One (n_ids,) uint32 array a text, encoded in parallel."""
-        texts = list(texts)
-        with ThreadPoolExecutor(num_threads) as pool:
-            chunks = pool.map(self.encode_stories, [texts[i : i + 256] for i in range(0, len(texts), 256)])
-        return [ids[:-1] for c in chunks for ids in np.split(c, np.flatnonzero(c == self.eot) + 1)[:-1]]
-
     def decode_bytes(self, ids) -> bytes:
-        """Perhaps half a character at either end. ValueError for an id that is none."""
+        """May begin or end inside a character. ValueError for an invalid id."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) <= self.eot:
             bad = next(i for i in ids if not 0 <= i <= self.eot)
@@ -100,63 +93,45 @@ class Tokenizer:
         return b"".join([self.tokens[i] for i in ids])
 
     def decode(self, ids) -> str:
-        """Bytes that are no UTF-8, which a model may well write, become U+FFFD."""
+        """Invalid UTF-8, which a model can generate, becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def state(self) -> dict:
-        """Plain data for a checkpoint, all that from_state() needs; `ranks` is a .tiktoken file's text."""
+        """Plain data for a checkpoint, for from_state(); `ranks` is the text of a .tiktoken file."""
         return {"name": self.name, "ranks": self.ranks}
 
     def save(self, path) -> None:
-        """Writes tokenizer.json in Hugging Face's format, which gives equal ids there.
+        """Write tokenizer.json in Hugging Face's format, which gives equal ids there.
 
-        Why equal: tiktoken merges the pair whose joined bytes have the lowest id, Hugging Face the pair that
-        comes first in a list; both the leftmost of equals. What lies between two boundaries merges as if
-        alone, so a token only ever arises from one pair: the two parts left when its own bytes are merged.
-        Listed in the order of the tokens, these are all pairs that tiktoken merges, and they rank the same.
-        (There, the text `<|endoftext|>` does become the id, unless `encode_special_tokens` is set.)"""
-        char = byte_chars()
+        Why the ids are equal: tiktoken merges the pair of parts whose joined bytes have the lowest id, and
+        Hugging Face the pair that comes first in a list; of equal pairs, both merge the leftmost. Text
+        between two boundaries merges as if it stood alone, so a token always results from the same pair: the
+        last two parts when the token's own bytes are merged. In the order of their tokens, these pairs are
+        therefore all the pairs that tiktoken merges, in the same order of priority.
+        (With Hugging Face, the text `<|endoftext|>` becomes the id unless `encode_special_tokens` is set.)
+        """
+        from tokenizers import Tokenizer as HuggingFace
+        from tokenizers import decoders, models, pre_tokenizers
+
+        chars = byte_chars()
         ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
-        spelt = {token: "".join(char[b] for b in token) for token in ranks}
+        spelling = {token: "".join(chars[b] for b in token) for token in ranks}
         pairs = [last_pair(token, ranks) for token in ranks if len(token) > 1]
-        end = {
-            "id": self.eot,
-            "content": EOT,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        model = {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a token is looked up, not merged, as in tiktoken
-            "vocab": {spelt[token]: i for token, i in ranks.items()},
-            "merges": [[spelt[left], spelt[right]] for left, right in filter(None, pairs)],
-        }
-        data = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [end],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": model,
-        }
-        Path(path).write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
+        bpe = HuggingFace(
+            models.BPE(
+                vocab={spelling[token]: i for token, i in ranks.items()},
+                merges=[(spelling[left], spelling[right]) for left, right in filter(None, pairs)],
+                ignore_merges=True,  # as in tiktoken, a word that is a token is not built by merges
+            )
+        )
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        bpe.add_special_tokens([EOT])
+        Path(path).write_text(bpe.to_str(pretty=True), encoding="utf-8")  # Tokenizer.save hides the OSError
 
 
 def checked(text: str) -> bytes:
-    """The UTF-8 bytes of the text. ValueError where it has none, or where tiktoken would fail on it."""
+    """The text as UTF-8. ValueError if it is not valid Unicode, or if tiktoken would fail on it."""
     if len(text) > BLANKS and re.search(rf"(?<!\s)\s{{{BLANKS},}}+\S", text):
         raise ValueError(f"the text has {BLANKS:,} blanks in a row, which tiktoken cannot split")
     try:
@@ -169,14 +144,14 @@ def checked(text: str) -> bytes:
 
 
 def byte_chars() -> dict[int, str]:
-    """The printable character that stands for each byte in tokenizer.json: 65 -> "A", 32 -> "Ġ"."""
+    """The printable character that represents each byte in tokenizer.json: 65 -> "A", 32 -> "Ġ"."""
     plain = [b for b in range(256) if chr(b).isprintable() and b != 32]
     rest = [b for b in range(256) if b not in plain]
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
 def last_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes] | None:
-    """The two parts left just before merging makes `token` of its bytes; None where it never does."""
+    """The last two parts when the bytes of `token` are merged; None if merging does not reach `token`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
@@ -191,7 +166,7 @@ def last_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes] | None:
 
 
 def bpe_size(name: str) -> int | None:
-    """4096 for "bpe4096", None for "gpt2" and "byte". ValueError for any other name."""
+    """4096 for "bpe4096", None for "gpt2" and "byte"; ValueError for any other name."""
     if name in ("gpt2", "byte"):
         return None
     match = re.fullmatch(r"bpe([1-9]\d*)", name)
@@ -203,7 +178,7 @@ def bpe_size(name: str) -> int | None:
 
 
 def get(name: str) -> Tokenizer:
-    """gpt2 or byte. Unreachable, within 5 seconds, where gpt2's files are in no cache and no reach."""
+    """gpt2 or byte. Unreachable, within 5 seconds, if GPT-2's files are neither cached nor downloadable."""
     if bpe_size(name) is not None:
         raise ValueError(f"{name} is trained on a corpus: python prepare.py CORPUS --tokenizer {name}")
     if name == "byte":
@@ -211,25 +186,25 @@ def get(name: str) -> Tokenizer:
     import tiktoken
 
     files = [GPT2_URL + "vocab.bpe", GPT2_URL + "encoder.json"]
-    default = Path(tempfile.gettempdir(), "data-gym-cache")  # where tiktoken looks, too
+    default = Path(tempfile.gettempdir(), "data-gym-cache")  # tiktoken's default
     cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default)))
     try:
         if not all((cache / hashlib.sha1(file.encode()).hexdigest()).exists() for file in files):
-            from urllib.request import Request, urlopen  # knows proxies
+            from urllib.request import Request, urlopen  # supports proxies
 
             within(4, lambda: urlopen(Request(files[0], method="HEAD"), timeout=3).close())
         gpt2 = tiktoken.get_encoding("gpt2")
-    except OSError as error:  # urllib's and requests' errors are of this class, too
+    except OSError as error:  # includes the errors of urllib and requests
         raise Unreachable(
-            f"GPT-2's vocabulary cannot be had from {GPT2_URL.split('/')[2]} ({type(error).__name__}): set "
-            "TIKTOKEN_CACHE_DIR to a copy of another machine's tiktoken cache, or take a tokenizer that "
+            f"cannot download GPT-2's vocabulary from {GPT2_URL.split('/')[2]} ({type(error).__name__}): "
+            "set TIKTOKEN_CACHE_DIR to a copy of another machine's tiktoken cache, or use a tokenizer that "
             "needs no download (--tokenizer bpe4096 or byte)"
         ) from None
     return Tokenizer(name, [gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token)])
 
 
 def within(seconds: float, call):
-    """call(), or TimeoutError after so many seconds, whatever it waits for (DNS has no limit of its own)."""
+    """call(), or TimeoutError after `seconds`, whatever it waits for (DNS has no timeout of its own)."""
     result = []
 
     def run():
@@ -238,7 +213,7 @@ def within(seconds: float, call):
         except Exception as error:
             result.append((None, error))
 
-    thread = threading.Thread(target=run, daemon=True)  # one that hangs does not keep the process alive
+    thread = threading.Thread(target=run, daemon=True)  # daemon: a hanging call does not block exit
     thread.start()
     thread.join(seconds)
     value, error = result[0] if result else (None, TimeoutError(f"no answer within {seconds:g} seconds"))
@@ -248,7 +223,7 @@ def within(seconds: float, call):
 
 
 def from_state(state: dict) -> Tokenizer:
-    """The tokenizer whose state() this is. ValueError where it is none."""
+    """The tokenizer with this state(). ValueError if the state is invalid."""
     try:
         lines = [line.split() for line in state["ranks"].splitlines()]
         if [int(i) for _, i in lines] != list(range(len(lines))):
@@ -259,7 +234,7 @@ def from_state(state: dict) -> Tokenizer:
 
 
 def load(path, name: str | None = None) -> Tokenizer:
-    """What save() wrote. `name`, since a bpe4096 of a tiny corpus has fewer ids than its name says."""
+    """Read tokenizer.json. `name` matters because a bpe4096 of a tiny corpus has fewer ids than that."""
     byte = {char: b for b, char in byte_chars().items()}
     try:
         vocab = json.loads(Path(path).read_text(encoding="utf-8"))["model"]["vocab"]
@@ -270,9 +245,10 @@ def load(path, name: str | None = None) -> Tokenizer:
 
 
 def train_bpe(texts, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of `vocab_size` ids in all, from an iterable of texts; ids 0 to 255 are the bytes.
+    """Train byte-level BPE with `vocab_size` ids in all on an iterable of texts; ids 0 to 255 are the bytes.
 
-    Where nothing is left to merge it stops early and says so: fewer ids, and the name as asked."""
+    If no pairs are left to merge, it prints a note, and the tokenizer has fewer ids than its name says.
+    """
     bpe_size(name := f"bpe{vocab_size}")
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import models, pre_tokenizers, trainers

@@ -44,12 +44,13 @@ def here(tmp_path, monkeypatch, corpus, capsys):
     process and tmp_path, on micro settings unless alone=True. Its curve and stories are left out; stop_after:
     SIGTERM arrives in update n. here.said is what it said.
     """
-    from test_train import MICRO
+    from helpers import MICRO
 
     import train
+    from nanostlm import report
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "report", lambda *args: None)
+    monkeypatch.setattr(report, "final", lambda *args: None)
 
     def go(out_dir, *words, stop_after=0, alone=False, **changes):
         made = {"data_dir": corpus} | (changes if alone else MICRO | changes)
@@ -58,7 +59,7 @@ def here(tmp_path, monkeypatch, corpus, capsys):
 
         def stopping(self, n):
             if n + 1 == stop_after:
-                self.asked = signal.SIGTERM
+                self.requests.stop = signal.SIGTERM
             return step(self, n)
 
         with monkeypatch.context() as patch:

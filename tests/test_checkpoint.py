@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import pickle
 import random
@@ -9,24 +10,27 @@ import shutil
 import struct
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import kept, lines, numbers, same, settings, trainer
+from helpers import Program, config, kept, lines, numbers, same, trainer, words
 
+import prepare
 import train
 from model import GPT
-from nanostlm import checkpoint, tokenizer
+from nanostlm import checkpoint, runs, score, tokenizer
+from nanostlm import data as datasets
 
 
 def state(**more) -> dict:
     """The smallest whole checkpoint."""
-    c = settings().model
+    c = config().model
     torch.manual_seed(0)
     made = {
         "model": GPT(c).state_dict(),
-        "model_config": vars(c).copy(),
+        "model_config": asdict(c),
         "tokenizer": tokenizer.get("byte").state(),
     }
     return made | {"step": 3} | more
@@ -48,7 +52,7 @@ def test_what_was_saved_comes_back(tmp_path):
 
 
 def test_torch_opens_every_checkpoint_of_a_run_with_weights_only(here):
-    assert here("run", dtype="float16", optimizer="muon", ema=0.9) == 0
+    assert here("run", dtype="float16", optimizer="muon") == 0
     for name in ("latest.pt", "previous.pt", "best.pt"):
         found = torch.load(Path("run", name), weights_only=True)
         kinds = set()
@@ -253,7 +257,7 @@ def test_renaming_that_fails_half_way_leaves_a_checkpoint(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", second_fails)
     with pytest.raises(OSError):
         checkpoint.save(tmp_path / "latest.pt", state(step=2), tmp_path / "previous.pt")
-    assert train.last_state(tmp_path)["step"] == 1
+    assert runs.last_state(tmp_path)["step"] == 1
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -301,9 +305,6 @@ def test_several_failures_end_the_run_with_status_1(name, file, here, monkeypatc
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of POSIX")
 def test_a_file_system_that_is_really_full(tmp_path, corpus):
     """The kernel refuses to let any file grow over 60 kB: the best.pt fits, latest.pt does not."""
-    from launch import Program
-    from test_cli import words
-
     run = Program(words(corpus, out_dir="run"), tmp_path, hook=(limit_files, 60_000))
     assert run.wait() == 1
     assert run.text.count("WARNING: could not save latest.pt") == 3 and "Traceback" not in run.text
@@ -337,7 +338,7 @@ def full_disk(monkeypatch, steps: range) -> None:
         return step(self, n)
 
     monkeypatch.setattr(train.Trainer, "train_step", counting)
-    monkeypatch.setattr(train, "open", lambda f, m, encoding: Full(open(f, m + "b"), encoding), raising=False)
+    monkeypatch.setattr(runs, "open", lambda f, m, encoding: Full(open(f, m + "b"), encoding), raising=False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
@@ -407,6 +408,57 @@ def test_what_a_kill_left_behind_is_cleared(here):
 
 
 def test_the_fingerprint_tells_data_apart():
+    def fingerprint(data):
+        return runs.fingerprint(data.train, data.val)
+
     one, other = numbers(), numbers(seed=1)
-    assert train.fingerprint(one) == train.fingerprint(numbers()) != train.fingerprint(other)
-    assert train.fingerprint(one) != train.fingerprint(one._replace(val=one.val[:-1]))
+    assert fingerprint(one) == fingerprint(numbers()) != fingerprint(other)
+    assert fingerprint(one) != fingerprint(one._replace(val=one.val[:-1]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A checkpoint of an earlier version
+
+
+OLD = Path(__file__).parent / "checkpoint_f6ca03e"  # written by commit f6ca03e, with what came of it there
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch) -> dict:
+    """In the current directory: that version's run `run` and its data, prepared anew. -> what it computed."""
+    monkeypatch.chdir(tmp_path)
+    prepare.prepare("mini", "byte", source=str(OLD / "stories.txt"))
+    Path("run").mkdir()
+    for name in ("latest.pt", "metrics.jsonl"):
+        shutil.copy(OLD / name, "run")
+    return json.loads((OLD / "expected.json").read_text())
+
+
+def test_an_earlier_version_s_checkpoint_scores_the_same(earlier):
+    model, tok = checkpoint.load("run")
+    assert model.config.separator == tok.eot, "document masking was a setting of the training"
+    data = datasets.load_data("data/mini/byte")
+    nats, count = score.total(model, [data.val], tok.eot, rows=4)
+    assert count == earlier["val_tokens"] and nats == pytest.approx(earlier["val_nats"], rel=1e-6)
+    ids = tok.encode("Once upon a time, there was a little girl.")
+    found = score.loglikelihood(model, [tok.eot], ids)
+    assert found == pytest.approx(earlier["loglikelihood"], rel=1e-6)
+
+
+def test_an_earlier_version_s_run_resumes(earlier, capsys):
+    assert train.main(["--out_dir=run", "--resume", "--max_iters=12"]) == 0, capsys.readouterr().err
+    found = [line for line in lines("run") if line["step"] > 6]
+    key = [(line["step"], line["split"]) for line in earlier["resumed"]]
+    assert [(line["step"], line["split"]) for line in found] == key
+    losses = [line["loss"] for line in earlier["resumed"]]
+    assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-5)
+
+
+def test_an_earlier_version_s_average_of_weights_loads_but_does_not_resume(earlier, capsys):
+    state = torch.load("run/latest.pt", weights_only=True)
+    state["train_config"]["ema"] = 0.9
+    checkpoint.save("run/latest.pt", state | {"format": 1})
+    model, _ = checkpoint.load("run")
+    assert model.config.n_embd == 4
+    assert train.main(["--out_dir=run", "--resume", "--max_iters=12"]) == 2
+    assert "--init_from=run" in capsys.readouterr().err

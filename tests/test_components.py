@@ -1,4 +1,4 @@
-"""The variants of model.py, each against a direct slow formula, and all of them together."""
+"""The components that settings select, each against a direct slow formula, and all of them together."""
 
 import math
 import random
@@ -7,24 +7,13 @@ from itertools import combinations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import TINY, V, error, run_on_meta, tiny, tokens
+from test_model import TINY, V, check_counts, error, run_on_meta, tiny, tokens
 
-from model import (
-    GPT,
-    INITS,
-    MLPS,
-    POSITIONS,
-    SHARES,
-    Block,
-    GPTConfig,
-    KVCache,
-    LoRA,
-    Place,
-    alibi_slopes,
-    locate,
-    sinusoids,
-    start_from_pairs,
-)
+from model import CHOICES, GPT, MLPS, AttnInputs, Block, GPTConfig, attn_inputs
+from nanostlm.kv_cache import KVCache
+from nanostlm.variants import INITS, SHARES, LoRA, alibi_slopes, bigram_init, sinusoids
+
+POSITIONS = CHOICES["position"]
 
 # ----------------------------------------------------------------------------------------------------------
 # The products: the settings of each part, and a small set of models in which every pair of them occurs
@@ -42,7 +31,7 @@ ATTENTIONS = {
     "grouped_window": dict(n_kv_head=2, window=3, qk_norm=True),
 }
 FEEDS = {name: dict(mlp=name) for name in MLPS}
-SHARED = {f"share_{name}": dict(share=name, lora_rank=2) for name in SHARES}
+SHARED = {f"share_{name}": dict(share=name, lora_rank=2) for name in CHOICES["share"]}
 PARTS = [NORMS, PLACES, ATTENTIONS, FEEDS, SHARED]
 SAYS = {"says": {}, "points": dict(pointer=True)}
 OPTIONS = [
@@ -106,9 +95,10 @@ def check_causality(model: GPT) -> None:
 def check_cache(model: GPT, lengths=(6, 3, 1), total=14) -> None:
     """Left-padded prompts of different lengths, then token by token: the logits of the full forward."""
     width, rows = max(lengths), [tokens(total - max(lengths) + n, seed=n) for n in lengths]
-    cache = KVCache(model.config, len(rows), start=torch.tensor([width - n for n in lengths]))
+    cache, starts = KVCache(model.config, len(rows)), torch.tensor([width - n for n in lengths])
     padded = torch.stack([F.pad(row, (total - len(row), 0)) for row in rows])
-    parts = [model(padded[:, :width], cache=cache)[0]]
+    segments = (torch.arange(width) >= starts[:, None]).long()
+    parts = [model(padded[:, :width], cache=cache, segments=segments)[0]]
     parts += [model(padded[:, i : i + 1], cache=cache)[0] for i in range(width, total)]
     cached = torch.cat(parts, dim=1)
     for row, got in zip(rows, cached, strict=True):
@@ -181,6 +171,12 @@ def test_a_cache_takes_one_prompt():
     model(tokens(1, 4), cache=cache)
     with pytest.raises(ValueError, match="one token at a time"):
         model(tokens(1, 2), cache=cache)
+    with pytest.raises(ValueError, match="with the prompt only"):
+        model(tokens(1, 1), cache=cache, segments=torch.ones(1, 1))
+    cache = KVCache(model.config, 1, max_draft=2)
+    model(tokens(1, 4), cache=cache)
+    with pytest.raises(ValueError, match="then 3 tokens at a time"):
+        model(tokens(1, 4), cache=cache)
 
 
 @over(PARTS + OPTIONS)
@@ -243,6 +239,138 @@ def test_bfloat16_is_close_to_float32(settings):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# The cache: several tokens at once, dropped tokens, segments, static shapes
+
+
+def check_passes(model: GPT, batch: int, total: int, seed: int, max_draft: int, **options) -> int:
+    """
+    Feed a stream to a cache in random passes of up to max_draft + 1 tokens, drop tokens at random, as many as
+    the cache allows, and go on with others. Every logit must be that of the model without a cache, whose
+    window is the cache's. `options`: segmented, and pads (B,) on the left of the prompt. -> passes made.
+    """
+    draw, c = random.Random(seed), model.config
+    pads = options.pop("pads", None)
+    separated = c.separator >= 0 and options.get("segmented") is not False
+    plain = tiny(**{**vars(c), "window": c.window or c.block_size, "separator": -1}).to(
+        model.head.linear.weight.dtype
+    )
+    cache = KVCache(c, batch, max_draft=max_draft, **options)
+    stream, passes = tokens(batch, draw.choice([1, 5, total // 2]), seed=seed), 0
+    if pads is not None:
+        stream = tokens(batch, 5, seed=seed)
+    begin = 0
+    while stream.shape[1] <= total:
+        passes += 1
+        segments = (stream == c.separator).cumsum(dim=1) if separated else torch.ones_like(stream)
+        if pads is not None:
+            padding = torch.arange(stream.shape[1]) < torch.tensor(pads)[:, None]
+            segments = torch.where(padding, 0, 1 + segments)
+        new = stream[:, begin:]
+        got = model(new, cache=cache, segments=segments if pads is not None and not begin else None)[0]
+        want = plain(stream, segments=segments)[0][:, begin:]
+        for row in range(batch):
+            skip = max(0, (pads[row] if pads is not None else 0) - begin)
+            assert error(got[row, skip:], want[row, skip:]) < 1e-5
+        assert cache.seen == stream.shape[1]
+        dropped = draw.choice([0, 0, 1, draw.randint(0, max_draft)]) if begin else 0
+        dropped = min(dropped, max_draft, cache.seen - 1)
+        cache.drop(dropped)
+        stream = stream[:, : cache.seen]
+        begin = cache.seen
+        stream = torch.cat(
+            (stream, tokens(batch, draw.randint(1, max_draft + 1), seed=draw.randrange(10**6))), dim=1
+        )
+    return passes
+
+
+DRAFTS = [
+    PLACES,
+    {k: ATTENTIONS[k] for k in ("multihead", "grouped", "window", "grouped_window")}
+    | {"one": dict(window=1)},
+    SAYS,
+    {"one_text": {}, "separator": dict(separator=5)},
+]
+
+
+@over(DRAFTS)
+@torch.no_grad()
+def test_a_cache_takes_several_tokens_and_drops_some(settings):
+    """Before and after the ring buffer is full; with and without padding."""
+    settings = {**settings, "block_size": 40 if settings["position"] == "learned" else 12}
+    model, total = tiny(**settings), 38
+    for seed in range(3):
+        for max_draft in (0, 1, 4):
+            assert check_passes(model, 2, total, seed, max_draft) > 5
+            check_passes(model, 3, total, seed, max_draft, pads=[0, 2, 4])
+    check_passes(model, 2, total, 0, 3, segmented=False)
+    check_passes(model, 2, total, 0, 3, segmented=False, pads=[3, 0])
+
+
+@torch.no_grad()
+def test_what_a_cache_can_drop():
+    """max_draft tokens at any time, more while all that is needed is stored; then the prompt, too."""
+    model, idx = tiny(block_size=8), tokens(1, 30)
+    cache = KVCache(model.config, 1, max_draft=3)
+    model(idx[:, :20], cache=cache)
+    with pytest.raises(ValueError, match="cannot drop 5 of 20 tokens"):
+        cache.drop(5)
+    cache.drop(4)  # column by column the window of the next token: 16 - 7 >= 20 - 11
+    with pytest.raises(ValueError, match="cannot drop"):
+        cache.drop(1)
+    window = tiny(block_size=8, window=8)
+    got = model(idx[:, 16:18], cache=cache)[0]
+    assert error(got, window(idx[:, :18])[0][:, 16:]) < 1e-5
+    for bad in (-1, 19):
+        with pytest.raises(ValueError, match="cannot drop"):
+            cache.drop(bad)
+    cache = KVCache(model.config, 1, max_draft=3)
+    model(idx[:, :5], cache=cache)
+    cache.drop(5)  # all: the next pass is a prompt
+    assert error(model(idx[:, :9], cache=cache)[0], window(idx[:, :9])[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_one_segment_needs_no_mask_and_changes_no_bit():
+    """Without drafts and separators a token attends to the stored columns as they are."""
+    for settings in ({}, dict(n_kv_head=2, window=5), dict(separator=5)):
+        model, idx = tiny(**settings), tokens(2, 30) % 5
+        caches = [KVCache(model.config, 2, segmented=s) for s in (False, None)]
+        for cache in caches:
+            model(idx[:, :7], cache=cache)
+        for i in range(7, 30):
+            attn = caches[0].begin(idx[:, i : i + 1])[1]
+            assert attn.attn_mask is None and not attn.is_causal
+            a, b = (model(idx[:, i : i + 1], cache=cache)[0] for cache in caches)
+            assert torch.equal(a, b)
+
+
+@over(DRAFTS)
+@torch.no_grad()
+def test_the_static_cache_is_the_cache(settings):
+    """One token at a time and several, padded and separated, before and after the ring buffer is full."""
+    model = tiny(**{**settings, "block_size": 40 if settings["position"] == "learned" else 12})
+    segments = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    for given, T in product((None, segments), (1, 3)):
+        cache, idx = KVCache(model.config, 2, max_draft=2), tokens(2, 35)
+        with pytest.raises(ValueError, match="after the prompt"):
+            cache.static()
+        model(idx[:, :5], cache=cache, segments=given)
+        static = cache.static()
+        for i in range(5, 35, T):
+            new = idx[:, i : i + T]
+            assert error(model(new, cache=static)[0], model(new, cache=cache)[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_can_be_selected():
+    model, idx = tiny(separator=5, pointer=True), tokens(3, 12) % 7
+    cache = KVCache(model.config, 3)
+    model(idx[:, :9], cache=cache)
+    cache.select([2, 0, 2])
+    assert error(model(idx[[2, 0, 2], 9:10], cache=cache)[0], model(idx[[2, 0, 2], :10])[0][:, -1:]) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------
 # No option learns what cannot be learned
 
 
@@ -278,7 +406,7 @@ def test_random_tokens_are_learned_by_a_model_that_looks_ahead():
 def slow_attention(attention, x, bias=None, key_distance=None, value_distance=None, clip=0, causal=True):
     """Attention from its definition, with (T, T, head_dim) tensors; bias (heads, T, T)."""
     B, T, C = x.shape
-    h, kv, d = attention.heads, attention.kv_heads, attention.head_dim
+    h, kv, d = attention.n_head, attention.n_kv_head, attention.head_dim
     q, k, v = attention.qkv(x).split((h * d, kv * d, kv * d), dim=-1)
     q = q.view(B, T, h, d)
     k, v = (y.view(B, T, kv, d).repeat_interleave(h // kv, dim=2) for y in (k, v))
@@ -306,10 +434,10 @@ def test_shaw_is_the_formula(shaw_values, clip, n_kv_head, causal):
     settings = dict(position="shaw", shaw_values=shaw_values, shaw_clip=clip, n_kv_head=n_kv_head)
     model = tiny(**settings, causal=causal).double()
     attention, x = model.core.blocks[0].attn, torch.randn(2, 9, 16, dtype=torch.float64)
-    place = locate(model.config, tokens(2, 9), None, None)[1]
+    attn = attn_inputs(model.config, tokens(2, 9))[1]
     values = attention.value_distance.weight if shaw_values else None
     want = slow_attention(attention, x, None, attention.key_distance.weight, values, clip, causal)
-    assert error(attention(x, place), want) < 1e-12
+    assert error(attention(x, attn), want) < 1e-12
 
 
 def slopes_of_the_paper(n: int) -> list[float]:
@@ -338,8 +466,8 @@ def test_alibi_is_the_formula(n_head, n_kv_head, causal):
         [[[-s * abs(i - j) for j in range(9)] for i in range(9)] for s in slopes_of_the_paper(n_head)],
         dtype=torch.float64,
     )
-    place = locate(model.config, tokens(2, 9), None, None)[1]
-    assert error(attention(x, place), slow_attention(attention, x, bias, causal=causal)) < 1e-7
+    attn = attn_inputs(model.config, tokens(2, 9))[1]
+    assert error(attention(x, attn), slow_attention(attention, x, bias, causal=causal)) < 1e-7
 
 
 @pytest.mark.parametrize("dim", [8, 16, 5])
@@ -369,8 +497,8 @@ def test_a_pointer_says_tokens_of_the_context_again():
     pointer, idx = model.pointer, tokens(1, 9) % 5  # the same token more than once
     pointer.sentinel.data.fill_(0.3)
     pointer.scale.data.fill_(1.7)
-    position, place = locate(model.config, idx, None, None)
-    x = model.core(model.embedder(idx, position), place)
+    positions, attn = attn_inputs(model.config, idx)
+    x = model.core(model.embedder(idx, positions), attn)
     q, a, b = pointer.qab(pointer.norm(x))[0].chunk(3, dim=-1)
     plain, got, own = model.head(x)[0].softmax(-1), model(idx)[0][0], []
     targets = idx.roll(-1, dims=1)
@@ -421,7 +549,7 @@ def test_a_pointer_refuses(settings):
         tiny(pointer=True, **settings)
 
 
-def test_start_from_pairs_is_the_bigram_model_of_the_text():
+def test_bigram_init_is_the_bigram_model_of_the_text():
     """With as many dimensions as ids nothing is lost but a little to the ridge: by counting, in float64."""
     V, prior = 12, 20.0
     draw = torch.Generator().manual_seed(0)
@@ -431,7 +559,7 @@ def test_start_from_pairs_is_the_bigram_model_of_the_text():
         ids.append(torch.multinomial(chain[ids[-1]], 1, generator=draw).item())
     ids = torch.tensor(ids)
     model = GPT(GPTConfig(vocab_size=V, n_layer=1, n_head=2, n_embd=16, tied=False, init="zero"))
-    start_from_pairs(model, ids, prior)
+    bigram_init(model, ids, prior)
     n = torch.zeros(V, V, dtype=torch.float64)
     for a, b in zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True):
         n[a, b] += 1
@@ -441,10 +569,10 @@ def test_start_from_pairs_is_the_bigram_model_of_the_text():
     got = model(torch.arange(V)[:, None])[0][:, 0].double().log_softmax(-1)
     assert (got - want).abs().mean() < 0.05 < (p.log() - want).abs().mean() / 10
     wide = GPT(GPTConfig(vocab_size=V, n_layer=1, n_head=2, n_embd=96, tied=False, init="zero"))
-    start_from_pairs(wide, ids, prior)  # more dimensions than ids
+    bigram_init(wide, ids, prior)  # more dimensions than ids
     assert (wide(torch.arange(V)[:, None])[0][:, 0].log_softmax(-1) - want).abs().mean() < 0.05
     before = [p.clone() for p in model.parameters()]
-    start_from_pairs(model, ids, prior)  # the same again, to the bit
+    bigram_init(model, ids, prior)  # the same again, to the bit
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
@@ -472,14 +600,14 @@ def test_relative_positions_do_not_see_where_a_text_stands(name):
 # Attention
 
 
-def place_of(model: GPT, idx, mask) -> Place:
-    """What locate finds, but with an explicit mask (B, T, T) in place of causal, window and segments."""
-    where, T = locate(model.config, idx, None, None)[1], idx.shape[1]
+def with_mask(model: GPT, idx, mask) -> AttnInputs:
+    """attn_inputs, but with an explicit mask (B, T, T) in place of causal, window and segments."""
+    attn, T = attn_inputs(model.config, idx)[1], idx.shape[1]
     bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None]
     distance = torch.arange(T)[:, None] - torch.arange(T)
     if model.config.position == "alibi":
         bias = bias - torch.tensor(slopes_of_the_paper(model.config.n_head))[:, None, None] * distance.abs()
-    return Place(where.rope, bias, False, distance)
+    return AttnInputs(attn.rope, bias, False, distance)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
@@ -496,7 +624,7 @@ def test_window_and_segments_are_a_mask(name, window, causal, segmented):
         mask[b, i, j] &= not segmented or bool(segments[b, i] == segments[b, j])
     place = torch.tensor([[*range(5), *range(7)], [0, 1, *range(10)]]) if segmented else torch.arange(12)
     x = model.embedder(idx, place)
-    want = model.head(model.core(x, place_of(model, idx, mask)))
+    want = model.head(model.core(x, with_mask(model, idx, mask)))
     assert error(model(idx, segments=segments if segmented else None)[0], want) < 1e-5
 
 
@@ -510,11 +638,28 @@ def test_a_segment_is_a_text_of_its_own(name, settings):
     assert error(model(idx, segments=segments)[0], want) < 1e-5
 
 
+@pytest.mark.parametrize("settings", [{}, dict(window=4), dict(causal=False), dict(pointer=True)])
+@pytest.mark.parametrize("name", PLACES)
+@torch.no_grad()
+def test_a_separator_begins_a_segment(name, settings):
+    """With config.separator the model derives the segments; those that are passed override it."""
+    model, masked = (tiny(**PLACES[name], **settings, separator=i) for i in (-1, 5))
+    idx = tokens(2, 12)
+    idx[0, 3] = idx[0, 4] = idx[1, 0] = idx[1, 7] = 5
+    segments = (idx == 5).cumsum(dim=1)
+    assert torch.equal(masked(idx)[0], model(idx, segments=segments)[0])
+    assert torch.equal(masked(idx, idx)[1], model(idx, idx, segments=segments)[1])
+    assert torch.equal(
+        masked(idx, segments=torch.zeros_like(idx))[0], model(idx, segments=torch.zeros_like(idx))[0]
+    )
+    assert not torch.equal(masked(idx)[0], model(idx)[0])
+
+
 @pytest.mark.parametrize("name", PLACES)
 @torch.no_grad()
 def test_grouped_heads_are_repeated_keys_and_values(name):
     one = tiny(**PLACES[name], n_kv_head=4)
-    assert one.num_params() == tiny(**PLACES[name]).num_params()
+    assert one.config.estimate() == tiny(**PLACES[name]).config.estimate()
     assert torch.equal(one(tokens(2, 12))[0], tiny(**PLACES[name])(tokens(2, 12))[0])
     for n_kv_head in (1, 2):
         grouped = tiny(**PLACES[name], n_kv_head=n_kv_head).double()
@@ -597,7 +742,7 @@ def test_feed_forward_is_the_formula(name):
 @torch.no_grad()
 def test_shared_models_compute_what_unshared_ones_would():
     """An unshared model that is given the shared weights, copied into each layer, gives the same logits."""
-    for share in SHARES:
+    for share in CHOICES["share"]:
         shared, free = tiny(share=share, lora_rank=2), tiny()
         state = {}
         for i, block in enumerate(shared.core.blocks):
@@ -622,8 +767,9 @@ def test_shared_parameters_count_once():
     }
     for share, count in want.items():
         model = GPT(GPTConfig(**TINY, share=share, lora_rank=3))
-        assert model.num_params()["core"] == count
-        assert model.num_params()["total"] == sum(p.numel() for p in model.parameters())
+        counts = model.config.estimate()
+        assert counts["parameters"] - counts["embedding_parameters"] == count
+        check_counts(model)
 
 
 def test_low_rank_parts_start_at_nothing():
@@ -634,3 +780,16 @@ def test_low_rank_parts_start_at_nothing():
         if name.endswith("down.weight"):
             torch.nn.init.normal_(p)
     assert torch.equal(model(idx)[0], before)
+
+
+@over([*PARTS, *OPTIONS[:2], SAYS])
+def test_counts(settings):
+    for position in ({}, dict(position="learned"), dict(position="shaw", shaw_values=True)):
+        check_counts(tiny(**settings | position))
+
+
+def test_the_choices_are_those_that_the_components_have():
+    assert set(CHOICES["share"]) == {"none", *SHARES} and set(CHOICES["init"]) == set(INITS)
+    for field, names in CHOICES.items():
+        for name in names:
+            GPT(GPTConfig(**{**TINY, field: name}))

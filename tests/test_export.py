@@ -1,8 +1,8 @@
 """
-export.py: the same logits, ids and text in transformers and in llama2.c, and back.
+Exports: the same logits, ids and text in transformers and in llama2.c, and back.
 
-transformers is independent of us. llama2.c is not here, so `RunC` below reads the two files and computes what
-their format prescribes, in numpy; where LLAMA2C names a checkout of it, the real run.c is compiled and asked.
+transformers is an independent implementation. For llama2.c, `RunC` below reads the two files and computes
+what the format prescribes, in numpy; if LLAMA2C names a checkout, the real run.c is compiled and compared.
 """
 
 import codecs
@@ -21,10 +21,12 @@ import safetensors.torch
 import torch
 
 import export
-import sample
 from model import GPT, GPTConfig
 from nanostlm import checkpoint
 from nanostlm import tokenizer as tokenizers
+from nanostlm.formats.hf import from_hf, to_hf
+from nanostlm.formats.llama2c import to_llama2c
+from nanostlm.generate import chain, generate, stories
 
 STORIES = [
     "Once upon a time there was a little pumpkin. She didn't like the big, dark barn!",
@@ -61,7 +63,7 @@ def trained(bpe, tmp_path_factory):
     idx = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
     assert idx.shape[1] <= 96
     for _ in range(100):
-        model.loss((idx[:, :-1].clamp(min=0), idx[:, 1:])).backward()
+        model(idx[:, :-1].clamp(min=0), idx[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
     folder = tmp_path_factory.mktemp("run") / "out" / "tiny"
@@ -72,7 +74,7 @@ def trained(bpe, tmp_path_factory):
 
 
 def greedy(model: GPT, ids: list[int], n: int, eot: int) -> list[int]:
-    return sample.generate(model, [ids], n, sample.chain(temperature=0, top_p=1), eot=eot)[0]
+    return generate(model, [ids], n, chain(temperature=0, top_p=1), eot=eot)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def hf_greedy(model, tokenizer, text: str, n: int) -> list[int]:
 def test_transformers_computes_the_same(case, bpe, tmp_path):
     name, settings = CASES[case]
     model = model_of(bpe, **settings)
-    assert export.to_hf(model, bpe, tmp_path).startswith(name)
+    assert to_hf(model, bpe, tmp_path).startswith(name)
     theirs, tokenizer = open_hf(tmp_path)
     assert type(theirs).__name__.startswith(name)
     assert theirs.get_input_embeddings().weight.shape[0] == bpe.vocab_size
@@ -139,8 +141,8 @@ def test_transformers_computes_the_same(case, bpe, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_there_and_back(case, bpe, tmp_path):
     model = model_of(bpe, **CASES[case][1])
-    export.to_hf(model, bpe, tmp_path)
-    back, tokenizer = export.from_hf(tmp_path)
+    to_hf(model, bpe, tmp_path)
+    back, tokenizer = from_hf(tmp_path)
     assert tokenizer.state() == bpe.state() | {"name": tokenizer.name} and tokenizer.name == "bpe300"
     idx = torch.randint(0, bpe.vocab_size, (3, 48))
     if model.config.share == "lora":  # merged: equal up to rounding
@@ -169,7 +171,7 @@ def test_refused_by_name(bpe, tmp_path):
         (dict(GPT2, mlp="swiglu"), "mlp=swiglu has no"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            export.to_hf(model_of(bpe, **settings), bpe, tmp_path / "no")
+            to_hf(model_of(bpe, **settings), bpe, tmp_path / "no")
         assert not (tmp_path / "no").exists()
 
 
@@ -186,23 +188,23 @@ def test_tokenizers_give_the_same_ids(bpe, tmp_path):
     pytest.importorskip("transformers")
     for ours in vocabularies(bpe):
         folder = tmp_path / ours.name
-        export.to_hf(model_of(ours, n_embd=8, n_layer=1), ours, folder)
+        to_hf(model_of(ours, n_embd=8, n_layer=1), ours, folder)
         model, theirs = open_hf(folder)
         assert theirs.bos_token_id == theirs.eos_token_id == ours.eot == model.config.bos_token_id
         for text in TEXTS:
             assert theirs(text).input_ids == [ours.eot, *ours.encode(text)], (ours.name, text)
             assert theirs.decode(ours.encode(text)) == text
         assert theirs("a", "b").input_ids == [ours.eot, *ours.encode("a"), ours.eot, *ours.encode("b")]
-        assert export.from_hf(folder)[1].state() == ours.state()
+        assert from_hf(folder)[1].state() == ours.state()
 
 
 def test_trained_text(trained, bpe, tmp_path):
     model, _ = checkpoint.load(trained)
-    export.to_hf(model, bpe, tmp_path)
+    to_hf(model, bpe, tmp_path)
     theirs, tokenizer = open_hf(tmp_path)
     for prompt, story in zip(("Once upon a time", "The dog", "One", "Tom"), STORIES, strict=True):
         n = model.config.block_size - 1 - len(bpe.encode(prompt))
-        ours = sample.stories(model, bpe, prompt, 1, n, temperature=0, top_p=1)[0]
+        ours = stories(model, bpe, prompt, 1, n, temperature=0, top_p=1)[0]
         assert prompt + tokenizer.decode(hf_greedy(theirs, tokenizer, prompt, n)) == ours
         assert ours == story
 
@@ -241,7 +243,7 @@ def llama(**settings):
 
 
 def check_import(folder, theirs, hf, begin=0, end=0, atol=1e-5):
-    model, tokenizer = export.from_hf(folder)
+    model, tokenizer = from_hf(folder)
     for text in (text for text in TEXTS if "<|" not in text):
         assert [hf.id_to_token(i) for i in hf.encode(text).ids] == [
             "".join(tokenizers.byte_chars()[b] for b in tokenizer.tokens[i]) for i in tokenizer.encode(text)
@@ -329,7 +331,7 @@ def test_what_cannot_be_imported(tmp_path):
             tensors = {name: x for name, x in tensors.items() if x is not None}
             safetensors.torch.save_file(tensors, folder / file)
         with pytest.raises(kind, match=words):
-            export.from_hf(folder)
+            from_hf(folder)
 
     bad("model_type=gpt_neox has no", model_type="gpt_neox")
     bad("rope_type=llama3 has no", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0})
@@ -374,11 +376,11 @@ def test_what_cannot_be_imported(tmp_path):
     bad("no merge makes", file=words, model__merges=merges[:-1])
     (tmp_path / "bad" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        export.from_hf(tmp_path / "bad")
+        from_hf(tmp_path / "bad")
     with pytest.raises(FileNotFoundError, match="no folder /no/such"):
-        export.from_hf("/no/such")
+        from_hf("/no/such")
     with pytest.raises(tokenizers.Unreachable, match="cannot be reached"):  # conftest.py: HF_HUB_OFFLINE
-        export.from_hf("nobody/no-such-model")
+        from_hf("nobody/no-such-model")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -473,7 +475,7 @@ class RunC:
 def our_text(model: GPT, tokenizer, prompt: str) -> str:
     prompt = " " + prompt if prompt else ""
     n = model.config.block_size - len(tokenizer.encode(prompt))
-    return sample.stories(model, tokenizer, prompt, 1, n, temperature=0, top_p=1)[0].removeprefix(" ")
+    return stories(model, tokenizer, prompt, 1, n, temperature=0, top_p=1)[0].removeprefix(" ")
 
 
 PROMPTS = ["", "Once upon a time", "The dog", 'Tom had a red ball, didn\'t he? "12 birds!"']
@@ -485,7 +487,7 @@ PROMPTS = ["", "Once upon a time", "The dog", 'Tom had a red ball, didn\'t he? "
 ], ids=str)  # fmt: skip
 def test_llama2c_computes_the_same(settings, bpe, tmp_path):
     model = model_of(bpe, **settings)
-    assert export.to_llama2c(model, bpe, tmp_path / "new" / "m.bin") == tmp_path / "new" / "tokenizer.bin"
+    assert to_llama2c(model, bpe, tmp_path / "new" / "m.bin") == tmp_path / "new" / "tokenizer.bin"
     theirs = RunC(tmp_path / "new" / "m.bin")
     order = [bpe.tokens.index(token) for token in theirs.tokens]  # our ids in the order of theirs
     assert sorted(order) == list(range(bpe.vocab_size)) and order[1] == bpe.eot
@@ -502,7 +504,7 @@ def test_llama2c_computes_the_same(settings, bpe, tmp_path):
 
 def test_llama2c_vocabularies(bpe, tmp_path):
     for tokenizer in (*vocabularies(bpe), tokenizers.train_bpe(STORIES, 258)):
-        export.to_llama2c(model_of(tokenizer, n_embd=8, n_layer=1), tokenizer, tmp_path / "m.bin")
+        to_llama2c(model_of(tokenizer, n_embd=8, n_layer=1), tokenizer, tmp_path / "m.bin")
         theirs = RunC(tmp_path / "m.bin")
         assert sorted(theirs.tokens) == sorted(tokenizer.tokens) and theirs.tokens[1] == b"<|endoftext|>"
         for prompt in PROMPTS[1:]:
@@ -521,7 +523,7 @@ def test_llama2c_refuses_by_name(bpe, tmp_path):
     ):  # fmt: skip
         name, value = *settings, *settings.values()
         with pytest.raises(ValueError, match=f"^{name}={value} has no equivalent in llama2.c's run.c$"):
-            export.to_llama2c(model_of(bpe, **settings), bpe, tmp_path / "m.bin")
+            to_llama2c(model_of(bpe, **settings), bpe, tmp_path / "m.bin")
     assert not list(tmp_path.iterdir())
 
 
@@ -533,7 +535,7 @@ def test_run_c_itself(trained, bpe, tmp_path):
     cases = [(other, model_of(other, n_kv_head=2)) for other in vocabularies(bpe)]
     cases.append((bpe, checkpoint.load(trained)[0]))
     for tokenizer, model in cases:
-        beside = export.to_llama2c(model, tokenizer, tmp_path / "m.bin")
+        beside = to_llama2c(model, tokenizer, tmp_path / "m.bin")
         for prompt in PROMPTS:
             command = [tmp_path / "run", tmp_path / "m.bin", "-z", beside, "-t", "0", "-n", "0"]
             command += ["-i", prompt] if prompt else []
@@ -551,7 +553,7 @@ def printable(text: str) -> str:
 
 def test_trained_text_in_llama2c(trained, bpe, tmp_path):
     model, _ = checkpoint.load(trained)
-    export.to_llama2c(model, bpe, tmp_path / "m.bin")
+    to_llama2c(model, bpe, tmp_path / "m.bin")
     theirs = RunC(tmp_path / "m.bin")
     texts = [theirs.text(prompt) for prompt in PROMPTS]
     assert texts == [our_text(model, bpe, prompt) for prompt in PROMPTS]
@@ -585,7 +587,7 @@ def test_command_line(trained, tmp_path, monkeypatch, capsys):
         assert (hf / name).stat().st_mode & 0o044, name  # not for the owner alone
     for to, dest in (("hf", hf), ("llama2c", file)):
         code, said = status("--to", to, dest)
-        assert code == 2 and "is there already" in said
+        assert code == 2 and "exists already" in said
         assert status("--to", to, dest, "--overwrite", "--out_dir", trained / "best.pt")[0] == 0
     code, said = status("--to", "onnx", hf)
     assert code == 2 and "invalid choice: 'onnx'" in said

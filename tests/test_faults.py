@@ -17,18 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import Program
-from test_cli import words
-from test_train import kept, lines, same
+from helpers import Program, kept, lines, same, words
 
-import evaluate
 import train
-from nanostlm import checkpoint
+from nanostlm import checkpoint, runs, score
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 
 INTERVAL = 4  # updates between checkpoints
-RUN = dict(max_iters=30, save_interval=INTERVAL, eval_interval=3, log_interval=1, dropout=0.1, ema=0.8,
+RUN = dict(max_iters=30, save_interval=INTERVAL, eval_interval=3, log_interval=1, dropout=0.1,
            gradient_accumulation_steps=2, optimizer="muon", dtype="float16", schedule="wsd", patience=100,
            out_dir="run")  # fmt: skip
 
@@ -82,11 +79,11 @@ def inject(stage: str, n: int) -> None:
 
         setattr(module, name, wrapped)
 
-    write = train.Trainer.write
+    save = runs.RunDirectory.save
 
-    def spying_write(self, name, *args, **kwargs):
+    def spying_save(self, name, *args, **kwargs):
         saving[0] = name
-        write(self, name, *args, **kwargs)
+        save(self, name, *args, **kwargs)
         saving[0] = None
 
     def half_written(content, file, **kwargs):
@@ -104,17 +101,17 @@ def inject(stage: str, n: int) -> None:
                 die()
             return super().write(text)
 
-    train.Trainer.write, torch_save = spying_write, torch.save
+    runs.RunDirectory.save, torch_save = spying_save, torch.save
     name = next((word for word in stage.split() if word.endswith(".pt")), "latest.pt")
     match stage.split():
         case ["setting", *_]:
-            before(train, "take_folder")
+            before(runs.RunDirectory, "cut_back")
         case ["an", "update"]:
             before(train.Trainer, "update")
         case ["an", "evaluation"]:
-            before(evaluate, "bits_per_byte")
+            before(score, "bits_per_byte")
         case ["a", "line", *_]:
-            train.open = lambda file, mode, encoding: HalfLine(open(file, mode + "b"), encoding)
+            runs.open = lambda file, mode, encoding: HalfLine(open(file, mode + "b"), encoding)
         case ["cutting", *_]:
             before(os, "replace", lambda old, new: Path(new).name == "metrics.jsonl")
         case ["writing", _]:
@@ -171,7 +168,7 @@ class Watch:
         if latest.exists() and latest.read_bytes() != self.damaged:
             self.damaged = b""  # there is a newer one
         allowed = 2 * INTERVAL if self.damaged else INTERVAL
-        done = max((x["step"] for x in train.read_metrics(folder) if x["split"] == "train"), default=0)
+        done = max((x["step"] for x in runs.read_metrics(folder) if x["split"] == "train"), default=0)
         saved = (folder / "latest.pt").exists() or (folder / "previous.pt").exists()
         begun = (folder / "metrics.jsonl").exists()
         how = OTHERS.get(fault)
@@ -188,7 +185,7 @@ class Watch:
         fine = (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
         assert status in fine, f"status {status} after {fault}:\n{run.text}"
         assert "Traceback" not in run.text or "KeyboardInterrupt" in run.text, run.text
-        said = re.search(r"going on with run at step (\d+)", run.text)
+        said = re.search(r"resuming run at step (\d+)", run.text)
         lost = done - int(said[1]) if said else 0
         if begun and not saved and status != -signal.SIGKILL:
             assert "starts again at step 0" in run.text or how, run.text

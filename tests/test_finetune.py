@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import train
-from nanostlm import checkpoint
+from nanostlm import checkpoint, runs
+from nanostlm.formats import hf
 
 
 @pytest.fixture
@@ -38,13 +38,12 @@ def test_no_such_checkpoint(here):
 
 
 def test_from_a_hugging_face_folder(here, origin, tmp_path):
-    export = pytest.importorskip("export")
     model, tokenizer = checkpoint.load(origin)
     try:
-        export.to_hf(model, tokenizer, tmp_path / "hf")
+        hf.to_hf(model, tokenizer, tmp_path / "hf")
     except ValueError as error:
         pytest.skip(f"the micro model has no equivalent there: {error}")
     assert here("second", init_from=f"hf:{tmp_path / 'hf'}", max_iters=1) == 0
     assert here("third", init_from="first", max_iters=1) == 0
-    first = [train.read_metrics(tmp_path / run)[0]["loss"] for run in ("second", "third")]
+    first = [runs.read_metrics(tmp_path / run)[0]["loss"] for run in ("second", "third")]
     assert first[0] == pytest.approx(first[1], rel=1e-6)

@@ -1,31 +1,36 @@
-"""The default path of model.py: shapes, attention, start, loss, numerics; against other programs."""
+"""The default path of model.py: shapes, attention, initialization, loss, numerics; against other programs."""
 
 import math
-from dataclasses import asdict
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import nn
 
 from model import (
     GPT,
     Attention,
+    AttnInputs,
     Block,
     BlockAttention,
-    ChunkedCrossEntropy,
     Core,
     Embedder,
     GPTConfig,
     Head,
-    KVCache,
-    Place,
+    attn_inputs,
+    chunked_cross_entropy,
+    cpu_attention,
     cross_entropy,
-    locate,
     rope_table,
     rotate,
+    sdpa,
 )
 from nanostlm import checkpoint, tokenizer
+from nanostlm.kv_cache import KVCache
 
 V = 40
 TINY = dict(n_layer=2, n_head=4, n_embd=16, block_size=16, vocab_size=V)
@@ -79,20 +84,19 @@ def test_shapes_and_types_of_the_model(loss_chunk):
     logits, loss = model(idx, idx)
     assert loss.shape == () and loss.dtype == torch.float32
     assert logits is None if loss_chunk else logits.shape == (2, 9, V)
-    assert torch.equal(model.loss((idx, idx)), loss)
 
 
 @pytest.mark.parametrize("n_kv_head", [8, 4, 1])
 @pytest.mark.parametrize("position", ["rope", "learned", "shaw"])
 def test_shapes_of_the_parts(position, n_kv_head):
-    c = GPTConfig(n_layer=2, n_head=8, n_embd=64, block_size=16, vocab_size=V, position=position)
-    c.n_kv_head = n_kv_head
+    settings = dict(position=position, n_kv_head=n_kv_head)
+    c = GPTConfig(n_layer=2, n_head=8, n_embd=64, block_size=16, vocab_size=V, **settings)
     idx, x = tokens(2, 16), torch.randn(2, 16, 64)
-    where, place = locate(c, idx, None, None)
-    assert Embedder(c)(idx, where).shape == (2, 16, 64)
+    positions, attn = attn_inputs(c, idx)
+    assert Embedder(c)(idx, positions).shape == (2, 16, 64)
     block = Block(c)
     for part in (block.attn, block, Core(c)):
-        assert part(x, place).shape == (2, 16, 64)
+        assert part(x, attn).shape == (2, 16, 64)
     for part in (block.mlp, block.norm1):
         assert part(x).shape == (2, 16, 64)
     head = Head(c)
@@ -106,7 +110,7 @@ def test_every_part_can_be_replaced():
             return F.one_hot(idx, 16).float()
 
     class Last(nn.Module):
-        def forward(self, x, place, cache):
+        def forward(self, x, attn, cache):
             return x + 1
 
     class Constant(nn.Module):
@@ -145,10 +149,10 @@ def test_dropout_in_training_only():
 def test_dropout_of_attention_weights(settings):
     c = GPTConfig(**TINY, dropout=0.5, **settings)
     attention, x = Block(c).attn, torch.randn(2, 9, 16)
-    place = locate(c, tokens(2, 9), None, None)[1]
-    assert not torch.equal(attention(x, place), attention(x, place))
+    attn = attn_inputs(c, tokens(2, 9))[1]
+    assert not torch.equal(attention(x, attn), attention(x, attn))
     attention.eval()
-    assert torch.equal(attention(x, place), attention(x, place))
+    assert torch.equal(attention(x, attn), attention(x, attn))
 
 
 @pytest.mark.parametrize("live, dead", [("attn", "mlp"), ("mlp", "attn")])
@@ -157,10 +161,10 @@ def test_dropout_of_both_outputs_of_a_block_and_of_the_embeddings(live, dead):
     block, embedder = Block(c), Embedder(c)
     block.attn.dropout = 0.0
     nn.init.zeros_(getattr(block, dead).proj.weight)
-    where, place = locate(c, idx, None, None)
-    moved = block(x, place) - x
+    positions, attn = attn_inputs(c, idx)
+    moved = block(x, attn) - x
     assert 0.3 < (moved == 0).float().mean() < 0.7, f"{live} is dropped half of the time"
-    assert 0.3 < (embedder(idx, where) == 0).float().mean() < 0.7
+    assert 0.3 < (embedder(idx, positions) == 0).float().mean() < 0.7
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def test_attention_is_the_formula():
     torch.manual_seed(0)
     c = GPTConfig(**TINY, n_kv_head=2, position="none", bias=True)
     attention, x = Attention(c).double(), torch.randn(2, 7, 16, dtype=torch.float64)
-    got = attention(x, Place(None, None, True, None))
+    got = attention(x, AttnInputs(None, None, True))
     qkv = F.linear(x, attention.qkv.weight, attention.qkv.bias)
     q, k, v = qkv[..., :16], qkv[..., 16:24], qkv[..., 24:]
     want = torch.zeros(2, 7, 16, dtype=torch.float64)
@@ -223,6 +227,21 @@ def test_block_attention_is_torchs(T, biased):
     assert low.dtype == torch.bfloat16 and error(low.double(), want) < 0.03
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("heads, n_kv_head, head_dim", [(2, 2, 64), (4, 2, 64), (4, 1, 16)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernel_for_a_cpu_computes_what_the_plain_one_does(
+    masked, heads, n_kv_head, head_dim, dtype, tolerance
+):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 70, head_dim).to(dtype) for n in (heads, n_kv_head, n_kv_head))
+    mask = torch.zeros(2, 1, 70, 70)
+    mask[0, :, 30:, :30] = -torch.inf
+    mask = mask.masked_fill(torch.ones(70, 70, dtype=torch.bool).triu(1), -torch.inf) if masked else None
+    got, want = (kernel(q, k, v, mask, not masked, 0.0) for kernel in (cpu_attention, sdpa))
+    assert got.dtype == want.dtype == dtype and error(got.float(), want.float()) < tolerance
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     "settings", [{}, dict(n_kv_head=2), dict(window=9), dict(position="shaw"), dict(position="alibi")]
@@ -251,8 +270,6 @@ def test_a_bidirectional_model_sees_both_sides(settings):
     assert changed == [True] * 9 if not settings.get("window") else all(changed[1:8])
     with pytest.raises(ValueError, match="causal"):
         KVCache(model.config, 1)
-    with pytest.raises(ValueError, match="causal"):
-        model.loglikelihood([1], [2])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -369,8 +386,18 @@ def test_hugging_face_computes_the_same(settings):
 @pytest.mark.parametrize("tied", [True, False])
 def test_standard_deviation_of_every_matrix(init, tied):
     torch.manual_seed(0)
-    c = GPTConfig(n_layer=8, n_head=4, n_embd=128, vocab_size=2000, bias=True, init=init, tied=tied)
-    c.position, c.norm, c.share = "learned", "layernorm", "lora"
+    c = GPTConfig(
+        n_layer=8,
+        n_head=4,
+        n_embd=128,
+        vocab_size=2000,
+        bias=True,
+        init=init,
+        tied=tied,
+        position="learned",
+        norm="layernorm",
+        share="lora",
+    )
     model = GPT(c)
     narrow = 0.02 if init == "gpt2" else 128**-0.5
     last = {"gpt2": 0.02 / 4, "zero": 0.0, "fan_in": 128**-0.5}[init]
@@ -397,8 +424,9 @@ def test_first_loss(size, tied):
     want = math.log(c.vocab_size) + c.n_embd * 0.02**2 / 2
     assert GPT(c)(idx, targets)[1].item() == pytest.approx(want, rel=0.005)
     if not tied:
-        c.init = "zero"
-        assert GPT(c)(idx, targets)[1].item() == pytest.approx(math.log(c.vocab_size), abs=1e-3)
+        assert GPT(replace(c, init="zero"))(idx, targets)[1].item() == pytest.approx(
+            math.log(c.vocab_size), abs=1e-3
+        )
 
 
 @torch.no_grad()
@@ -406,7 +434,7 @@ def test_zero_init_makes_every_block_the_identity():
     torch.manual_seed(0)
     c = GPTConfig(**TINY, init="zero")
     x = torch.randn(2, 9, 16)
-    assert torch.equal(GPT(c).core(x, locate(c, tokens(2, 9), None, None)[1]), x)
+    assert torch.equal(GPT(c).core(x, attn_inputs(c, tokens(2, 9))[1]), x)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -414,21 +442,20 @@ def test_zero_init_makes_every_block_the_identity():
 
 
 def both_losses(dtype=torch.float32, N=37, C=24, targets=None, scale=1.0, **settings):
-    """(loss, dx, dweight, with a pointer dgate, dcopied) of the plain and the chunked loss of a head of 70
+    """(loss, dx, dweight, with a pointer dgate, dcopied) of the plain and of the chunked cross-entropy of 70
     ids, padded to 128."""
     torch.manual_seed(0)
     c = GPTConfig(vocab_size=70, n_embd=C, n_head=2, **settings)
     x, weight = torch.randn(N, C, dtype=dtype), 0.5 * torch.randn(128, C, dtype=dtype)
     targets = torch.randint(70, (N,)) if targets is None else targets
-    extra = c.label_smoothing, c.z_loss
     gate, copied = torch.rand(2, N, dtype=dtype).log()
     copied[::4] = -1e9  # nothing to copy
     results = []
     for chunked in (False, True):
         x, weight, gate, copied = leaves = [p.detach().requires_grad_() for p in (x, weight, gate, copied)]
-        mixture = (gate, copied) if c.pointer else (None, None)
         if chunked:
-            loss = ChunkedCrossEntropy.apply(x, weight, targets, *mixture, dtype, True, c, *extra)
+            mixture = (gate, copied) if c.pointer else None
+            loss = chunked_cross_entropy(x[None], weight, targets[None], c, mixture)
         else:
             logits = x @ weight[:70].T
             if c.softcap:
@@ -438,7 +465,7 @@ def both_losses(dtype=torch.float32, N=37, C=24, targets=None, scale=1.0, **sett
                 p = gate.exp() * logits.softmax(-1)[rows, targets] + copied.exp()
                 loss = -(p.log() * kept).sum() / kept.sum().clamp(min=1)
             else:
-                loss = cross_entropy(logits[None], targets[None], *extra)
+                loss = cross_entropy(logits[None], targets[None])
         (scale * loss).backward()
         results.append((loss.detach(), *(p.grad for p in leaves if p.grad is not None)))
     return results
@@ -447,9 +474,6 @@ def both_losses(dtype=torch.float32, N=37, C=24, targets=None, scale=1.0, **sett
 TERMS = [
     dict(),
     dict(softcap=3.0),
-    dict(z_loss=0.1),
-    dict(label_smoothing=0.2),
-    dict(softcap=3.0, z_loss=0.1, label_smoothing=0.2),
     dict(pointer=True, softcap=3.0),
 ]
 
@@ -488,7 +512,6 @@ def test_uniform_logits_lose_log_v():
     nn.init.zeros_(model.head.linear.weight)
     idx = tokens(2, 9)
     assert model(idx, idx)[1].item() == pytest.approx(math.log(V), abs=1e-6)
-    assert model.loglikelihood([1], [2, 3, 4]) == pytest.approx(-3 * math.log(V), abs=1e-5)
 
 
 @pytest.mark.parametrize("loss_chunk", [0, 8])
@@ -500,7 +523,18 @@ def test_smoothing_and_z_loss_are_for_training_alone(loss_chunk):
     assert model.train()(idx, targets)[1].item() > plain.item() + 0.1
 
 
-@pytest.mark.parametrize("settings", [{}, dict(softcap=2.0), dict(tied=False)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(softcap=2.0),
+        dict(tied=False),
+        dict(z_loss=0.1),
+        dict(label_smoothing=0.2),
+        dict(softcap=3.0, z_loss=0.1, label_smoothing=0.2),
+    ],
+    ids=lambda s: "+".join(s) or "plain",
+)
 def test_loss_and_gradients_of_the_model_in_chunks(settings):
     idx, targets = tokens(3, 9), tokens(3, 9, seed=2)
     targets[0, :4] = -1
@@ -524,11 +558,27 @@ def test_padding_of_the_vocabulary_takes_no_part():
 
 
 def test_no_gradient_is_made_where_none_is_asked_for():
-    x, weight = torch.randn(9, 16), torch.randn(64, 16)
-    c = GPTConfig(**TINY, loss_chunk=4)
-    without = ChunkedCrossEntropy.apply(x, weight, tokens(9), None, None, torch.float32, False, c, 0.0, 0.0)
-    with_it = ChunkedCrossEntropy.apply(x, weight, tokens(9), None, None, torch.float32, True, c, 0.0, 0.0)
-    assert torch.equal(without, with_it)
+    x, weight = torch.randn(1, 9, 16), torch.randn(64, 16, requires_grad=True)
+    c, targets = GPTConfig(**TINY, loss_chunk=4), tokens(1, 9)
+    with torch.no_grad():
+        without = chunked_cross_entropy(x, weight, targets, c)
+    assert torch.equal(without, chunked_cross_entropy(x, weight, targets, c)) and not without.requires_grad
+
+
+def test_the_loss_of_another_kind_of_linear_layer_is_the_plain_one():
+    class Doubled(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return 2 * self.linear(x)
+
+    model, idx = tiny(tied=False), tokens(2, 9)
+    model.set_submodule("head.linear", Doubled(model.head.linear))
+    logits, loss = model(idx, idx)
+    want = F.cross_entropy(model(idx)[0].flatten(0, 1), idx.flatten())
+    assert logits is None and loss.item() == pytest.approx(want.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("loss_chunk", [0, 5])
@@ -581,11 +631,12 @@ def test_causality_in_bfloat16():
 def test_float16_gradient_does_not_underflow():
     torch.manual_seed(0)
     c = GPTConfig(vocab_size=4096, n_embd=24, n_head=2)
-    x, weight = torch.randn(6000, 24), 0.02 * torch.randn(4096, 24)
-    targets, grads = torch.randint(4096, (6000,)), []
+    x, weight = torch.randn(1, 6000, 24), 0.02 * torch.randn(4096, 24)
+    targets, grads = torch.randint(4096, (1, 6000)), []
     for dtype in (torch.float32, torch.float16):
         weight = weight.detach().requires_grad_()
-        ChunkedCrossEntropy.apply(x, weight, targets, None, None, dtype, True, c, 0.0, 0.0).backward()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            chunked_cross_entropy(x, weight, targets, c).backward()
         grads.append(weight.grad)
     assert error(grads[1], grads[0]) < 0.01
     assert (grads[1] == 0).float().mean() < 0.001
@@ -686,7 +737,7 @@ def step_and_round_trip(model: GPT, folder) -> GPT:
     checkpoint.save(folder / "x.pt", state | {"tokenizer": tokenizer.get("byte").state()})
     again, _ = checkpoint.build(checkpoint.read(folder / "x.pt"))
     assert torch.equal(again(idx)[0], model.eval()(idx)[0])
-    assert again.num_params() == model.num_params()
+    assert again.config == model.config
     return again
 
 
@@ -712,14 +763,27 @@ def test_shared_weights_stay_one_tensor(share, tmp_path):
             assert (block.norm1.weight is first.norm1.weight) == (share == "layers")
 
 
+def check_counts(model: GPT) -> None:
+    """What the configuration counts on paper against the model's own tensors."""
+    c, counts = model.config, model.config.estimate()
+    core = [p for part in (model.core, model.pointer) if part for p in part.parameters()]
+    matrices = [p.numel() for p in model.core.blocks[0].parameters() if p.ndim == 2]
+    per_token = c.n_layer * sum(matrices) + c.padded_vocab * c.n_embd + c.pointer * 3 * c.n_embd**2
+    attention = 6 * (2 * c.n_layer + c.pointer) * c.block_size * c.n_embd
+    assert counts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert counts["parameters"] - counts["embedding_parameters"] == sum(p.numel() for p in core)
+    assert counts["flops_per_token"] == 6 * per_token + attention
+
+
 def test_parameters_by_hand():
     c = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, vocab_size=100, mlp_hidden=48)
     block = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32
     embedding = 128 * 32 + 32
-    want = {"total": embedding + 3 * block, "embedding": embedding, "core": 3 * block}
-    assert GPT(c).num_params() == want
-    c.tied = False
-    assert GPT(c).num_params()["embedding"] == embedding + 128 * 32
+    counts = c.estimate()
+    assert counts["parameters"] == embedding + 3 * block
+    assert counts["embedding_parameters"] == embedding
+    assert replace(c, tied=False).estimate()["embedding_parameters"] == embedding + 128 * 32
+    check_counts(GPT(c))
 
 
 @pytest.mark.parametrize(
@@ -734,11 +798,11 @@ def test_parameters_by_hand():
 def test_sizes_of_the_models_of_super_tiny_language_models(settings, core, total):
     """Their shipped sizes, in millions, from 50,257 rows of embedding (ours has padding on top)."""
     c = GPTConfig(n_head=16, n_kv_head=4, n_embd=512, vocab_size=50257, **settings)
+    counts, padding = c.estimate(), (c.padded_vocab - c.vocab_size) * 512
+    assert c.padded_vocab == 50304 and counts["parameters"] - counts["embedding_parameters"] == core
+    assert (counts["parameters"] - padding) / 1e6 == pytest.approx(total, abs=0.006)
     with torch.device("meta"):
-        count = GPT(c).num_params()
-    padding = (c.padded_vocab - c.vocab_size) * 512
-    assert c.padded_vocab == 50304 and count["core"] == core
-    assert (count["total"] - padding) / 1e6 == pytest.approx(total, abs=0.006)
+        check_counts(GPT(c))
 
 
 def test_width_of_the_feed_forward():
@@ -746,8 +810,8 @@ def test_width_of_the_feed_forward():
     assert GPTConfig(n_embd=384).hidden == 1024
     assert GPTConfig(n_embd=384, mlp_ratio=2.5, mlp="relu").hidden == 960
     assert GPTConfig(n_embd=384, mlp_hidden=77).hidden == 77
-    gated, plain = (GPT(GPTConfig(n_layer=1, n_embd=384, mlp=mlp)) for mlp in ("swiglu", "gelu"))
-    assert gated.num_params()["core"] == plain.num_params()["core"]
+    gated, plain = (GPTConfig(n_layer=1, n_embd=384, mlp=mlp).estimate() for mlp in ("swiglu", "gelu"))
+    assert gated["parameters"] == plain["parameters"]
 
 
 def test_flops_by_hand():
@@ -755,32 +819,48 @@ def test_flops_by_hand():
     block = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48
     want = 6 * (3 * block + 128 * 32) + 12 * 3 * 64 * 32
     for share in ("none", "mlp", "layers"):
-        c.share = share
-        assert GPT(c).flops_per_token() == want
+        assert replace(c, share=share).estimate()["flops_per_token"] == want
 
 
-@pytest.mark.parametrize("prefix, more", [(1, 1), (3, 5), (12, 5), (1, 16), (1, 40), (17, 3), (30, 9)])
-@pytest.mark.parametrize("block_size", [16, 9, 1])
-@torch.no_grad()
-def test_loglikelihood_is_the_slow_sum(prefix, more, block_size):
-    model, ids = tiny(block_size=block_size), tokens(prefix + more).tolist()
-    moved, start, want = max(1, block_size // 2), max(prefix, block_size + 1), 0.0
-    for i in range(prefix, len(ids)):
-        end = block_size + 1 if i < block_size + 1 else start + moved * math.ceil((i + 1 - start) / moved)
-        context = ids[max(0, min(end, len(ids)) - block_size - 1) : i]
-        assert min(i, moved) <= len(context) <= block_size
-        want += model(torch.tensor([context]))[0][0, -1].log_softmax(-1)[ids[i]].item()
-    assert model.loglikelihood(ids[:prefix], ids[prefix:]) == pytest.approx(want, rel=1e-5)
+def test_memory_by_hand():
+    c = GPTConfig(n_layer=3, n_head=4, n_embd=32, vocab_size=100, mlp_hidden=48, loss_chunk=10)
+    parameters, kept = c.estimate()["parameters"], 3 * (14 * 32 + 3 * 48)
+    assert c.estimate()["activations_per_token"] == kept
+    assert c.memory(50, 4) == 16 * parameters + 4 * 50 * kept + 12 * 10 * 128
+    assert c.memory(50, 2) == 16 * parameters + 2 * 50 * kept + 10 * 10 * 128
+    assert replace(c, loss_chunk=0).memory(50, 4) == 16 * parameters + 4 * 50 * kept + 12 * 50 * 128
 
 
-@torch.no_grad()
-def test_loglikelihood_and_loss_agree():
-    model, ids = tiny(), tokens(1, 17)
-    got = model.loglikelihood(ids[0, :1].tolist(), ids[0, 1:].tolist())
-    assert -got / 16 == pytest.approx(model(ids[:, :-1], ids[:, 1:])[1].item(), rel=1e-5)
-    assert model.loglikelihood([1], []) == 0.0
-    with pytest.raises(ValueError, match="prefix"):
-        model.loglikelihood([], [1])
+# ----------------------------------------------------------------------------------------------------------
+# The file by itself
+
+
+def test_model_py_works_alone(tmp_path):
+    """Copied into an empty directory, it builds GPT-2 and Llama shapes and imports nothing of ours."""
+    (tmp_path / "model.py").write_bytes((ROOT / "model.py").read_bytes())
+    program = """
+import torch
+from model import GPT, GPTConfig
+gpt2 = dict(norm="layernorm", position="learned", mlp="gelu_tanh", bias=True, dropout=0.1)
+for settings in ({}, dict(n_kv_head=2, tied=False, qk_norm=True, window=5, separator=3, softcap=5.0), gpt2):
+    config = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=50, **settings)
+    model, idx = GPT(config), torch.randint(50, (2, 16))
+    logits, none = model(idx)
+    assert logits.shape == (2, 16, 50) and none is None
+    none, loss = model(idx, idx)
+    loss.backward()
+    assert none is None and loss.isfinite() and all(p.grad is not None for p in model.parameters())
+    assert config.estimate()["parameters"] == sum(p.numel() for p in model.parameters())
+import sys
+assert not any(name.startswith("nanostlm") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+
+
+def test_the_default_model_imports_nothing_of_ours():
+    program = "import sys, model; model.GPT(model.GPTConfig(n_layer=1)); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+    assert b"nanostlm" not in modules.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -801,7 +881,7 @@ def test_loglikelihood_and_loss_agree():
         ("mlp_ratio", -1.0), ("mlp_ratio", 0.0), ("mlp_ratio", float("inf")), ("mlp_hidden", -1),
         ("mlp_hidden", 3.5), ("share", "all"), ("lora_rank", 0), ("init", "xavier"), ("softcap", -1.0),
         ("softcap", float("inf")), ("z_loss", -1.0), ("z_loss", float("nan")), ("loss_chunk", -1),
-        ("loss_chunk", 1.5),
+        ("loss_chunk", 1.5), ("separator", -2), ("separator", V), ("separator", 1.0),
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_refused_by_name(field, value):
@@ -818,3 +898,8 @@ def test_rope_needs_an_even_head_width():
 
 def test_whole_numbers_do_where_a_fraction_is_meant():
     GPT(GPTConfig(**TINY, dropout=0, mlp_ratio=4, rope_theta=10000, softcap=15))
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        GPTConfig().n_layer = 3

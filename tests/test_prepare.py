@@ -1,4 +1,4 @@
-"""prepare.py: bins that say what the corpus says, made whole or not at all; one clear line for bad input."""
+"""prepare.py: the bins have the text of the corpus, all files appear at once, bad input is one clear line."""
 
 import json
 import math
@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 import prepare
+from nanostlm import sources, toystories
 from nanostlm import tokenizer as tokenizers
+from nanostlm.data import Bin, Data, highest, load_data
 from nanostlm.tokenizer import EOT, Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -51,17 +55,17 @@ def parquet(path: Path, texts: list, field: str = "text") -> str:
     return str(path)
 
 
-def made(tmp_path: Path, source, tokenizer="byte", corpus="mine", **kwargs) -> prepare.Data:
-    return prepare.load(prepare.prepare(corpus, tokenizer, source, data_dir=tmp_path / "data", **kwargs))
+def made(tmp_path: Path, source, tokenizer="byte", corpus="mine", **kwargs) -> Data:
+    return load_data(prepare.prepare(corpus, tokenizer, source, data_dir=tmp_path / "data", **kwargs))
 
 
-def texts_of(data: prepare.Data, name: str) -> list[str]:
+def texts_of(data: Data, name: str) -> list[str]:
     ids, tok = getattr(data, name), data.tokenizer
     assert ids[-1] == tok.eot
     return [tok.decode(story[:-1]) for story in np.split(ids, np.flatnonzero(ids == tok.eot) + 1)[:-1]]
 
 
-def all_texts(data: prepare.Data) -> list[str]:
+def all_texts(data: Data) -> list[str]:
     return sorted(texts_of(data, "train") + texts_of(data, "val"))
 
 
@@ -75,11 +79,11 @@ def leftovers(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["byte", "bpe300", "bpe500"])
 def test_bins_equal_a_slow_reference(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH", 5000)  # many batches
+    monkeypatch.setattr("nanostlm.data.BATCH", 5000)  # many batches
     monkeypatch.setattr(prepare, "SAMPLE", 20_000)  # the rest of the corpus comes after the sample
     texts = stories(1500) + [f"in the text {EOT} it is text"]
     data = made(tmp_path, txt(tmp_path / "mine.txt", texts), name, workers=3)
-    val = [t for t in texts if prepare.digest(t) < (2**128 // prepare.VAL_SHARE).to_bytes(16, "big")]
+    val = [t for t in texts if sources.digest(t) < (2**128 // sources.VAL_SHARE).to_bytes(16, "big")]
     assert 3 < len(val) < 40
     for split, expected in (("train", [t for t in texts if t not in val]), ("val", val)):
         ids = [i for text in expected for i in (*data.tokenizer.encode(text), data.tokenizer.eot)]
@@ -107,7 +111,7 @@ def test_a_bpe_is_trained_on_the_training_split_only(tmp_path):
     val = texts_of(data, "val")
     trained = tokenizers.train_bpe([t for t in texts if t not in val], 400)
     assert val and data.tokenizer.sha256 == trained.sha256
-    assert data.tokenizer.sha256 != tokenizers.train_bpe(texts, 400).sha256  # so it can tell
+    assert data.tokenizer.sha256 != tokenizers.train_bpe(texts, 400).sha256  # the vocabularies differ
 
 
 def test_a_vocabulary_over_65536_is_uint32(tmp_path, monkeypatch):
@@ -133,26 +137,23 @@ def test_ids_past_the_vocabulary_are_never_written(tmp_path, monkeypatch):
 def test_split_is_by_story_and_never_both(n):
     texts = [f"story {i}" for i in range(n)] * 3
     random.Random(n).shuffle(texts)
-    items = list(prepare.split_by_hash(texts))
+    items = list(sources.split_by_hash(texts))
     train, val = ([t for t, is_val in items if is_val == side] for side in (False, True))
     assert Counter(train) + Counter(val) == Counter(texts) and train and val and not set(train) & set(val)
     assert [t for t, _ in items] == texts
-    assert set(val) == {t for t, is_val in prepare.split_by_hash(sorted(texts)) if is_val}
-    if n == 500:  # with more stories, none of these changes sides
-        more = {t for t, v in prepare.split_by_hash([*texts, *(f"more {i}" for i in range(5000))]) if v}
+    assert set(val) == {t for t, is_val in sources.split_by_hash(sorted(texts)) if is_val}
+    if n == 500:  # with more stories, none of these changes its split
+        more = {t for t, v in sources.split_by_hash([*texts, *(f"more {i}" for i in range(5000))]) if v}
         assert set(val) == more & set(texts) and 20 < len(more) < 100
 
 
 def test_toystories_and_their_floor(tmp_path, monkeypatch):
-    def told(seed, start=0):
-        assert seed == 0
-        i = start
-        while True:
-            yield f"toy é {i}", -1.5 * (i % 7 + 1)
-            i += 1
-
-    monkeypatch.setitem(sys.modules, "toystories", SimpleNamespace(stories=told))
-    monkeypatch.setattr(prepare, "TOYS", 300)
+    fake = sources.Corpus(
+        generate=lambda: (f"toy é {i}" for i in count()),
+        stories=300,
+        check=lambda text: SimpleNamespace(logprob=-1.5 * (int(text.split()[2]) % 7 + 1)),
+    )
+    monkeypatch.setitem(sources.CORPORA, "toystories", fake)
     data = made(tmp_path, None, corpus="toystories")
     assert data.meta["limit"] == 300 and data.meta["train"]["stories"] + data.meta["val"]["stories"] == 300
     val = texts_of(data, "val")
@@ -163,13 +164,30 @@ def test_toystories_and_their_floor(tmp_path, monkeypatch):
     assert made(tmp_path, None, corpus="toystories", stories=301).meta["limit"] == 301
 
 
+def test_the_built_in_corpus(tmp_path):
+    data = made(tmp_path, None, corpus="toystories", stories=200)
+    expected = list(islice(toystories.stories(seed=0), 200))
+    assert all_texts(data) == sorted(text for text, _ in expected)
+    val = texts_of(data, "val")
+    nats = -sum(logprob for text, logprob in expected if text in val)
+    assert data.meta["floor_bpb"] == nats / math.log(2) / sum(len(text.encode()) + 1 for text in val)
+    assert data.meta["source"] is None and not sources.corpus("toystories").needs_source
+
+
+def test_the_table_of_corpora():
+    mine = sources.corpus("mine")
+    assert mine.needs_source and not (mine.stories or mine.repair or mine.check)
+    assert sources.corpus("tinystories").hub_id == "roneneldan/TinyStories"
+    assert not sources.corpus("tinystories").needs_source
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What is read
 
 
 def test_text_files(tmp_path):
     def read(text):
-        return list(prepare.read_txt(write(tmp_path / "x.txt", text)))
+        return list(sources.read_txt(write(tmp_path / "x.txt", text)))
 
     assert read("one\n  two\n\n\n \nthree") == ["one\n  two", "three"]
     assert read("\n\none\r\ntwo\r\n\r\nthree\r\n") == ["one\ntwo", "three"]
@@ -214,7 +232,7 @@ def test_tinystories_is_repaired_and_empty_stories_are_dropped(tmp_path):
     assert broken.startswith("â€œYes,â€ she")
     latin = quotes.encode().decode("latin-1")
     fine = 'It cost 5 € in the château, "â" she said. “Good.”'
-    kept = "".join(c.encode().decode("cp1252") for c in "“’")  # in another corpus, not ours to change
+    kept = "".join(c.encode().decode("cp1252") for c in "“’")  # another corpus is not repaired
     parquet(
         tmp_path / "s" / "data" / "train-00000-of-00001.parquet",
         [broken, "", latin, fine, " \n", None, "â€\x9d", kept + " ok"],
@@ -239,7 +257,7 @@ def test_real_stories(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Again, killed, two at once
+# Run again, killed, two at once
 
 
 def test_what_is_there_is_kept_while_it_does(tmp_path, capsys):
@@ -260,7 +278,7 @@ def test_what_is_there_is_kept_while_it_does(tmp_path, capsys):
     whole = made(tmp_path, source)
     assert whole.meta["limit"] is None and len(all_texts(whole)) == 400
     assert made(tmp_path, source, stories=10_000).meta["limit"] is None
-    assert "is ready" in capsys.readouterr().out  # it has all there are
+    assert "is ready" in capsys.readouterr().out  # it already has all stories
     time.sleep(0.01)
     txt(tmp_path / "mine.txt", stories(401))
     assert len(all_texts(made(tmp_path, source))) == 401
@@ -278,22 +296,24 @@ def test_limits_that_ask_for_all_there_is(tmp_path):
 def test_a_killed_prepare_is_done_again(tmp_path):
     source = txt(tmp_path / "mine.txt", stories(3000))
     killed = (
-        "import os, signal, prepare; prepare.BATCH = 5000\n"
-        "write = prepare.Bin.write\n"
+        "import os, signal, prepare\n"
+        "from nanostlm import data\n"
+        "data.BATCH, write = 5000, data.Bin.write\n"
         "def fatal(bin, *args):\n"
         "    write(bin, *args)\n"
         "    bin.file.flush()\n"
         "    if bin.stories > 1000: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "prepare.Bin.write = fatal\n"
+        "data.Bin.write = fatal\n"
         f"prepare.prepare('mine', 'byte', {source!r}, data_dir={str(tmp_path / 'data')!r})"
     )
     assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True).returncode == -9
     assert not (tmp_path / "data" / "mine" / "byte").exists()
-    assert any(p.endswith("train.bin") for p in map(str, (tmp_path / "data").rglob("*")))  # it was under way
+    assert list((tmp_path / "data").rglob("train.bin"))  # it was in progress
     with pytest.raises(ValueError, match="python prepare.py mine --tokenizer byte"):
-        prepare.load(tmp_path / "data" / "mine" / "byte")
+        load_data(tmp_path / "data" / "mine" / "byte")
     assert len(all_texts(made(tmp_path, source))) == 3000
-    assert os.listdir(tmp_path / "data" / "mine") == ["byte"]  # what the first one left is gone
+    assert os.listdir(tmp_path / "data") == ["mine"]  # the remains of the killed process are removed
+    assert os.listdir(tmp_path / "data" / "mine") == ["byte"]
 
 
 def test_a_failure_leaves_the_old_data_whole(tmp_path, monkeypatch):
@@ -303,10 +323,10 @@ def test_a_failure_leaves_the_old_data_whole(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare.Bin, "write", full)
+    monkeypatch.setattr(Bin, "write", full)
     with pytest.raises(OSError, match="No space left"):
         made(tmp_path, source)
-    assert all_texts(prepare.load(tmp_path / "data" / "mine" / "byte")) == old
+    assert all_texts(load_data(tmp_path / "data" / "mine" / "byte")) == old
     assert os.listdir(tmp_path / "data" / "mine") == ["byte"]
 
 
@@ -326,9 +346,40 @@ def test_two_at_once(tmp_path):
     both = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [p.communicate(timeout=60)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0]
-    assert sum("is ready" in out for out in outputs) == 1  # one did the work, the other found it done
-    data = prepare.load(tmp_path / "data" / "mine" / "bpe300")
+    assert sum("is ready" in out for out in outputs) == 1  # one made it, the other found it
+    data = load_data(tmp_path / "data" / "mine" / "bpe300")
     assert len(all_texts(data)) == 4000 and os.listdir(tmp_path / "data" / "mine") == ["bpe300"]
+    assert os.listdir(tmp_path / "data") == ["mine"]
+
+
+def test_waiting_for_another_prepare(tmp_path, capsys):
+    source = txt(tmp_path / "mine.txt", stories(100))
+    held, released = threading.Event(), []
+
+    def other():
+        with FileLock(tmp_path / "data" / ".mine.lock"):
+            held.set()
+            time.sleep(0.5)
+            released.append(not (tmp_path / "data" / "mine" / "byte").exists())
+
+    threading.Thread(target=other).start()
+    held.wait()
+    assert len(all_texts(made(tmp_path, source))) == 100 and released == [True]
+    assert "another prepare is at work" in capsys.readouterr().out
+    assert os.listdir(tmp_path / "data") == ["mine"]
+
+
+def test_a_data_dir_without_locks(tmp_path, monkeypatch, capsys):
+    """In a read-only directory, for example: existing data are ready, other data are made without a lock."""
+    source = txt(tmp_path / "mine.txt", stories(100))
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert len(all_texts(made(tmp_path, source))) == 100
+    made(tmp_path, source)
+    assert "is ready" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -350,7 +401,7 @@ def test_memory_is_flat(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# load(): what does not fit is refused, with what to type
+# load_data() refuses damaged data, and names the command that makes them anew
 
 
 def edit(path: Path, change) -> None:
@@ -376,12 +427,12 @@ def test_damaged_data_are_refused(tmp_path, harm, words):
     folder = made(tmp_path, source, "bpe300").folder
     harm(folder)
     with pytest.raises(ValueError, match=words) as error:
-        prepare.load(folder)
+        load_data(folder)
     assert "\n" not in str(error.value)
     if "tokenizer.json is not" not in words:
         where = re.escape(f"--data_dir {tmp_path / 'data'}")
         assert re.search(f"python prepare.py mine --tokenizer bpe300 --source PATH {where}", str(error.value))
-    assert sorted(all_texts(made(tmp_path, source, "bpe300"))) == sorted(stories(30))  # prepare saw it, too
+    assert all_texts(made(tmp_path, source, "bpe300")) == sorted(stories(30))  # prepare notices it, too
 
 
 def test_the_highest_id_is_found(monkeypatch):
@@ -389,15 +440,15 @@ def test_the_highest_id_is_found(monkeypatch):
     for place in (0, 1, 499, 998, 999):
         ids[:] = 3
         ids[place] = 9
-        assert prepare.highest(ids, block=64, most=100) == 9
+        assert highest(ids, block=64, most=100) == 9
     ids[:] = 3
     ids[-1] = 9
-    assert prepare.highest(ids, block=10, most=5) == 9  # of a large file the start, the end and some between
-    assert prepare.highest(np.full(1000, 7, np.uint16), block=10, most=5) == 7
+    assert highest(ids, block=10, most=5) == 9  # in a large file: the start, the end, and parts between
+    assert highest(np.full(1000, 7, np.uint16), block=10, most=5) == 7
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command line: one clear line, exit status 2 (a mistake) or 1 (the machine), nothing left behind
+# The command line: one clear line, exit status 2 (user error) or 1 (the machine failed), no files left
 
 
 def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
@@ -458,7 +509,7 @@ def test_bad_requests(tmp_path, monkeypatch, capsys, args, words):
 
 
 def test_a_story_without_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "MAX_STORY", 10_000)
+    monkeypatch.setattr(sources, "MAX_STORY", 10_000)
     source = write(tmp_path / "x.txt", "a line\n" * 5000)
     status, err = run(monkeypatch, capsys, tmp_path, "mine", "--source", source)
     assert status == 2 and "blank lines" in err
@@ -471,7 +522,7 @@ def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
         def fail(*args, error=error):
             raise error
 
-        monkeypatch.setattr(prepare.Bin, "write", fail)
+        monkeypatch.setattr(Bin, "write", fail)
         assert run(monkeypatch, capsys, tmp_path, "mine", "--source", source)[0] == status
         assert not (tmp_path / "data" / "mine").exists()
 
@@ -489,7 +540,7 @@ def cli(*args, **env):
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "offline"])
 def test_the_hub_out_of_reach(tmp_path, kind):
-    """Within 5 seconds, the interpreter's start included; a busy machine has two tries."""
+    """Within 5 seconds, including the start of the interpreter; a busy machine has two attempts."""
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         port = silent.getsockname()[1]
         if kind == "refused":
@@ -506,11 +557,11 @@ def test_the_hub_out_of_reach(tmp_path, kind):
 
 
 def test_out_of_reach_is_an_exception_of_its_own():
-    assert issubclass(prepare.Unreachable, OSError) and prepare.Unreachable is tokenizers.Unreachable
+    assert issubclass(tokenizers.Unreachable, OSError) and tokenizers.Unreachable is tokenizers.Unreachable
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as `datasets` asks for: one data set, `files` of {path: bytes}."""
+    """The part of the Hub that `datasets` needs: one data set, with `files` {path: bytes}."""
 
     files, name, sha, asked = {}, "someone/MyStories", "a" * 40, []
 
@@ -562,7 +613,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_a_data_set_of_the_hub(tmp_path):
-    """Some stories are streamed; all of them are downloaded once, and then need no network."""
+    """Some stories are streamed; all stories are downloaded once and need no network later."""
     train, val = stories(200), stories(20, seed=1)
     for name, texts in (("train", train), ("validation", val)):
         path = parquet(tmp_path / "x.parquet", texts)
@@ -575,18 +626,19 @@ def test_a_data_set_of_the_hub(tmp_path):
     try:
         status, _, err, _ = cli(*args, "--stories", 50, **hub)
         assert status == 0, err
-        data = prepare.load(folder)
+        data = load_data(folder)
         assert texts_of(data, "train") == train[:50] and texts_of(data, "val") == val
         assert data.meta["limit"] == 50 and data.meta["source"] == Hub.name
         assert not list((tmp_path / "home").rglob("*.arrow"))
         status, _, err, _ = cli(*args, **hub)
         assert status == 0, err
-        assert texts_of(prepare.load(folder), "train") == train
+        assert texts_of(load_data(folder), "train") == train
         status, _, err, _ = cli("other", "--source", "no/such", "--data_dir", tmp_path / "data", **hub)
         assert status == 2 and "no data set of the Hub is called no/such" in err
     finally:
         server.shutdown()
     args[-1] = tmp_path / "again"
-    status, _, err, _ = cli(*args, "--stories", 60, **hub)  # from the cache: there is no server any more
-    assert status == 0, err
-    assert texts_of(prepare.load(tmp_path / "again" / "mine" / "byte"), "train") == train[:60]
+    for n, offline in ((60, {}), (70, {"HF_HUB_OFFLINE": "1"})):  # from the cache: the server is gone
+        status, _, err, seconds = cli(*args, "--stories", n, **hub, **offline)
+        assert status == 0, err
+        assert texts_of(load_data(tmp_path / "again" / "mine" / "byte"), "train") == train[:n]

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, ids equal to Hugging Face's, and nothing special in a text."""
+"""Tokenizers: exact round trips, ids equal to Hugging Face's, and no special tokens from text."""
 
 import json
 import random
@@ -52,7 +52,7 @@ def story(r: random.Random) -> str:
 
 
 def piece(r: random.Random) -> str:
-    """A bit of anything that can stand in a str."""
+    """A random piece of text, of any kind that a str can hold."""
     kind = r.randrange(7)
     if kind == 0:
         return r.choice(BLANKS) * r.randint(1, 6)
@@ -121,10 +121,9 @@ def test_batches_equal_one_by_one(any_tokenizer):
     tok = any_tokenizer
     many = [*texts(700), "", "", f"x {EOT} y", "end \n\n"]
     alone = [tok.encode(text) for text in many]
-    assert [list(ids) for ids in tok.encode_batch(many, num_threads=2)] == alone
     assert tok.encode_stories(many).tolist() == [i for ids in alone for i in (*ids, tok.eot)]
     assert tok.encode_stories(many[:3]).tolist() == [i for ids in alone[:3] for i in (*ids, tok.eot)]
-    assert tok.encode_stories([]).size == 0 and tok.encode_batch([]) == []
+    assert tok.encode_stories([]).size == 0
 
 
 def test_equal_ids_in_hugging_face(bpe, tmp_path):
@@ -140,7 +139,7 @@ def test_equal_ids_in_hugging_face(bpe, tmp_path):
 
 @pytest.mark.parametrize("letters,size", [("ab", 300), ("abc ", 400), ("a \n", 330), ("ab😀é", 500)])
 def test_equal_ids_where_merges_are_ambiguous(letters, size, tmp_path):
-    """Few letters make tokens that several pairs could make (a|aa and aa|a): the hard case for equal ids."""
+    """With few letters, several pairs could form a token (a|aa and aa|a): the hard case for equal ids."""
     r = random.Random(size)
     tok = tokenizer.train_bpe(["".join(r.choices(letters, k=60)) for _ in range(400)], size)
     hf = hugging_face(tok, tmp_path / "tokenizer.json")
@@ -179,7 +178,7 @@ def test_training_is_deterministic_and_sha256_tells_vocabularies_apart(bpe):
 
 def test_frequent_pairs_merge_first(bpe):
     assert tokenizer.train_bpe(["zy zy zy zy ab ab abc"], 300).tokens[256] == b"zy"
-    assert len(bpe.encode("once upon a time there was a little girl named lily")) == 11  # a token a word
+    assert len(bpe.encode("once upon a time there was a little girl named lily")) == 11  # one token per word
 
 
 def test_a_word_that_no_merge_reaches(tmp_path):
@@ -221,7 +220,7 @@ def test_names_that_are_none(name, words):
 
 def test_bad_input_is_one_clear_line(any_tokenizer, tmp_path):
     tok = any_tokenizer
-    for call in (tok.encode, lambda t: tok.encode_stories(["fine", t]), lambda t: tok.encode_batch([t])):
+    for call in (tok.encode, lambda t: tok.encode_stories([t]), lambda t: tok.encode_stories(["fine", t])):
         with pytest.raises(ValueError, match="half a surrogate pair .*U\\+D83D"):
             call("a \ud83d b")
     for ids in ([tok.vocab_size], [0, -1]):
@@ -284,10 +283,10 @@ def test_within_gives_up_on_what_hangs():
 
 
 def test_importing_is_light():
-    """train.py imports both to read files: no library that takes a second."""
+    """train.py imports these to read files: they import no library that takes a second."""
     heavy = "torch datasets tokenizers tiktoken huggingface_hub pandas pyarrow nanostlm.toystories"
     listed = f"[m for m in '{heavy}'.split() if m in sys.modules]"
-    code = f"import sys, prepare, nanostlm.tokenizer; print({listed})"
+    code = f"import sys, prepare, nanostlm.data, nanostlm.sources, nanostlm.tokenizer; print({listed})"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,287 @@
+"""The files of a prepared corpus, in data/CORPUS/TOKENIZER/.
+
+train.bin, val.bin   token ids, little-endian uint16 (uint32 above 65,536 ids), with end-of-text after every
+                     story, without a header
+meta.json            corpus, source, limit, tokenizer, dtype; stories, tokens and bytes of each split
+tokenizer.json       a trained tokenizer
+
+data = load_data("data/tinystories/bpe4096")   # Data(train, val, meta, tokenizer, folder)
+"""
+
+import functools
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from nanostlm import sources
+from nanostlm import tokenizer as tokenizers
+from nanostlm.tokenizer import Tokenizer, Unreachable
+
+BATCH = 500_000  # characters that a thread encodes at a time
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class Bin:
+    """A .bin file while it is written: the stories that wait to be encoded, and totals of what is written.
+
+    With `check`, logprob is the total log-probability of the stories.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, check: Callable | None = None):
+        self.tokenizer, self.check = tokenizer, check
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_536 else "<u4")
+        self.file = open(path, "wb")
+        self.waiting, self.size = [], 0  # stories, and their characters
+        self.stories = self.tokens = self.bytes = 0  # bytes of UTF-8 text, without end-of-text
+        self.logprob = 0.0  # nats
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, list[str]]:
+        ids = self.tokenizer.encode_stories(texts)
+        if ids.max(initial=0) >= self.tokenizer.vocab_size:
+            raise RuntimeError(f"the tokenizer made an id {ids.max()} of {self.tokenizer.vocab_size:,}")
+        return ids.astype(self.dtype), texts
+
+    def write(self, ids: np.ndarray, texts: list[str]) -> None:
+        self.file.write(ids.data)
+        self.stories += len(texts)
+        self.tokens += len(ids)
+        self.bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        if self.check:
+            self.logprob += sum(self.check(text).logprob for text in texts)
+
+    def close(self) -> dict:
+        self.file.close()
+        return {"stories": self.stories, "tokens": self.tokens, "bytes": self.bytes}
+
+
+def encode_all(items: Iterable[tuple[str, bool]], train: Bin, val: Bin, workers: int, title: str) -> None:
+    """Encode (story, is_val) in threads and write in order, with up to two batches per thread in flight."""
+    in_flight = deque()
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(desc=title, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+
+        def write_one():
+            file, result = in_flight.popleft()
+            before = file.bytes
+            file.write(*result.result())
+            stories, tokens = train.stories + val.stories, train.tokens + val.tokens
+            bar.set_postfix_str(f"{stories:,} stories, {tokens / 1e6:.1f}M tokens", refresh=False)
+            bar.update(file.bytes - before)
+
+        def submit(file):
+            in_flight.append((file, pool.submit(file.encode, file.waiting)))
+            file.waiting, file.size = [], 0
+            while len(in_flight) > 2 * workers:
+                write_one()
+
+        for text, is_val in items:
+            file = val if is_val else train
+            file.waiting.append(text)
+            file.size += len(text)
+            if file.size >= BATCH:
+                submit(file)
+        submit(train)
+        submit(val)
+        while in_flight:
+            write_one()
+
+
+def fingerprint_source(source: str | None) -> list[int] | None:
+    """[files, bytes, seconds of the last modification] of a local source, to see whether it has changed."""
+    path = Path(source or "")
+    files = [p.stat() for p in (path.rglob("*") if path.is_dir() else [path]) if source and p.is_file()]
+    return [len(files), sum(f.st_size for f in files), int(max(f.st_mtime for f in files))] if files else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Data(NamedTuple):
+    train: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped: stories, with end-of-text after each
+    val: np.ndarray  # the same
+    meta: dict
+    tokenizer: Tokenizer
+    folder: Path
+
+
+def load_data(folder: str | Path) -> Data:
+    """Open and check prepared data. ValueError names the damaged file and the command that makes it anew."""
+    folder = Path(folder)
+    meta, train, val = open_bins(folder)
+    name = meta["tokenizer"]["name"]
+    trained = folder / "tokenizer.json" if tokenizers.bpe_size(name) else None
+    if trained and not trained.exists():
+        raise ValueError(f"{trained} is missing; {remedy(folder)}")
+    tokenizer = tokenizers.load(trained, name) if trained else tokenizers.get(name)
+    if tokenizer.sha256 != meta["tokenizer"]["sha256"]:
+        raise ValueError(f"{folder} was made with another vocabulary than this {name}; {remedy(folder)}")
+    return Data(train, val, meta, tokenizer, folder)
+
+
+def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
+    """(meta, train, val), checked: sizes, and the highest id."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        dtype, vocab_size = np.dtype(meta["dtype"]).newbyteorder("<"), meta["tokenizer"]["vocab_size"]
+        tokens = {name: meta[name]["tokens"] for name in ("train", "val")}
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no meta.json: no data there, or not all; {remedy(folder)}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'meta.json'} is damaged ({error!r}); {remedy(folder)}") from None
+    bins = []
+    for name, expected in tokens.items():
+        path = folder / f"{name}.bin"
+        size = path.stat().st_size if path.exists() else 0
+        if size != expected * dtype.itemsize:
+            raise ValueError(
+                f"{path} has {size:,} bytes, not {expected * dtype.itemsize:,} for "
+                f"{expected:,} ids; {remedy(folder)}"
+            )
+        bins.append(np.memmap(path, dtype, "r"))
+        if (top := highest(bins[-1])) >= vocab_size:
+            raise ValueError(
+                f"{path} has an id {top:,}, past the {vocab_size:,} of the vocabulary; {remedy(folder)}"
+            )
+    return meta, *bins
+
+
+def folder_name(data_dir: str | Path, corpus: str, tokenizer: Tokenizer) -> str:
+    """
+    The name of the folder for a corpus in this vocabulary. It is not simply the tokenizer's name, because a
+    trained vocabulary may differ from the one trained on that corpus.
+    """
+    meta = Path(data_dir, corpus, tokenizer.name, "meta.json")
+    if tokenizer.name in ("gpt2", "byte") or meta.exists() and tokenizer.sha256 in meta.read_text():
+        return tokenizer.name
+    return f"{tokenizer.name}-{tokenizer.sha256[:8]}"
+
+
+def highest(ids: np.ndarray, block: int = 1 << 20, most: int = 128) -> int:
+    """The highest id. Of a file of more than `most` blocks, it reads `most` blocks spread over it (0.1 s)."""
+    starts = range(0, len(ids), block)
+    if len(starts) > most:
+        starts = [(len(ids) - block) * i // (most - 1) for i in range(most)]
+    return max(int(ids[i : i + block].max()) for i in starts)
+
+
+def remedy(folder: Path) -> str:
+    """The command that makes this data/CORPUS/TOKENIZER."""
+    corpus, data_dir = folder.parent.name, folder.parent.parent
+    source = " --source PATH" if sources.corpus(corpus).needs_source else ""
+    where = "" if data_dir == Path("data") else f" --data_dir {data_dir}"
+    return f"to make it: python prepare.py {corpus} --tokenizer {folder.name}{source}{where}"
+
+
+def rebuild_reason(folder: Path, source: str | None, stories: int | None) -> str | None:
+    """Why the data in `folder` do not satisfy a request for `stories` of `source`; None if they do."""
+    try:
+        meta = load_data(folder).meta
+    except Unreachable:  # only the vocabulary of gpt2 is missing
+        meta = open_bins(folder)[0]
+    except ValueError as error:
+        return str(error).split(";")[0]
+    made_from, limit = meta.get("source"), meta.get("limit")
+    if source and os.path.abspath(source) != os.path.abspath(made_from or ""):
+        return f"it was made from {made_from}"
+    if source and os.path.exists(source) and fingerprint_source(source) != meta.get("source_files"):
+        return f"{source} has changed"
+    if limit and (not stories or stories > limit):
+        return f"it has the first {limit:,} stories, not {f'{stories:,}' if stories else 'all'}"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training windows
+
+
+class Stage(NamedTuple):
+    """A part of a run whose windows have one length."""
+
+    first_step: int
+    length: int  # tokens in a window
+    starts: np.ndarray  # where the windows begin in the file
+    rows: np.ndarray  # (micro-batches, rows) of this process, as row numbers in the global batch
+
+
+class Batches:
+    """
+    batches(step) yields the micro-batches of a training step. The global batch is a pure function of
+    (seed, step): its row r is window perm[(step * rows + r) mod W], where perm is the epoch's permutation of
+    the W windows. Each process takes a fixed slice of the rows.
+
+    `ids` (N,) are the training tokens. `stages` lists (first step, window length): each stage has its own
+    windows and permutations, and all steps have the same number of tokens. With `align`, windows of
+    block_size tokens begin at the end-of-text before a story rather than every block_size tokens.
+    ValueError if there are too few tokens for one window, or the processes do not divide the batch.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        eot: int,
+        *,
+        block_size: int,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        seed: int = 0,
+        stages: Sequence[tuple[int, int]] = (),
+        align: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.ids, self.seed, self.stages = ids, seed, []
+        self.tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+        by_rows = gradient_accumulation_steps % world_size > 0  # else each process takes whole micro-batches
+        if by_rows and batch_size % world_size:
+            raise ValueError(
+                f"{world_size} processes divide neither gradient_accumulation_steps="
+                f"{gradient_accumulation_steps} nor batch_size={batch_size}"
+            )
+        for first_step, length in stages or [(0, block_size)]:
+            if align and length == block_size:
+                ends = np.flatnonzero(ids == eot)
+                starts = ends[ends + length + 1 <= len(ids)]
+            else:
+                starts = np.arange(0, max(0, len(ids) - length), length)
+            if not len(starts):
+                raise ValueError(
+                    f"the training data have {len(ids):,} tokens, too few for one window of "
+                    f"block_size={length} and its next token"
+                )
+            rows = np.arange(self.tokens_per_step // length).reshape(gradient_accumulation_steps, -1)
+            rows = np.split(rows, world_size, axis=int(by_rows))[rank]
+            self.stages.append(Stage(first_step, length, starts, rows))
+        self.micro_batches = len(self.stages[0].rows)
+        self.permutation = functools.lru_cache(maxsize=4)(self._permutation)
+
+    def _permutation(self, stage: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch, stage]).permutation(len(self.stages[stage].starts))
+
+    def windows(self, step: int) -> tuple[np.ndarray, int]:
+        """Where this process' windows of `step` begin, (micro-batches, rows), and their length."""
+        index = max(i for i, stage in enumerate(self.stages) if stage.first_step <= step)
+        first_step, length, starts, rows = self.stages[index]
+        places = (step - first_step) * (self.tokens_per_step // length) + rows
+        epochs, order = places // len(starts), np.empty_like(places)
+        for epoch in np.unique(epochs):
+            inside = epochs == epoch
+            order[inside] = self.permutation(index, int(epoch))[places[inside] % len(starts)]
+        return starts[order], length
+
+    def __call__(self, step: int) -> Iterator[np.ndarray]:
+        """This process' micro-batches of `step`, int64 (rows, length + 1): inputs and targets overlap."""
+        starts, length = self.windows(step)
+        for micro_batch in starts:
+            yield self.ids[micro_batch[:, None] + np.arange(length + 1)].astype(np.int64)

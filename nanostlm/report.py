@@ -1,0 +1,164 @@
+"""
+What a run says: the plan before it, the loggers during it, the curve, summary and stories after it.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nanostlm import runs, sources
+from nanostlm.machine import Machine, print0, rank
+
+CHECKPOINT_BYTES = 44  # disk space per parameter: two full states of 16 bytes, best.pt, one being written
+
+
+def plan(c, data, machine: Machine, iters: int) -> str:
+    """The plan of a run of `iters` updates in a few lines, computed before anything is allocated."""
+    m, sizes = c.model, c.model.estimate()
+    total, share = sizes["parameters"], sizes["embedding_parameters"] / sizes["parameters"]
+    rows, stories = c.batch_size * c.gradient_accumulation_steps, data.meta["train"]["stories"]
+    tokens = rows * m.block_size
+    memory = m.memory(c.batch_size * m.block_size, 4)
+    return (
+        f"model    {total / 1e6:.2f}M parameters, {share:.0%} of them embeddings; "
+        f"{m.n_layer} layers, {m.n_embd} wide, context {m.block_size}\n"
+        f"data     {data.folder}: {stories:,} stories, {len(data.train) / 1e6:.2f}M tokens\n"
+        f"batch    {rows} rows x {m.block_size} = {tokens:,} tokens a step; {iters:,} steps = "
+        f"{iters * tokens / 1e6:.1f}M tokens = {iters * tokens / len(data.train):.2f} epochs\n"
+        f"machine  {machine.description}, {'compiled' if machine.compile else 'not compiled'}\n"
+        f"needs    about {memory / 2**20:,.0f} MB of memory, {disk(total) / 2**20:,.0f} MB of disk"
+    )
+
+
+def disk(parameters: int) -> int:
+    """Bytes that the checkpoints of a run take."""
+    return CHECKPOINT_BYTES * parameters
+
+
+def logger(c, folder: Path | None) -> Callable[[dict], None] | None:
+    """A function that takes lines of metrics, for TensorBoard or W&B, imported only when requested."""
+    if not c.logger or folder is None:
+        return None
+    try:
+        if c.logger == "wandb":
+            import wandb
+        else:
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(f"logger={c.logger} needs another package: pip install {c.logger}") from None
+
+    @functools.cache
+    def opened():  # at the first line, when the directory belongs to this run
+        if c.logger == "tensorboard":
+            return SummaryWriter(folder)
+        return wandb.init(project="nanostlm", id=folder.name, resume="allow", dir=folder, config=asdict(c))
+
+    def write(line: dict) -> None:
+        values = {f"{line['split']}/{key}": x for key, x in line.items() if key not in ("split", "step")}
+        if c.logger == "wandb":
+            return opened().log(values, step=line["step"])
+        for key, x in values.items():
+            opened().add_scalar(key, x, line["step"])
+        opened().flush()
+
+    return write
+
+
+class Console:
+    """The progress bar of a training loop, or lines now and then where there is no terminal."""
+
+    def __init__(self, max_iters: int, first: int, tokens_per_step: int, log_interval: int):
+        self.max_iters, self.tokens_per_step, self.log_interval = max_iters, tokens_per_step, log_interval
+        self.quiet = not sys.stderr.isatty() or rank() > 0
+        self.bar = tqdm(total=max_iters, initial=first, unit="step", disable=self.quiet)
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        """Count an update."""
+        self.bar.update()
+
+    def show(self, line: dict) -> None:
+        """Show a line of metrics."""
+        step, loss = line["step"], line["loss"]
+        if line["split"] == "val":
+            return print0(f"step {step:6,}  val loss {loss:.4f}  {line['bpb']:.4f} bits per byte")
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_s']:,} tokens/s")
+        if self.quiet and (step == 1 or step % (10 * self.log_interval) == 0):
+            left = (self.max_iters - step) * self.tokens_per_step / max(1, line["tokens_per_s"])
+            print0(f"step {step:6,}  loss {loss:.4f}  {line['tokens_per_s']:,} tokens/s  {left:.0f} s left")
+
+
+def plot(metrics: dict[Path, list[dict]], floor: float | None) -> None:
+    """
+    Write loss.png of the first run: loss against tokens, a second run in grey, and the entropy of the corpus
+    (`floor`, nats per token) if it is known.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    this_run = {"train": ("tab:blue", "train"), "val": ("tab:orange", "val")}
+    earlier = {"train": ("0.8", None), "val": ("0.6", "the run before")}
+    for lines, style in reversed(list(zip(metrics.values(), (this_run, earlier), strict=False))):
+        for split, (color, label) in style.items():
+            x, y = ([line[k] for line in lines if line["split"] == split] for k in ("tokens", "loss"))
+            axes.plot(x, y, color=color, label=label, linewidth=1 if split == "train" else 2)
+    if floor:
+        axes.axhline(floor, color="tab:green", linestyle="--", label="floor of the corpus")
+    folder = next(iter(metrics))
+    axes.set(xlabel="tokens", ylabel="loss (nats a token)", title=str(folder))
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def final(trainer, name: str) -> None:
+    """The end of a run: curve, summary next to the recipe's previous run, stories, the next command."""
+    from nanostlm import generate, tasks
+
+    c, data, progress = trainer.config, trainer.data, trainer.progress
+    folder = trainer.directory.folder
+    earlier = [run for run in runs.folders_of(name) if run != folder and (run / "metrics.jsonl").exists()]
+    metrics = {run: runs.read_metrics(run) for run in [folder, *earlier[:1]]}
+    val, floor = data.meta["val"], data.meta.get("floor_bpb")
+    bytes_per_token = (val["bytes"] + val["stories"]) / max(1, val["tokens"])
+    plot(metrics, floor and floor * math.log(2) * bytes_per_token)
+    speed = [line["tokens_per_s"] for line in metrics[folder] if line["split"] == "train"]
+    seconds = metrics[folder][-1]["elapsed_s"] if metrics[folder] else 0
+    tokens = progress.step * trainer.tokens_per_step
+    print0(
+        f"\n{progress.step:,} updates, {tokens / 1e6:.2f}M tokens = {tokens / len(data.train):.2f} epochs in "
+        f"{seconds:.0f} s; {np.median(speed) if speed else 0:,.0f} tokens/s; "
+        f"peak memory {trainer.machine.peak_memory():,.0f} MB"
+    )
+    for run, lines in metrics.items():
+        if found := [line for line in lines if line["split"] == "val"]:
+            best = min(found, key=lambda line: line["loss"])
+            print0(
+                f"best val loss {best['loss']:.4f} nats a token, {best['bpb']:.4f} bits per byte "
+                f"(step {best['step']}) in {run}"
+            )
+    if progress.skipped:
+        print0(f"{progress.skipped} updates were left out: their loss or gradient was not finite")
+    trainer.model.eval()  # in float32: a token at a time, autocast would only cast
+    if sources.corpus(data.meta["corpus"]).check:
+        for line in tasks.grammar_report(trainer.model, data):
+            print0(line)
+    for text in generate.stories(trainer.model, data.tokenizer, c.prompt, 3, seed=c.seed):
+        print0(f"\n{text}")
+    print0(
+        f'\ncurve: {folder / "loss.png"}\nnext:  python sample.py --out_dir {folder} --prompt "{c.prompt}"'
+    )

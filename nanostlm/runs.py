@@ -1,0 +1,245 @@
+"""
+A run's directory: latest.pt and previous.pt (full state), best.pt (weights), metrics.jsonl, loss.png, lock.
+
+    folder = new_folder("tiny")                      # out/tiny, or out/tiny-2, ...
+    directory = RunDirectory(folder)
+    with directory.claim(disk=10**8):                # one run per directory
+        directory.log({"step": 1, ...})
+        directory.save("latest.pt", state, previous="previous.pt")
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from nanostlm import checkpoint
+from nanostlm.machine import print0
+
+
+@dataclass
+class Progress:
+    """How far a run is. A checkpoint holds it as a dict, and a resumed run restores it field by field."""
+
+    step: int = 0  # finished updates
+    best: float = math.inf  # validation loss
+    evals_since_best: int = 0
+    evaluated: int = -1  # step of the last evaluation
+    skipped: int = 0  # updates left out because they were not finite
+    elapsed: float = 0.0  # seconds, over all resumes
+
+    def finished(self, max_iters: int, patience: int) -> bool:
+        """Whether the run has made all its updates or used up its patience."""
+        return self.step >= max_iters or 0 < patience <= self.evals_since_best
+
+
+class RunDirectory:
+    """The files of one run. Lines of metrics that cannot be written wait for the next attempt."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.waiting: list[str] = []  # lines of metrics not yet written
+
+    @contextlib.contextmanager
+    def claim(self, disk: int, state: dict | None = None, max_iters: int = 0):
+        """
+        Inside, the directory belongs to this run: it is locked, has `disk` bytes free, and holds nothing of
+        an earlier run except what the checkpoint `state` continues. The operating system releases the lock
+        when the process ends, however it ends.
+        """
+        try:
+            lock = FileLock(self.folder / "lock").acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another run is writing to {self.folder}") from None
+        with lock:
+            free = shutil.disk_usage(self.folder).free
+            if free < disk:
+                need = f"checkpoints need {disk >> 20:,} MB"
+                raise OSError(f"{need}; the disk of {self.folder} has {free >> 20:,} MB left")
+            self.cut_back(state, max_iters)
+            yield
+
+    def cut_back(self, state: dict | None, max_iters: int) -> None:
+        """Remove the files of an earlier run, and the lines of metrics after the step of `state`."""
+        stale = () if state else ("latest.pt", "previous.pt", "best.pt", "loss.png")
+        if state and state["file"] == "previous.pt":  # a damaged latest.pt must not become previous.pt
+            stale = ("latest.pt",)
+        leftovers = self.folder.glob("*.tmp")  # of a process killed while saving
+        for file in [*leftovers, *(self.folder / name for name in stale)]:
+            file.unlink(missing_ok=True)
+        lines = lines_until(state, read_metrics(self.folder), max_iters) if state else []
+        self.waiting = [json.dumps(line) + "\n" for line in lines]
+        self.flush("metrics.tmp", sync=True)
+        os.replace(self.folder / "metrics.tmp", self.folder / "metrics.jsonl")
+
+    def log(self, line: dict) -> None:
+        """Append a line to metrics.jsonl; if that fails, warn and keep it for the next attempt."""
+        self.waiting.append(json.dumps(line) + "\n")
+        try:
+            self.flush()
+        except OSError as error:
+            print0(
+                f"WARNING: could not write metrics.jsonl at step {line['step']}: {error}; trying again later"
+            )
+
+    def flush(self, name: str = "metrics.jsonl", sync: bool = False) -> None:
+        """Append the waiting lines to a file, all or none (then an OSError). `sync`: as far as the disk."""
+        path = self.folder / name
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(self.waiting))
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no half line
+            raise
+        self.waiting.clear()
+
+    def save(self, name: str, state: dict, previous: str = "") -> None:
+        """
+        Save a checkpoint after the lines of metrics up to it; the file it replaces becomes `previous`. Warns
+        and tries again twice, then raises an OSError.
+        """
+        for wait in (1, 5, 0):
+            try:
+                self.flush(sync=True)
+                keep = self.folder / previous if previous else None
+                return checkpoint.save(self.folder / name, state, keep)
+            except (OSError, RuntimeError) as error:  # the writer inside torch raises the latter
+                again = ", trying again" if wait else ""
+                print0(f"WARNING: could not save {name} at step {state['step']}: {error}{again}")
+                time.sleep(wait)
+        raise OSError(f"{self.folder} cannot be written to; the previous checkpoint is intact")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without one torn by a kill."""
+    file, lines = folder / "metrics.jsonl", []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def lines_until(state: dict, lines: list[dict], max_iters: int) -> list[dict]:
+    """
+    The lines of metrics up to the step of `state`. A run that ended there off its intervals wrote closing
+    lines at that step: they are dropped, because the run either repeats them or now continues past them.
+    """
+    end, every = state["progress"]["step"], state["train_config"]
+    keep = {
+        "val": end % every["eval_interval"] == 0,
+        "train": end % every["log_interval"] == 0 or end == 1 or end >= max_iters,
+    }
+    return [x for x in lines if x["step"] < end or x["step"] == end and keep[x["split"]]]
+
+
+def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, list[int]]:
+    """Size and checksum of both .bin files, to notice that a run's data changed."""
+    return {
+        name: [len(ids), zlib.crc32(memoryview(ids).cast("B"))]
+        for name, ids in (("train", train), ("val", val))
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which directory, and what a resumed run may change
+
+
+def new_folder(name: str) -> Path:
+    """out/NAME, or the first of out/NAME-2, out/NAME-3, ... that does not exist."""
+    folders = (Path("out", f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists())
+
+
+def folders_of(name: str) -> list[Path]:
+    """The directories that runs of a recipe chose themselves, newest first."""
+    found = [f for f in Path("out").glob("*") if re.fullmatch(re.escape(name) + r"(-\d+)?", f.name)]
+    return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def last_state(folder: Path) -> dict | None:
+    """The newest intact checkpoint of a run; None if it has none yet. Its key `file` is the file's name."""
+    files = [folder / name for name in ("latest.pt", "previous.pt") if (folder / name).exists()]
+    for file in files:
+        try:
+            state = checkpoint.read(file) | {"file": file.name}
+        except ValueError as error:
+            print0(f"WARNING: {error}")
+            continue
+        if "ema" in state:
+            raise ValueError(
+                f"{folder} averages its weights (ema), which a resumed run no longer does; "
+                f"start from its best weights with --init_from={folder}"
+            )
+        return state
+    if files:
+        raise ValueError(f"no checkpoint in {folder} is whole")
+    print0(f"{folder} was ended before its first checkpoint: it starts again at step 0")
+    return None
+
+
+def find(out_dir: str, name: str, flags: set[str], extended: bool) -> tuple[Path, dict | None]:
+    """
+    The directory of a run, and the checkpoint to resume from. `extended`: the command line gives the run more
+    updates or patience, so --resume without out_dir may also continue a finished run.
+    """
+    if "resume" in flags:
+        for folder in [Path(out_dir)] if out_dir else folders_of(name):
+            if (folder / "metrics.jsonl").exists():
+                state = last_state(folder)
+                if out_dir or extended or state is None:
+                    return folder, state
+                settings = state["train_config"]
+                if not Progress(**state["progress"]).finished(settings["max_iters"], settings["patience"]):
+                    return folder, state
+        what = f"{out_dir} holds no run" if out_dir else f"no unfinished run out/{name}"
+        raise ValueError(f"nothing to resume: {what}")
+    if not out_dir:
+        return new_folder(name), None
+    if Path(out_dir, "metrics.jsonl").exists() and "overwrite" not in flags:
+        raise ValueError(f"{out_dir} holds a run; --resume continues it, --overwrite discards it")
+    return Path(out_dir), None
+
+
+def resumed_settings(
+    state: dict, recipe: dict, recipe_before: dict, given: dict, may_change: tuple[str, ...], override: bool
+) -> dict:
+    """
+    The flat settings of a resumed run: those of its checkpoint, except for what the command line gives
+    (`given`) and what was edited in the recipe since (both versions complete, with defaults). ValueError
+    names changes that would make it a different run, unless `override`.
+    """
+    before = state["train_config"] | state["model_config"]
+    del before["model"]
+    wanted = before | {k: v for k, v in recipe.items() if v != recipe_before[k]} | given
+    changes = {k: f"{k}: {before.get(k)!r} -> {v!r}" for k, v in wanted.items() if v != before.get(k)}
+    other = [change for name, change in changes.items() if name not in may_change]
+    rows = "batch_size", "gradient_accumulation_steps"
+    if math.prod(before[k] for k in rows) != math.prod(wanted[k] for k in rows):
+        other.append(" * ".join(rows))
+    if other and not override:
+        raise ValueError(
+            f"these settings cannot change on resume: {'; '.join(other)}; --override changes them anyway"
+        )
+    for change in changes.values():
+        print0(f"changed for the rest of the run: {change}")
+    saved, now = state["provenance"], checkpoint.provenance()
+    for file in checkpoint.CODE:
+        if saved.get(file) != now.get(file):
+            print0(f"{file} was changed since this run was saved: the rest may come out differently")
+    return wanted

@@ -1,0 +1,548 @@
+"""Recipes and command lines: parsed, never executed; one-line errors; closest names. Exit statuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from model import GPTConfig
+from nanostlm import settings
+from nanostlm.tokenizer import Unreachable
+from train import FLAGS, RESOLVED, TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(path.stem for path in (ROOT / "config").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(text) -> the settings of a recipe with that text."""
+
+    def reader(text: str | bytes) -> dict:
+        path = tmp_path / "mine.py"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return settings.read_recipe(path, TrainConfig)
+
+    return reader
+
+
+def line(*argv: str):
+    return settings.command_line(TrainConfig, list(argv), FLAGS, "about")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def test_a_recipe_is_literals_and_arithmetic_on_names_set_above(read):
+    text = '''"""What it is."""
+
+dataset = "toystories"  # a comment
+n_head = 3
+n_embd = 64 * n_head
+mlp_hidden = (n_embd + 8) * 2 - n_head // 2
+max_iters = 1e3
+seed = 2**40 + 1
+learning_rate = 3
+min_lr = learning_rate / 10
+weight_decay = -(-0.5)
+bias = True
+story_windows = False
+compile = False
+out_dir = ""
+'''
+    assert read(text) == dict(
+        dataset="toystories", n_head=3, n_embd=192, mlp_hidden=399, max_iters=1000, seed=2**40 + 1,
+        learning_rate=3.0, min_lr=0.3, weight_decay=0.5, bias=True, story_windows=False, compile="False",
+        out_dir="",
+    )  # fmt: skip
+    kinds = {name: type(value) for name, value in read(text).items()}
+    assert kinds["max_iters"] is int and kinds["learning_rate"] is float and kinds["bias"] is bool
+    assert read("") == {} and read("n_layer = 2\nn_layer = 3") == {"n_layer": 3}
+
+
+@pytest.mark.parametrize("name", ["seed", "max_iters"])
+def test_large_whole_numbers_keep_every_digit(read, name):
+    assert read(f"{name} = {2**60 + 1}")[name] == 2**60 + 1
+    assert line(f"--{name}={2**60 + 1}")[2][name] == 2**60 + 1
+
+
+WRONG = {
+    "import os": "only assignments",
+    "from os import path": "only assignments",
+    "n_layer = __import__('os').system('touch hacked')": "only literals",
+    "n_layer = int('3')": "only literals",
+    "dataset = open('/etc/passwd').read()": "only literals",
+    "dataset = ''.__class__": "only literals",
+    "n_layer = [1][0]": "only literals",
+    "n_layer = 1 if True else 2": "only literals",
+    "n_layer = (lambda: 3)()": "only literals",
+    "dataset = f'{1}'": "only literals",
+    "n_layer = n_head": "only literals",
+    "n_layer = 1 << 2": "only literals",
+    "exec('1')": "only assignments",
+    "n_layer: int = 3": "only assignments",
+    "n_layer += 3": "only assignments",
+    "n_layer, n_head = 1, 2": "only assignments",
+    "n_layer = n_head = 2": "only assignments",
+    "if True:\n    n_layer = 3": "only assignments",
+    "def n_layer(): pass": "only assignments",
+    "class n_layer: pass": "only assignments",
+    "del n_layer": "only assignments",
+    "n_headd = 4": "no setting 'n_headd'; did you mean 'n_head'",
+    "learning_rte = 4": "did you mean 'learning_rate'",
+    "zzzz = 4": "no setting 'zzzz'",
+    "model = 4": "no setting 'model'",
+    "resume = True": "no setting 'resume'",
+    "n_layer = 2.5": "n_layer takes a whole number, not 2.5",
+    "n_layer = 'four'": "n_layer takes a whole number, not 'four'",
+    "n_layer = True": "n_layer takes a whole number, not True",
+    "n_layer = None": "n_layer takes a whole number",
+    "n_layer = (-1) ** 0.5": "n_layer takes a whole number",
+    "n_layer = 1e400": "n_layer takes a whole number",
+    "bias = 1": "bias takes True or False, not 1",
+    "bias = 'yes'": "bias takes True or False",
+    "dataset = 4": "dataset takes text, not 4",
+    "dataset = b'x'": "dataset takes text",
+    "learning_rate = 'fast'": "learning_rate takes a number",
+    "learning_rate = False": "learning_rate takes a number",
+    "learning_rate = 1 / 0": "division by zero",
+    "n_layer = 'a' + 1": "arithmetic is for numbers",
+    "n_layer = 9**9**9": "power",
+    "n_layer = 10**1000": "power",
+    "n_layer = (": "never closed",
+    "n_layer = 3 4": "invalid syntax",
+    "n_layer 3": "invalid syntax",
+    "n_layer = 3\x00": "null bytes",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_wrong_is_one_line_that_says_where(text, read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(WRONG[text])) as caught:
+        read("dataset = 'x'\n\n" + text)
+    said = str(caught.value)
+    assert "mine.py" in said and ("line 3" in said or "\x00" in text) and "\n" not in said and len(said) < 300
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"], "nothing was executed"
+
+
+def test_the_line_of_a_mistake_further_down(read):
+    with pytest.raises(ValueError, match="line 4: n_layer takes"):
+        read("'''A\nB'''\n\nn_layer = 'x'")
+    with pytest.raises(ValueError, match="line 2: "):
+        read("n_layer = 2\nn_head = = 3\n")
+
+
+@pytest.mark.parametrize("text", [
+    "max_iters = 999999 ** 999999", "max_iters = 10**6**10**6", "dataset = 'a' * 10**12",
+    "max_iters = 2**1000000 * 2**1000000", "max_iters = " + "(" * 4 + "10**90" + ")**90" * 4,
+])  # fmt: skip
+def test_no_recipe_eats_the_machine(text, read):
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="line 1"):
+        read(text)
+    assert time.perf_counter() - began < 1
+
+
+def test_no_such_recipe_names_those_there_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no recipe .*nope.py; there are: .*tiny.py"):
+        settings.read_recipe(tmp_path / "nope.py", TrainConfig)
+    with pytest.raises(FileNotFoundError, match="no recipe"):
+        settings.read_recipe(tmp_path, TrainConfig)
+    (tmp_path / "latin.py").write_bytes(b"dataset = '\xe9'")
+    with pytest.raises(ValueError, match="latin.py"):
+        settings.read_recipe(tmp_path / "latin.py", TrainConfig)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The recipes of the repository
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_is_what_it_says(name):
+    """It builds, validates, and states its parameters, the share of the embeddings and its batch truly."""
+    path = ROOT / "config" / f"{name}.py"
+    text, values = path.read_text(encoding="utf-8"), settings.read_recipe(path, TrainConfig)
+    names = values["tokenizer"] if "tokenizer" in values else TrainConfig.tokenizer
+    ids = 50_257 if names == "gpt2" else int(names.removeprefix("bpe"))
+    c = settings.build(TrainConfig, values | {"vocab_size": ids})
+    c.validate()
+    assert (
+        c.warmup_iters < c.max_iters and c.eval_interval <= c.max_iters and c.max_iters % c.eval_interval == 0
+    )
+    sizes = c.model.estimate()
+    if c.init_from:
+        return  # another model's size
+    about = text.split('"""')[1]
+    size = re.search(r"([\d.]+)M parameters", about)
+    assert size, "the recipe states its size"
+    digits = len(size[1].partition(".")[2])
+    assert float(size[1]) == round(sizes["parameters"] / 1e6, digits), (
+        f"it has {sizes['parameters']:,} parameters"
+    )
+    if share := re.search(r"(\d+)% of them embeddings", about):
+        assert int(share[1]) == round(100 * sizes["embedding_parameters"] / sizes["parameters"])
+    if wanted := re.fullmatch(r"stories(\d+)m", name):
+        assert sizes["parameters"] / 1e6 == pytest.approx(int(wanted[1]), rel=0.1), "seeds/002's sizes"
+    if name == "slm":
+        assert 50e6 <= sizes["parameters"] <= 60e6 and c.tokenizer == "gpt2" and c.model.norm == "layernorm"
+    if name == "tiny":
+        assert 1e6 <= sizes["parameters"] <= 4e6
+    tokens = c.batch_size * c.gradient_accumulation_steps * c.model.block_size
+    stated = re.search(r"(?:(\d+) x )?(\d+) rows x (\d+) tokens = ([\d,]+) tokens a step", text)
+    assert stated, "the batch's arithmetic stands in a comment"
+    assert int(stated[4].replace(",", "")) == tokens == int(stated[1] or 1) * int(stated[2]) * int(stated[3])
+    if total := re.search(r"max_iters = [\d_]+  # ([\d.]+)([MB]) tokens", text):
+        found = c.max_iters * tokens / {"M": 1e6, "B": 1e9}[total[2]]
+        assert float(total[1]) == round(found, len(total[1].partition(".")[2]))
+
+
+def test_the_recipes_that_the_project_promises():
+    assert {"tiny", "llama", "slm", "stories10m", "stories50m", "stories100m"} <= set(SHIPPED)
+    llama = settings.build(TrainConfig, settings.read_recipe(ROOT / "config" / "llama.py", TrainConfig)).model
+    plain = dict(norm="rmsnorm", norm_eps=1e-5, position="rope", rope_theta=10000.0, mlp="swiglu", bias=False,
+                 qk_norm=False, embed_norm=False, share="none", window=0, softcap=0.0)  # fmt: skip
+    assert {key: getattr(llama, key) for key in plain} == plain
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_every_setting_has_a_comment_a_group_and_a_type():
+    table = settings.settings_of(TrainConfig)
+    names = [f.name for cls in (TrainConfig, GPTConfig) for f in fields(cls) if f.name != "model"]
+    assert sorted(table) == sorted(names), "no name twice"
+    for s in table.values():
+        assert len(s.help) > 5 and s.group, s.name
+        assert s.type in (int, float, str, bool) and type(s.default) is s.type, s.name
+    groups = list(dict.fromkeys(s.group for s in table.values()))
+    assert groups[0] == "everyday" and groups[-1] == "the model"
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int = 4
+    name: str = "a # b"  # a comment after a default with a #
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A comment such as `width: int = 3  # no` here is no field."""
+
+    plain: int = 1
+    # -- a group
+    a: int = 1  # with a comment
+    # a comment of its own
+    b: float = 2.0
+    wrapped: str = (
+        "a default that is longer than a line, "  # wrapped by
+        "and is therefore wrapped"  # the formatter
+    )
+    longer: float = (  # first
+        3.0 * 4.0
+    )  # last
+
+    # -- another: group
+    choice: "bool" = False  # 50% of it
+    inner: Inner = field(default_factory=Inner)
+
+    def method(self):
+        c: int = 3  # no field either
+        return c
+
+
+@dataclass(frozen=True)
+class Derived(Outer):
+    depth: int = 3  # of the derived class
+
+
+def test_comments_are_the_help_and_are_optional():
+    table = settings.settings_of(Derived)
+    assert {s.name: (s.help, s.group, s.nested) for s in table.values()} == {
+        "plain": ("", "", ""),
+        "a": ("with a comment", "a group", ""),
+        "b": ("", "a group", ""),
+        "wrapped": ("wrapped by the formatter", "a group", ""),
+        "longer": ("first last", "a group", ""),
+        "choice": ("50% of it", "another: group", ""),
+        "width": ("", "the inner", "inner"),
+        "name": ("a comment after a default with a #", "the inner", "inner"),
+        "depth": ("of the derived class", "", ""),
+    }
+    assert table["choice"].type is bool and table["longer"].default == 12.0
+
+
+def test_a_class_without_source_has_no_help():
+    cls = make_dataclass("Interactive", [("a", int, field(default=1)), ("b", str, field(default="x"))])
+    assert [s.help for s in settings.settings_of(cls).values()] == ["", ""]
+
+
+def test_frozen_dataclasses_are_built():
+    assert settings.build(Outer, dict(a=5, width=6)) == Outer(a=5, inner=Inner(width=6))
+    assert settings.build(Outer, {}) == Outer()
+    with pytest.raises(ValueError, match="Outer: there is no setting 'widht'; did you mean 'width'"):
+        settings.build(Outer, dict(widht=6))
+
+
+def test_fields_that_cannot_be_settings():
+    twice = make_dataclass("Twice", [("width", int, field(default=1)), ("inner", Inner, field(default=None))])
+    with pytest.raises(ValueError, match="Twice has two settings 'width'; rename"):
+        settings.settings_of(twice)
+    for wrong in [("sizes", list[int], field(default=None)), ("size", int)]:
+        with pytest.raises(
+            ValueError, match=rf"Wrong.{wrong[0]} must be int, float, bool or str, with a default"
+        ):
+            settings.settings_of(make_dataclass("Wrong", [wrong]))
+
+
+def test_settings_that_the_program_computes_are_refused(tmp_path, capsys):
+    reason = {"width": "comes from the name; choose one with --name"}
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("width = 5")
+    for words in (["--width=5"], [str(recipe)]):
+        with pytest.raises(ValueError, match="^width comes from the name; choose one with --name$"):
+            settings.command_line(Outer, words, {}, "about", reason)
+    assert settings.command_line(Outer, ["--name=x"], {}, "about", reason)[2] == {"name": "x"}
+    with pytest.raises(SystemExit):
+        settings.command_line(Outer, ["--help"], {}, "about", reason)
+    said = capsys.readouterr().out
+    assert "--width" not in said and re.search(r"--choice bool +50% of it \(default: False\)", said)
+    assert re.search(r"--plain int +\(default: 1\)", said)
+
+
+def test_values_on_the_command_line():
+    recipe, file, given, flags = line(
+        "--n_layer=3", "--n_head", "2", "--learning_rate=3", "--min_lr", "1e-4", "--max_iters=1e3",
+        "--bias=True", "--cross_stories", "False", "--prompt", "Once upon a time", "--prompt=",
+        "--compile=False", "--resume", "--seed=1_000", "--dropout=.5",
+    )  # fmt: skip
+    assert (recipe, file, flags) == ("", {}, {"resume"})
+    assert given == dict(n_layer=3, n_head=2, learning_rate=3.0, min_lr=1e-4, max_iters=1000, bias=True,
+                         cross_stories=False, prompt="", compile="False", seed=1000, dropout=0.5)  # fmt: skip
+    for form in (["--compile=False"], ["--compile", "False"]):
+        assert line(*form)[2] == {"compile": "False"}
+    for flag in FLAGS:
+        assert line(f"--{flag}")[3] == {flag}
+
+
+def test_the_command_line_goes_over_the_recipe(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("n_layer = 3\nn_head = 4")
+    for words in ([str(path), "--n_layer=5"], ["--n_layer=5", str(path)]):
+        recipe, file, given, _ = line(*words)
+        assert (recipe, file, given) == (str(path), {"n_layer": 3, "n_head": 4}, {"n_layer": 5})
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--n_headd=4"], "no option '--n_headd'; did you mean '--n_head'"),
+    (["--resum"], "did you mean '--resume'"),
+    (["--batchsize", "4"], "did you mean '--batch_size'"),
+    (["--promt=Once upon a time"], "did you mean '--prompt'"),
+    (["--qqqq=1"], "no option '--qqqq'; --help lists all options"),
+    (["--model=1"], "no option '--model'"),
+    (["--n_layer=two"], "n_layer takes a whole number, not 'two'"),
+    (["--n_layer="], "n_layer takes a whole number"),
+    (["--n_layer"], "expected one argument"),
+    (["--n_layer=2.5"], "n_layer takes a whole number"),
+    (["--n_layer=inf"], "n_layer takes a whole number"),
+    (["--bias=perhaps"], "bias takes True or False"),
+    (["--bias"], "expected one argument"),
+    (["--learning_rate=quick"], "learning_rate takes a number"),
+    (["--resume=True"], "resume"),
+    (["one.py", "two.py"], "two.py"),
+    (["-n", "4"], "-n"),
+])  # fmt: skip
+def test_slips_of_the_fingers(words, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+        line(*words)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_lists_every_setting_in_groups_the_everyday_ones_first(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    flat = " ".join(text.split())
+    for s in settings.settings_of(TrainConfig).values():
+        shown = f"--{s.name} " in text and " ".join(s.help.split()) in flat
+        assert shown == (s.name not in RESOLVED), s.name
+        assert not shown or f"(default: {s.default!r})" in flat
+    for flag in FLAGS:
+        assert f"--{flag}" in text
+    titles = ["everyday", "data", "optimizer", "run", "the model"]
+    places = [text.index(f"\n{title}:") for title in titles]
+    assert places == sorted(places)
+    assert max(map(len, text.splitlines())) <= 110
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scripts
+
+
+def parser() -> settings.Parser:
+    parser = settings.Parser(prog="some.py")
+    parser.add_argument("dest", nargs="?")
+    parser.add_argument("--prompt", default="")
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--to", choices=["hf", "llama2c"])
+    return parser
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--promt", "x"], "there is no option '--promt'; did you mean '--prompt'?"),
+    (["--promt=some words"], "there is no option '--promt'; did you mean '--prompt'?"),
+    (["--top-k=3"], "there is no option '--top-k'; did you mean '--top_k'?"),
+    (["--pro", "x"], "there is no option '--pro'"),  # no abbreviations
+    (["--zzz"], "there is no option '--zzz'; --help lists all options"),
+    (["--top_k=many"], "argument --top_k: invalid int value: 'many'"),
+    (["--top_k"], "argument --top_k: expected one argument"),
+    (["--to", "x"], "argument --to: invalid choice: 'x' (choose from "),
+    (["a", "b"], "unrecognized arguments: b"),
+    (["-x"], "unrecognized arguments: -x"),
+])  # fmt: skip
+def test_the_parser_raises_one_line(words, said):
+    with pytest.raises(ValueError, match="^" + re.escape(said)) as caught:
+        parser().parse_args(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_parser_takes_what_only_looks_like_an_option():
+    assert parser().parse_args(["--prompt=--zzz"]).prompt == "--zzz"
+    assert parser().parse_args(["--prompt", "-- he said"]).prompt == "-- he said"
+    assert parser().parse_args(["--", "--zzz"]).dest == "--zzz"
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(["--help"])
+    assert caught.value.code == 0
+
+
+def test_closest():
+    assert settings.closest("n_headd", {"n_head", "n_layer"}) == "; did you mean 'n_head'?"
+    assert settings.closest("zzz", ["n_head"]) == settings.closest("zzz", []) == ""
+
+
+STATUSES = [
+    (ValueError("a\n  b"), 2, "a b"),
+    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "invalid start byte"),
+    (json.JSONDecodeError("Expecting value", "", 0), 2, "Expecting value"),
+    (FileNotFoundError(2, "No such file", "x.txt"), 2, "[Errno 2] No such file: 'x.txt'"),
+    (FileExistsError("x is there"), 2, "x is there"),
+    (IsADirectoryError("x is a folder"), 2, "x is a folder"),
+    (NotADirectoryError("x is a file"), 2, "x is a file"),
+    (Unreachable("no network"), 1, "no network"),
+    (PermissionError(13, "Permission denied", "x"), 1, "Permission denied"),
+    (OSError(28, "No space left on device"), 1, "No space left on device"),
+    (RuntimeError("the kernel failed"), 1, "the kernel failed"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
+    (MemoryError(), 1, "MemoryError"),
+    (ImportError("No module named 'x'"), 1, "No module named 'x'"),
+]
+
+
+@pytest.mark.parametrize("error, status, said", STATUSES, ids=lambda x: type(x).__name__)
+def test_a_script_maps_exceptions_to_exit_statuses(error, status, said, capsys):
+    @settings.script
+    def main(argv):
+        raise error
+
+    assert main([]) == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_a_script_returns_0_and_passes_other_exceptions_through(capsys, monkeypatch):
+    @settings.script
+    def main(argv):
+        """What it does."""
+        if argv[0] == "bug":
+            raise KeyError("bug")
+        if argv[0] == "exit":
+            sys.exit(3)
+        if argv[0] == "ctrl-c":
+            raise KeyboardInterrupt
+        return {"none": None, "zero": 0, "signal": 143}[argv[0]]
+
+    assert (main(["none"]), main(["zero"]), main(["signal"]), main(["ctrl-c"])) == (0, 0, 143, 130)
+    with pytest.raises(KeyError):
+        main(["bug"])
+    with pytest.raises(SystemExit) as caught:
+        main(["exit"])
+    assert caught.value.code == 3
+    monkeypatch.setattr(sys, "argv", ["some.py", "signal"])
+    assert main() == 143 and main.__name__ == "main" and main.__doc__ == "What it does."
+    assert capsys.readouterr() == ("", "")
+
+
+SCRIPT = r"""
+import signal, sys, warnings
+from nanostlm import settings
+
+@settings.script
+def main(argv):
+    match argv:
+        case ["warn"]:
+            warnings.warn("two\n  lines")
+        case ["print", count]:
+            for i in range(int(count)):
+                print(i)
+        case ["unicode"]:
+            print("\u2602 \ud83d")
+        case ["ctrl-c"]:
+            signal.raise_signal(signal.SIGINT)
+    return 0
+
+sys.exit(main())
+"""
+
+
+def launch(*argv: str, **options) -> subprocess.Popen:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONWARNINGS": "default",
+    }
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *argv], **pipes, **options)
+
+
+def test_a_script_in_a_process_of_its_own():
+    for argv, status, out, err in [
+        (["warn"], 0, b"", b"note: two lines\n"),
+        (["print", "2"], 0, b"0\n1\n", b""),
+        (["unicode"], 0, "\u2602 ?\n".encode(), b""),
+        (["ctrl-c"], 130, b"", b""),
+    ]:
+        process = launch(*argv)
+        found = process.communicate()
+        assert (process.returncode, *(text.replace(b"\r", b"") for text in found)) == (status, out, err), argv
+
+
+@pytest.mark.parametrize("count", ["1", "1000000"])  # fails when the output is flushed, and in the middle
+def test_a_script_whose_reader_has_left(count):
+    process = launch("print", count)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Dependencies
+
+
+def test_pyproject_and_requirements_pin_the_same_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for name, pins in [
+        ("requirements.txt", project["project"]["dependencies"]),
+        ("requirements-dev.txt", ["-r requirements.txt", *project["dependency-groups"]["dev"]]),
+    ]:
+        assert (ROOT / name).read_text(encoding="utf-8").splitlines() == pins
