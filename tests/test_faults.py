@@ -2,7 +2,7 @@
 Faults, injected on purpose: a micro run is killed at every stage of its life, its files are damaged, its disk
 fails; it resumes, and what it finishes with must be bit-equal to a run that nothing happened to.
 
-    pytest -m slow tests/test_faults.py -s      # about 200 faults, a few minutes; prints the table
+    pytest -m slow -n 0 -s tests/test_faults.py      # about 200 faults, a few minutes; prints the table
 """
 
 import errno
