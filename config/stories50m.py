@@ -6,18 +6,18 @@ tokenizer = "bpe8192"
 n_layer = 9
 n_head = 10
 n_embd = 640
-block_size = 512
+block_size = 512  # 97% of the stories fit
 mlp = "swiglu"
-qk_norm = True
-tied = True
+qk_norm = True  # keeps attention stable at these learning rates
+tied = True  # one matrix for embedding and head
 
 batch_size = 32
 gradient_accumulation_steps = 4  # 4 x 32 rows x 512 tokens = 65,536 tokens a step
 max_iters = 20_000  # 1.3B tokens, about three passes over TinyStories
 eval_interval = 1000
 save_interval = 1000
-eval_tokens = 1_000_000
-learning_rate = 6e-4
-min_lr = learning_rate / 10
+eval_tokens = 1_000_000  # enough for three digits; the whole file takes several times as long
+learning_rate = 6e-4  # lower for wider models; not tuned
+min_lr = learning_rate / 10  # as in nanoGPT
 warmup_iters = 500
 weight_decay = 0.1
