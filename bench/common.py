@@ -108,8 +108,14 @@ sys.exit(status)
 """
 
 
-def run(command: list, cwd: str | Path | None = None, until: str = "", check: bool = True) -> Ran:
-    """Run a program; with `until`, only up to the first line that has this pattern."""
+def run(
+    command: list,
+    cwd: str | Path | None = None,
+    until: str = "",
+    check: bool = True,
+    on_line: Callable[[str], None] | None = None,
+) -> Ran:
+    """Run a program; with `until`, only up to the first line with this pattern. on_line gets every line."""
     words = [sys.executable, "-I", "-S", "-c", WATCH, *map(str, command)]
     env, lines, seconds = os.environ | {"PYTHONUNBUFFERED": "1"}, [], math.nan
     began = time.perf_counter()
@@ -119,6 +125,8 @@ def run(command: list, cwd: str | Path | None = None, until: str = "", check: bo
     try:
         for line in process.stdout:
             lines.append((time.perf_counter() - began, line.rstrip()))
+            if on_line:
+                on_line(line)
             if until and re.search(until, line):
                 return Ran(lines[-1][0], lines, math.nan, 0)
         process.wait()

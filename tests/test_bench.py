@@ -207,3 +207,12 @@ def test_generation(bench):
     said, made = bench("generation", *words, "--streams", 1, "--dtype", "float32", "float7", data=False)
     rates = {one["program"]: one["tokens_per_s"] for one in made["rates"]}
     assert rates["sample.py float32, 1 stream"] > 0 and rates["sample.py float7, 1 stream"] is None
+
+
+@pytest.mark.slow
+def test_curve_draws_our_side_alone(bench, tmp_path):
+    words = ["--iters", 4, "--points", 2, "--eval_tokens", 64, "--out", tmp_path / "curve.png"]
+    made = bench("curve", *words)[1]["curves"]
+    ((_, curve),) = made.items()
+    assert len(curve) == 3 and curve[0][0] < curve[-1][0], "at the start, in the middle, at the end"
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
