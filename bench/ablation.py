@@ -1,7 +1,7 @@
 """
 An ablation of config/tiny.py: one setting changed at a time, several seeds, equal tokens and equal time.
 
-    python bench/ablation.py --iters 600 --seconds 60              # everything: hours; stop and go on at will
+    python bench/ablation.py --iters 600 --seconds 60              # all: hours; rerun to continue
     python bench/ablation.py --only base relu2 swiglu --seconds 60
     python bench/ablation.py --list
 
@@ -68,7 +68,7 @@ VARIANTS: dict[str, dict] = {
 
 
 class Bench:
-    """The runs that were made, in a file that grows by a line a run."""
+    """The finished runs, in a file with one line per run."""
 
     def __init__(self, options):
         self.options, self.out = options, Path(options.out)
@@ -79,7 +79,7 @@ class Bench:
         self.recipe = default | read_recipe(options.recipe, train.TrainConfig)
 
     def result(self, name: str, seed: int, kind: str) -> dict:
-        """A variant's run with so many "iters" or "seconds", made if it was not."""
+        """The result of a variant with this many "iters" or "seconds", from the file if it is there."""
         settings, amount = dict(VARIANTS[name]), getattr(self.options, kind)
         data = common.load_data(self.options, settings.pop("tokenizer", ""))
         ends = (data.val == data.tokenizer.eot).nonzero()[0][: self.options.eval_stories]
@@ -90,7 +90,7 @@ class Bench:
         key = mark, seed, f"{kind} {amount:g}"
         if key not in self.done:
             rate = step_tokens(self.recipe)
-            if kind == "seconds":  # for every seed anew, for machines are uneven
+            if kind == "seconds":  # measured for every seed, because a machine's speed varies
                 rate = self.learn(settings, data, max_iters=30)["tokens_per_s"]
             tokens = amount * rate
             made = self.learn(settings, data, max_iters=max(1, round(tokens / step_tokens(full))), seed=seed)
@@ -98,21 +98,28 @@ class Bench:
             self.done[key] = made
             with open(self.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(made) + "\n")
-            print(f"{name}, seed {seed}, {key[2]}: {made['bpb']:.4f} bits per byte, "
-                  f"{made['tokens']:,} tokens, {made['process_s']:.0f} s", flush=True)  # fmt: skip
-        return self.done[key] | {"variant": name}  # two variants that come to the same share a run
+            print(
+                f"{name}, seed {seed}, {key[2]}: {made['bpb']:.4f} bits per byte, "
+                f"{made['tokens']:,} tokens, {made['process_s']:.0f} s",
+                flush=True,
+            )
+        return self.done[key] | {"variant": name}  # variants with the same settings share a run
 
     def learn(self, settings: dict, data, **more) -> dict:
-        """One run of train.py up to its last evaluation: that line, and the rate before."""
+        """One run of train.py up to its last evaluation -> that line, and the median speed."""
         with tempfile.TemporaryDirectory() as folder:
             settings = settings | dict(eval_interval=10**9, save_interval=10**9, fallback="") | more
             command = common.ours(self.options.recipe, data, folder, **settings)
             ran = common.run(command, until=rf"^step +{more['max_iters']:,}  val loss")
             lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         rates = [line["tokens_per_s"] for line in lines if line["split"] == "train"]
-        return {"bpb": lines[-1]["bpb"], "tokens": lines[-1]["tokens"], "steps": lines[-1]["step"],
-                "process_s": round(ran.seconds, 2),
-                "tokens_per_s": statistics.median(rates[1:] or rates)}  # fmt: skip
+        return {
+            "bpb": lines[-1]["bpb"],
+            "tokens": lines[-1]["tokens"],
+            "steps": lines[-1]["step"],
+            "process_s": round(ran.seconds, 2),
+            "tokens_per_s": statistics.median(rates[1:] or rates),
+        }
 
 
 def step_tokens(settings: dict) -> int:
@@ -120,15 +127,24 @@ def step_tokens(settings: dict) -> int:
 
 
 def summary(found: list[dict], names: list[str]) -> None:
-    """A line a variant over its seeds: mean, least, most; the mean difference from base, seed by seed."""
+    """Print one line per variant: mean, minimum, maximum over seeds, and the mean difference from base."""
     base, rows = {one["seed"]: one["bpb"] for one in found if one["variant"] == "base"}, []
     for name in names:
         runs = [one for one in found if one["variant"] == name]
         bpb = [one["bpb"] for one in runs]
         apart = [one["bpb"] - base[one["seed"]] for one in runs if base]
         means = [statistics.mean(one[key] for one in runs) for key in ("tokens", "tokens_per_s")]
-        rows.append([name, len(runs), statistics.mean(bpb), min(bpb), max(bpb),
-                     statistics.mean(apart) if apart else None, *means])  # fmt: skip
+        rows.append(
+            [
+                name,
+                len(runs),
+                statistics.mean(bpb),
+                min(bpb),
+                max(bpb),
+                statistics.mean(apart) if apart else None,
+                *means,
+            ]
+        )
     rows.sort(key=lambda row: row[2])
     rows = [
         [*row[:2], *(f"{x:.4f}" for x in row[2:5]), None if row[5] is None else f"{row[5]:+.4f}", *row[6:]]
@@ -158,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     if not kinds:
         parser.error("--iters, --seconds, or both")
     bench, found = Bench(options), {kind: [] for kind in kinds}
-    for seed in options.seeds:  # seeds outside: after the first one every variant has a figure
+    for seed in options.seeds:  # the outer loop, so that every variant has a result after the first seed
         for name in options.only:
             for kind in kinds:
                 found[kind].append(bench.result(name, seed, kind))

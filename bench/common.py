@@ -1,8 +1,8 @@
 """
-What the benchmarks share: data, programs watched from outside, timing in turn, tables, the peers' checkouts.
+What the benchmarks share: data, running and measuring programs, timing in turn, tables, peers' checkouts.
 
-A peer's code is run from a checkout of it, or from a copy of that in a temporary folder, never from here. A
-figure is the median of runs in turn (ours, the peer, ours, ...), a ratio is taken within one run of a script.
+A peer's code runs from a checkout of its repository, or from a temporary copy of that. A figure is the median
+of runs in turn (ours, the peer, ours, ...); a ratio is taken within one run of a script.
 """
 
 import argparse
@@ -43,11 +43,11 @@ from nanostlm.settings import build, read_recipe  # noqa: E402
 
 
 def parser(doc: str, repeats: int = 3) -> argparse.ArgumentParser:
-    """Its options are --threads and, where there is a default for it, --repeats."""
+    """An argument parser with --threads and, unless repeats=0, --repeats."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if repeats:
         made.add_argument("--repeats", type=int, default=repeats, help="runs in turn; default %(default)s")
-    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
+    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     return made
 
 
@@ -63,7 +63,7 @@ def nanogpt_option(made: argparse.ArgumentParser) -> None:
 
 
 def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The options; --threads holds from here on, in the programs that are started too."""
+    """Parse the options and apply --threads to this process and the programs it starts."""
     options = made.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -72,7 +72,7 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
 
 
 def load_data(options: argparse.Namespace, tokenizer: str = "") -> datasets.Data:
-    """The prepared corpus of --dataset and --tokenizer, made first where it is not there."""
+    """The prepared corpus of --dataset and --tokenizer; prepares it first if it is missing."""
     tokenizer = tokenizer or options.tokenizer
     folder = Path(options.data_dir, options.dataset, tokenizer)
     if not (folder / "meta.json").exists():
@@ -82,24 +82,24 @@ def load_data(options: argparse.Namespace, tokenizer: str = "") -> datasets.Data
 
 
 # ----------------------------------------------------------------------------------------------------------
-# A program, watched from outside
+# Running and measuring a program
 
 
 class Ran(NamedTuple):
-    seconds: float  # to the end of the program, or to the line that was waited for
+    seconds: float  # to the end of the program, or to the line given by `until`
     lines: list[tuple[float, str]]  # (seconds since the start, line) of stdout and stderr
-    peak_mb: float  # most resident memory; nan where the program was not run to its end
+    peak_mb: float  # peak resident memory; nan if the program did not run to its end
     status: int
 
     def find(self, pattern: str) -> tuple[float, re.Match]:
-        """(seconds, match) of the last line that has it."""
+        """(seconds, match) of the last line that contains the pattern."""
         for seconds, line in reversed(self.lines):
             if match := re.search(pattern, line):
                 return seconds, match
         raise SystemExit(f"no line has {pattern!r}:\n" + "\n".join(line for _, line in self.lines[-20:]))
 
 
-# A small process in between: a child counts the memory of the one that forked it, and we hold torch.
+# A small process in between, because a child's peak memory includes that of the process that forked it.
 WATCH = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:])
@@ -119,9 +119,17 @@ def run(
     words = [sys.executable, "-I", "-S", "-c", WATCH, *map(str, command)]
     env, lines, seconds = os.environ | {"PYTHONUNBUFFERED": "1"}, [], math.nan
     began = time.perf_counter()
-    process = subprocess.Popen(words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, errors="replace",
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        words,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
         for line in process.stdout:
             lines.append((time.perf_counter() - began, line.rstrip()))
@@ -131,7 +139,7 @@ def run(
                 return Ran(lines[-1][0], lines, math.nan, 0)
         process.wait()
         seconds = time.perf_counter() - began
-    finally:  # whatever happens, nothing that was started goes on
+    finally:  # also after an error, no started process keeps running
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -152,13 +160,17 @@ def words(settings: dict[str, Any]) -> list[str]:
 
 def ours(recipe: str, data: datasets.Data, out_dir: str | Path, **settings) -> list[str]:
     """The command that trains with our train.py on `data`."""
-    corpus = dict(dataset=data.folder.parent.name, tokenizer=data.folder.name, out_dir=out_dir,
-                  data_dir=data.folder.parent.parent.resolve())  # fmt: skip
+    corpus = dict(
+        dataset=data.folder.parent.name,
+        tokenizer=data.folder.name,
+        out_dir=out_dir,
+        data_dir=data.folder.parent.parent.resolve(),
+    )
     return [sys.executable, ROOT / "train.py", Path(recipe).resolve(), *words(corpus | settings)]
 
 
 def trainer(recipe: str, data: datasets.Data, **changes) -> train.Trainer:
-    """Our trainer in this process, with the recipe's settings ("" for none) and `changes`."""
+    """A Trainer in this process, with the settings of a recipe ("" for none) and `changes`."""
     values = (read_recipe(recipe, train.TrainConfig) if recipe else {}) | changes
     masked = not values.get("cross_stories", True)
     values |= dict(vocab_size=data.tokenizer.vocab_size, separator=data.tokenizer.eot if masked else -1)
@@ -189,7 +201,9 @@ def nanogpt(path: str, folder: Path, data: datasets.Data) -> Path:
     shutil.copytree(source / "config", folder / "config")
     for name in ("train.bin", "val.bin"):
         (bins / name).symlink_to((data.folder / name).resolve())
-    rounded = 64 * math.ceil(data.tokenizer.vocab_size / 64)  # as it rounds GPT-2's itself, for speed
+    rounded = 64 * math.ceil(
+        data.tokenizer.vocab_size / 64
+    )  # nanoGPT pads GPT-2's vocabulary to a multiple of 64 too
     (bins / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": rounded}))
     return folder
 
@@ -200,13 +214,20 @@ def nanogpt_train(**settings) -> list[str]:
     dropout, no compiling. On a CPU its train.py works in float32 whatever --dtype says.
     """
     cuda = torch.cuda.is_available()
-    start = dict(device="cuda" if cuda else "cpu", dtype="bfloat16" if cuda else "float32", compile=False,
-                 dataset="ours", dropout=0.0, eval_iters=1, log_interval=1)  # fmt: skip
+    start = dict(
+        device="cuda" if cuda else "cpu",
+        dtype="bfloat16" if cuda else "float32",
+        compile=False,
+        dataset="ours",
+        dropout=0.0,
+        eval_iters=1,
+        log_interval=1,
+    )
     return [sys.executable, "train.py", "config/train_shakespeare_char.py", *words(start | settings)]
 
 
 def nanogpt_module(path: str) -> ModuleType:
-    """Its model.py, imported from the checkout."""
+    """nanoGPT's model.py, imported from the checkout."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout(path, "model.py") / "model.py")
     module = importlib.util.module_from_spec(spec)
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave the checkout as it is
@@ -218,16 +239,16 @@ def nanogpt_module(path: str) -> ModuleType:
 
 
 def bits_per_byte(model, data: datasets.Data, block_size: int, eval_tokens: int = 0) -> float:
-    """Of any model(idx, targets) -> (_, loss), in our fixed windows of the validation file."""
+    """Bits per byte of any model(idx, targets) -> (_, loss), in our windows of the validation file."""
     ids, eot = data.val[: eval_tokens or None], data.tokenizer.eot
     nats, _ = score.total(model, [ids], eot, block_size=block_size)
     return score.bits_per_byte(nats, int(score.token_bytes(data.tokenizer)[ids].sum()))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Timing, and what a machine can do
+# Timing and the machine's limits
 
-CARDS = {  # part of a card's name -> (dense bf16 TFLOP/s with float32 sums, TB/s), as their makers print it
+CARDS = {  # part of a card's name -> (dense bf16 TFLOP/s with float32 sums, TB/s), as published by NVIDIA
     "H200": (989, 4.8),
     "H100 80GB HBM3": (989, 3.35),
     "H100 PCIe": (756, 2.0),
@@ -243,13 +264,13 @@ CARDS = {  # part of a card's name -> (dense bf16 TFLOP/s with float32 sums, TB/
 
 
 def card(name: str) -> tuple[float, float] | None:
-    """The peak of a GPU by its name, the longest part that fits; None: unknown."""
+    """The peak rates of a GPU by its name (the longest matching part), or None if it is not in CARDS."""
     fits = [part for part in CARDS if re.search(rf"\b{part}\b", name)]
     return CARDS[max(fits, key=len)] if fits else None
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of one call, the GPU's work included."""
+    """Seconds of one call, including the GPU's work."""
     began = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -258,7 +279,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def in_turn(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each side measures, `repeats` times, one after the other."""
+    """Measure all sides one after the other, `repeats` times. -> {side: its measurements}"""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
@@ -271,24 +292,24 @@ def medians(found: dict[str, list[float]]) -> dict[str, float]:
 
 
 def matrix_rate(m: int, k: int, n: int, dtype: torch.dtype, device: str = "cpu", repeats: int = 7) -> float:
-    """Operations a second of (m, k) @ (k, n): the best of some, since it is to be a ceiling."""
+    """Operations per second of (m, k) @ (k, n), the best of several runs."""
     a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
     return 2 * m * k * n / min(seconds(lambda: a @ b) for _ in range(repeats + 1))
 
 
 def memory_rate(device: str = "cpu", size: int = 1 << 28, repeats: int = 7) -> float:
-    """Bytes a second of copying, read and written both counted: the best of some."""
+    """Bytes read and written per second by a copy, the best of several runs."""
     a = torch.ones(size // 4, device=device)
     b = torch.empty_like(a)
     return 2 * size / min(seconds(lambda: b.copy_(a)) for _ in range(repeats + 1))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is printed
+# Output
 
 
 def table(head: list[str], rows: list[list]) -> None:
-    """Columns as wide as they must be, numbers to the right."""
+    """Print a table with aligned columns, numbers to the right."""
     text = [[show(cell) for cell in row] for row in [head, *rows]]
     width = [max(len(row[i]) for row in text) for i in range(len(head))]
     left = [all(isinstance(row[i], str) for row in rows) for i in range(len(head))]
@@ -306,16 +327,22 @@ def show(cell: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure hangs on: the processor or the GPU, threads, versions, the date."""
+    """What a measurement depends on: processor or GPU, threads, version, date."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     name = platform.processor()
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         name = found[1] if found else name
-    return {"cpu": name, "cores": cpus(), "threads": torch.get_num_threads(), "gpu": gpu,
-            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    return {
+        "cpu": name,
+        "cores": cpus(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def finish(bench: str, **values) -> None:
-    """The last line: everything as JSON."""
+    """Print the last line, everything as JSON."""
     print(json.dumps({"bench": bench, **machine(), **values}))

@@ -28,7 +28,7 @@ BYTES_A_TOKEN = {"gpt2": 4.062, "bpe4096": 3.974, "bpe8192": 4.114}  # end-of-te
 
 
 def tokens_of_a_pass(data_dir: str, tokenizer: str) -> float:
-    """Ids of TinyStories' training split."""
+    """The number of tokens in the training split of TinyStories."""
     meta = Path(data_dir, "tinystories", tokenizer, "meta.json")
     if meta.exists():
         train_split = json.loads(meta.read_text(encoding="utf-8"))["train"]
@@ -39,7 +39,7 @@ def tokens_of_a_pass(data_dir: str, tokenizer: str) -> float:
 
 
 def on_paper(c: train.TrainConfig) -> dict[str, float]:
-    """What a step of a recipe computes, moves and holds, whatever the card."""
+    """Operations, bytes moved and memory of a step of a recipe, on any card."""
     ids = tokenizers.bpe_size(c.tokenizer) or {"gpt2": 50257, "byte": 257}[c.tokenizer]
     model = replace(c.model, vocab_size=ids)
     counts = model.estimate()
@@ -49,7 +49,7 @@ def on_paper(c: train.TrainConfig) -> dict[str, float]:
         "parameters": count,
         "flops_a_token": counts["flops_per_token"],
         "tokens_a_step": tokens,
-        # float32 weights read twice, gradients written and read, 7 numbers a weight in AdamW; activations
+        # float32 weights read twice, gradients written and read, 7 numbers per weight in AdamW; activations
         # written and read
         "bytes_a_step": (8 * c.gradient_accumulation_steps + 8 + 28) * count
         + 4 * tokens * counts["activations_per_token"],
@@ -65,23 +65,55 @@ def main(argv: list[str] | None = None) -> None:
     rows, found = [], []
     for file in sorted((common.ROOT / "config").glob("*.py")):
         values = settings.read_recipe(file, train.TrainConfig) if file.stem != "__init__" else {}
-        if not values or "init_from" in values:  # finetune.py has the size of what it begins from
+        if not values or "init_from" in values:  # finetune.py has the size of the model it starts from
             continue
         c = settings.build(train.TrainConfig, values)
         made = on_paper(c) | {"tokens_a_pass": tokens_of_a_pass(options.data_dir, c.tokenizer)}
         for name, (peak, rate) in CARDS.items():
             speed = options.share * peak * 1e12 / made["flops_a_token"]
-            by = {"operations": made["tokens_a_step"] * made["flops_a_token"] / peak / 1e12,
-                  "bytes": made["bytes_a_step"] / rate / 1e12}  # fmt: skip
+            by = {
+                "operations": made["tokens_a_step"] * made["flops_a_token"] / peak / 1e12,
+                "bytes": made["bytes_a_step"] / rate / 1e12,
+            }
             hours = made["tokens_a_pass"] / speed / 3600
-            rows.append([file.stem, name, f"{made['parameters'] / 1e6:.1f}M", made["flops_a_token"] / 1e6,
-                         f"{speed / 1e6:.2f}M", f"{hours:.2g}", by["operations"] * 1000, by["bytes"] * 1000,
-                         made["memory"] / 2**30])  # fmt: skip
-            found.append({"recipe": file.stem, "card": name, "tokens_per_s": speed, "hours_a_pass": hours,
-                          "step_s": by} | made)  # fmt: skip
+            rows.append(
+                [
+                    file.stem,
+                    name,
+                    f"{made['parameters'] / 1e6:.1f}M",
+                    made["flops_a_token"] / 1e6,
+                    f"{speed / 1e6:.2f}M",
+                    f"{hours:.2g}",
+                    by["operations"] * 1000,
+                    by["bytes"] * 1000,
+                    made["memory"] / 2**30,
+                ]
+            )
+            found.append(
+                {
+                    "recipe": file.stem,
+                    "card": name,
+                    "tokens_per_s": speed,
+                    "hours_a_pass": hours,
+                    "step_s": by,
+                }
+                | made
+            )
     print(f"ON PAPER, NOT MEASURED: tokens/s at {options.share:.0%} of the peak, one pass over TinyStories")
-    common.table(["recipe", "card", "parameters", "MFLOP a token", "tokens/s", "hours a pass",
-                  "ms a step by operations", "by bytes", "GB held"], rows)  # fmt: skip
+    common.table(
+        [
+            "recipe",
+            "card",
+            "parameters",
+            "MFLOP a token",
+            "tokens/s",
+            "hours a pass",
+            "ms a step by operations",
+            "by bytes",
+            "GB held",
+        ],
+        rows,
+    )
     common.finish("floors", measured=False, share=options.share, cards=CARDS, recipes=found)
 
 

@@ -1,9 +1,9 @@
 """
 Tokens a second of generation: sample.py against nanoGPT's generate() and llama2.c's run.c.
 
-    python bench/generation.py                          # 1 and 16 streams, beside the whole window each time
-    python bench/generation.py --nanogpt PATH           # nanoGPT, its window full, and from a short prompt
-    python bench/generation.py --llama2c PATH           # run.c on weights that export.py wrote, greedy
+    python bench/generation.py                          # 1 and 16 streams, and without a KV cache
+    python bench/generation.py --nanogpt PATH           # and nanoGPT, with a full window and from one token
+    python bench/generation.py --llama2c PATH           # and run.c on exported weights, greedy
     python bench/generation.py --llama2c PATH --checkpoint out/llama --data data/tinystories/bpe4096
 
 The first two: 6 layers, 384 wide, context 512, 4,096 ids; with --llama2c also its 15M shape, 288 wide, with
@@ -37,7 +37,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def save_random(file: Path, c: GPTConfig) -> Path:
-    """A checkpoint of random weights, with a made-up vocabulary of as many ids."""
+    """Save a checkpoint with random weights and a vocabulary of config.vocab_size ids."""
     torch.manual_seed(0)
     pairs = (bytes([a, b]) for a in range(256) for b in range(256))
     tokens = [bytes([b]) for b in range(256)] + [next(pairs) for _ in range(c.vocab_size - 257)]
@@ -47,7 +47,7 @@ def save_random(file: Path, c: GPTConfig) -> Path:
 
 
 def ours(file: Path, dtype: str, streams: int, tokens: int, device: str) -> Callable[[], float]:
-    """Tokens a second that sample.py reports, compiling left out; nan where it takes no such dtype."""
+    """Tokens per second that sample.py reports, without compiling; nan if it does not support the dtype."""
     dtype, _, compiled = dtype.partition("-")
     settings = dict(out_dir=file, dtype=dtype, num_samples=streams, max_new_tokens=tokens, device=device)
     settings |= dict(temperature=0, prompt=PROMPT)
@@ -68,7 +68,7 @@ def ours(file: Path, dtype: str, streams: int, tokens: int, device: str) -> Call
 
 
 def whole_window(c: GPTConfig, tokens: int) -> Callable[[], float]:
-    """Tokens a second of one row when a full window of our model is run again for each token."""
+    """Tokens per second of one row without a KV cache, on a full window."""
     model, ids = GPT(c).to(DEVICE).eval(), torch.randint(c.vocab_size, (1, c.block_size), device=DEVICE)
 
     @torch.inference_mode()
@@ -81,18 +81,18 @@ def whole_window(c: GPTConfig, tokens: int) -> Callable[[], float]:
 
 
 def nanogpt(path: str, c: GPTConfig, prompt: int, tokens: int) -> Callable[[], float]:
-    """Tokens a second of its own generate(), from a prompt of so many ids."""
+    """Tokens per second of nanoGPT's generate() from a prompt of `prompt` ids."""
     theirs = common.nanogpt_module(path)
     shape = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size)
     config = theirs.GPTConfig(**shape, vocab_size=c.vocab_size, bias=False, dropout=0.0)
-    with contextlib.redirect_stdout(sys.stderr):  # it says how many parameters it has
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its number of parameters
         model = theirs.GPT(config).to(DEVICE).eval()
     ids = torch.randint(c.vocab_size, (1, prompt), device=DEVICE)
     return lambda: tokens / common.seconds(lambda: model.generate(ids, tokens))
 
 
 def run_c(path: str, file: Path, folder: Path, tokens: int) -> Callable[[], float]:
-    """Tokens a second that run.c reports for the checkpoint's weights."""
+    """Tokens per second that run.c reports for the checkpoint's weights."""
     source = common.checkout(path, "run.c") / "run.c"
     compiler = shutil.which("gcc") or shutil.which("cc") or "gcc"
     flags = ["-Ofast", "-fopenmp", "-march=native"]
@@ -123,8 +123,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--eval_tokens", type=int, default=65_536, help="of the validation file, to score; 0: all")
     add("--streams", type=int, nargs="+", default=[1, 16])
     dtypes = ["float32", "bfloat16", "int8"]
-    add("--dtype", nargs="+", default=dtypes, help="passed to sample.py, with --compile for float32-compiled "
-        "and so on; default %(default)s")  # fmt: skip
+    add(
+        "--dtype",
+        nargs="+",
+        default=dtypes,
+        help="passed to sample.py, with --compile for float32-compiled and so on; default %(default)s",
+    )
     add("--tokens", type=int, default=500)
     add("--window_tokens", type=int, default=20, help="of those that run the whole window for each")
     add("--n_layer", type=int, default=6)
@@ -138,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         own, runs_c = (
             f"{c.n_embd} wide",
             "run.c's weights",
-        )  # the first side of each is what it is held against
+        )  # the first side of each is the baseline
         sides: dict[tuple[str, str], Callable[[], float]] = {}
         if options.nanogpt:
             sides[own, "nanoGPT, full window"] = nanogpt(options.nanogpt, c, c.block_size, few)
@@ -153,15 +157,18 @@ def main(argv: list[str] | None = None) -> None:
             files[runs_c] = file, count
             sides[runs_c, "run.c float32"] = run_c(options.llama2c, file, folder, count)
         for weights, (file, count) in files.items():
-            device = DEVICE if weights == own else "cpu"  # where run.c is
+            device = DEVICE if weights == own else "cpu"  # like run.c
             for dtype in options.dtype:
                 for n in options.streams:
                     name = f"sample.py {dtype}, {n} stream{'s' * (n > 1)}"
                     sides[weights, name] = ours(file, dtype, n, count, device)
         if options.checkpoint and options.data:
             data = datasets.load_data(options.data)
-            loss = {dtype: bits_per_byte(files[runs_c][0], dtype, data, options.eval_tokens)
-                    for dtype in options.dtype if "-" not in dtype}  # fmt: skip
+            loss = {
+                dtype: bits_per_byte(files[runs_c][0], dtype, data, options.eval_tokens)
+                for dtype in options.dtype
+                if "-" not in dtype
+            }
         found = common.in_turn(sides, options.repeats)
     rates, rows = common.medians(found), []
     for (weights, name), rate in rates.items():
@@ -173,8 +180,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{options.checkpoint} in {dtype}: {common.show(bpb)} bits per byte")
     keys = ("weights", "program", "tokens_per_s", "least", "most", "times")
     cells = [[None if cell != cell else cell for cell in row] for row in rows]  # JSON has no nan
-    common.finish("generation", shape=vars(c), tokens=options.tokens, bits_per_byte=loss,
-                  rates=[dict(zip(keys, row, strict=True)) for row in cells])  # fmt: skip
+    common.finish(
+        "generation",
+        shape=vars(c),
+        tokens=options.tokens,
+        bits_per_byte=loss,
+        rates=[dict(zip(keys, row, strict=True)) for row in cells],
+    )
 
 
 if __name__ == "__main__":

@@ -56,8 +56,15 @@ def main(argv: list[str] | None = None) -> None:
     base = peaks.get("nanoGPT")
     rows = [[name, sizes[name], peak, base and peak / base] for name, peak in peaks.items()]
     common.table(["side", "parameters", "peak MB", "of nanoGPT's"], rows)
-    common.finish("memory", ids=data.tokenizer.vocab_size, shape=shape, peak_mb=peaks, parameters=sizes,
-                  ours_settings=options.ours, of_nanogpt=base and peaks["ours"] / base)  # fmt: skip
+    common.finish(
+        "memory",
+        ids=data.tokenizer.vocab_size,
+        shape=shape,
+        peak_mb=peaks,
+        parameters=sizes,
+        ours_settings=options.ours,
+        of_nanogpt=base and peaks["ours"] / base,
+    )
 
 
 if __name__ == "__main__":

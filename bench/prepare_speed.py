@@ -32,7 +32,7 @@ MB = 1_000_000
 
 
 def stories(text: str | None) -> Iterator[str]:
-    """The stories of a file or folder, over and over; those of the built-in corpus have no end."""
+    """The stories of a file or directory, repeated; by default, those of the built-in corpus."""
     if text is None:
         return sources.corpus("toystories").generate()
     return (
@@ -41,7 +41,7 @@ def stories(text: str | None) -> Iterator[str]:
 
 
 def take(text: str | None, size: float) -> Iterator[str]:
-    """So many bytes of stories."""
+    """Stories with about `size` bytes in all."""
     for story in stories(text):
         yield story
         size -= len(story.encode()) + 2
@@ -50,7 +50,7 @@ def take(text: str | None, size: float) -> Iterator[str]:
 
 
 def write(file: Path, texts: Iterator[str]) -> Path:
-    """A text file as prepare.py reads it."""
+    """Write a text file with end-of-text lines."""
     with open(file, "w", encoding="utf-8") as out:
         for text in texts:
             out.write(f"{text}\n{tokenizers.EOT}\n")
@@ -60,7 +60,7 @@ def write(file: Path, texts: Iterator[str]) -> Path:
 def command(file: Path, folder: Path, tokenizer: str, workers: int) -> common.Ran:
     settings = dict(source=file, tokenizer=tokenizer, workers=workers, data_dir=folder)
     ran = common.run([sys.executable, common.ROOT / "prepare.py", "text", *common.words(settings)])
-    for made in (folder / "text" / tokenizer).iterdir():  # so that it is made anew the next time
+    for made in (folder / "text" / tokenizer).iterdir():  # so that the next run prepares it again
         made.unlink()
     return ran
 
@@ -75,14 +75,15 @@ def pipeline(file: Path, folder: Path, tokenizer: tokenizers.Tokenizer, workers:
 def by_map(
     texts: list[str], folder: Path, tokenizer: tokenizers.Tokenizer, processes: int
 ) -> Callable[[], float]:
-    """nanoGPT's way, over the same stories; what it does once for a download is left out."""
+    """nanoGPT's preparation of the same stories, without the one-time part of a download."""
     import datasets
 
     datasets.disable_progress_bars()
     corpus = datasets.Dataset.from_dict({"text": texts})
     corpus.to_parquet(folder / "stories.parquet")
-    corpus = datasets.load_dataset("parquet", data_files=str(folder / "stories.parquet"), split="train",
-                                   cache_dir=str(folder / "cache"))  # fmt: skip
+    corpus = datasets.load_dataset(
+        "parquet", data_files=str(folder / "stories.parquet"), split="train", cache_dir=str(folder / "cache")
+    )
     encoding, eot = tokenizer.tiktoken, tokenizer.eot
 
     def one(row: dict) -> dict:
@@ -119,20 +120,27 @@ def main(argv: list[str] | None = None) -> None:
         rates, size = speeds(options, folder)
         for mb in options.sizes:
             file = write(folder / "large.txt", take(options.text, mb * MB))
-            peaks |= {f"{mb:g} MB, {name}": command(file, folder, name, options.workers).peak_mb
-                      for name in options.tokenizers}  # fmt: skip
+            peaks |= {
+                f"{mb:g} MB, {name}": command(file, folder, name, options.workers).peak_mb
+                for name in options.tokenizers
+            }
     rows = []
     for (tokenizer, way), rate in rates.items():
         rows.append([tokenizer, way, rate, rate / rates[tokenizer, "tiktoken, encode_ordinary_batch"]])
     common.table(["tokenizer", "way", "MB/s", "times tiktoken"], rows)
     print()
     common.table(["text, tokenizer", "peak MB of prepare.py"], [list(pair) for pair in peaks.items()])
-    common.finish("prepare_speed", workers=options.workers, text_mb=size / MB, peak_mb=peaks,
-                  mb_per_s={" / ".join(key): rate for key, rate in rates.items()})  # fmt: skip
+    common.finish(
+        "prepare_speed",
+        workers=options.workers,
+        text_mb=size / MB,
+        peak_mb=peaks,
+        mb_per_s={" / ".join(key): rate for key, rate in rates.items()},
+    )
 
 
 def speeds(options: argparse.Namespace, folder: Path) -> tuple[dict[tuple[str, str], float], int]:
-    """MB/s of each way with each tokenizer, and the bytes of the text."""
+    """MB/s of each side with each tokenizer, and the size of the text in bytes."""
     texts = list(take(options.text, options.mb * MB))
     file, size = write(folder / "text.txt", iter(texts)), sum(len(text.encode()) for text in texts)
     took = {}
@@ -150,7 +158,7 @@ def speeds(options: argparse.Namespace, folder: Path) -> tuple[dict[tuple[str, s
         }
         if options.nanogpt:
             sides["nanoGPT's way, datasets.map"] = by_map(texts, folder, tokenizer, options.workers)
-        sides["tiktoken, encode_ordinary_batch"]()  # makes its tables
+        sides["tiktoken, encode_ordinary_batch"]()  # builds its tables
         found = common.medians(common.in_turn(sides, options.repeats))
         took |= {(name, way): size / MB / seconds for way, seconds in found.items()}
     return took, size

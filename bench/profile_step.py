@@ -33,7 +33,7 @@ class Stopwatch:
         self.device = device
 
     def timed(self, name: str, call: Callable) -> Callable:
-        """The same function, its time added to the part."""
+        """Wrap a function so that its time is added to a part."""
 
         def wrapped(*arguments, **keywords):
             before = self.now()
@@ -65,7 +65,7 @@ def watched(trainer: train.Trainer, watch: Stopwatch):
 
 
 def apart(trainer: train.Trainer, repeats: int) -> dict[str, float]:
-    """Seconds of the head with its loss, and of the attention of all layers, forward and backward, alone."""
+    """Seconds of the head with its loss, and of all attention layers, each forward and backward alone."""
     model, machine = trainer.model, trainer.machine
     idx, targets = next(iter(trainer.micro_batches(0)))
     attn = attn_inputs(model.config, idx)[1]
@@ -83,21 +83,23 @@ def apart(trainer: train.Trainer, repeats: int) -> dict[str, float]:
 
     parts = {"head and loss": head, "attention, all layers": attention}
     sides = {name: lambda call=call: common.seconds(call) for name, call in parts.items()}
-    found = common.in_turn(sides, repeats + 1)  # the first warms up
+    found = common.in_turn(sides, repeats + 1)  # the first is a warmup
     model.zero_grad(set_to_none=True)
     return common.medians({name: values[1:] for name, values in found.items()})
 
 
 def floor(trainer: train.Trainer, matrix: int, copied: int) -> dict[str, float]:
-    """The least seconds of a step by operations, and by bytes, at the rates measured here."""
+    """The minimum time of a step by operations and by bytes, at the rates of this machine."""
     c, machine = trainer.config.model, trainer.machine
     device, tokens = machine.device.type, trainer.tokens_per_step
     rate = common.matrix_rate(matrix, matrix, matrix, machine.dtype, device)
     count = c.estimate()
     moved = (8 + 8 + 28) * count["parameters"]
     moved += 2 * machine.dtype.itemsize * tokens * count["activations_per_token"]
-    return {"operations": count["flops_per_token"] * tokens / rate,
-            "bytes": moved / common.memory_rate(device, copied)}  # fmt: skip
+    return {
+        "operations": count["flops_per_token"] * tokens / rate,
+        "bytes": moved / common.memory_rate(device, copied),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,10 +132,20 @@ def main(argv: list[str] | None = None) -> None:
     rows += [[f"alone: {name}", s, whole] for name, s in alone.items()]
     rows += [[f"floor by {name}", s, whole] for name, s in least.items()]
     common.table(["part", "ms", "of the step"], [[name, s * 1000, f"{s / of:.1%}"] for name, s, of in rows])
-    print(f"{trainer.tokens_per_step:,} tokens a step, {trainer.tokens_per_step / whole:,.0f} tokens/s; "
-          f"{trainer.machine.description}")  # fmt: skip
-    common.finish("profile_step", recipe=Path(options.recipe).name, settings=given, seconds=whole,
-                  parts=parts, alone=alone, floor=least, tokens=trainer.tokens_per_step)  # fmt: skip
+    print(
+        f"{trainer.tokens_per_step:,} tokens a step, {trainer.tokens_per_step / whole:,.0f} tokens/s; "
+        f"{trainer.machine.description}"
+    )
+    common.finish(
+        "profile_step",
+        recipe=Path(options.recipe).name,
+        settings=given,
+        seconds=whole,
+        parts=parts,
+        alone=alone,
+        floor=least,
+        tokens=trainer.tokens_per_step,
+    )
 
 
 if __name__ == "__main__":

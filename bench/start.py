@@ -2,7 +2,7 @@
 From typing the command to the first finished step, on prepared data, without compiling: ours and nanoGPT's.
 
     python bench/start.py --nanogpt PATH
-    python bench/start.py --imports 12        # and where our time goes: the slowest imports
+    python bench/start.py --imports 12        # also list our slowest imports
 
 nanoGPT evaluates before its first step: that is cut to one batch a split, and ours to one batch, too. The
 same layers, width, context and rows. A minute.
@@ -18,7 +18,7 @@ SHAPE = dict(n_layer=4, n_embd=128, block_size=256, batch_size=12)
 
 
 def slowest_imports(command: list, count: int) -> list[list]:
-    """[[module, milliseconds with all that it imports]], the slowest first, of what the interpreter says."""
+    """[[module, milliseconds including its imports]], slowest first, from python -X importtime."""
     ran = common.run([command[0], "-X", "importtime", *command[1:]], until=r"^step +1 ")
     lines = [re.match(r"import time: +\d+ \| +(\d+) \|( *)(\S+)", line) for _, line in ran.lines]
     found = {match[3]: int(match[1]) / 1000 for match in lines if match}

@@ -32,7 +32,7 @@ def step_times(ran: common.Ran) -> list[float]:
 
 
 def nanogpt_pace(folder: Path, heads: list[int], **settings) -> tuple[int, float, float]:
-    """(heads, seconds a step, seconds before the first) of its fastest, from short runs."""
+    """The fastest number of heads, from short runs -> (heads, seconds per step, seconds before the first)."""
     paces = []
     for n_head in heads:
         ran = common.run(
@@ -47,7 +47,7 @@ def nanogpt_pace(folder: Path, heads: list[int], **settings) -> tuple[int, float
 
 
 def nanogpt_side(path: str, folder: Path, data, iters: int, eval_tokens: int, **settings) -> dict:
-    """A whole run of nanoGPT, and its score."""
+    """One run of nanoGPT and its score."""
     settings |= dict(max_iters=iters, lr_decay_iters=iters, eval_interval=iters, out_dir="out")
     settings |= dict(always_save_checkpoint=True)
     ran = common.run(common.nanogpt_train(**settings), folder)
@@ -55,21 +55,30 @@ def nanogpt_side(path: str, folder: Path, data, iters: int, eval_tokens: int, **
     theirs = common.nanogpt_module(path)
     model = theirs.GPT(theirs.GPTConfig(**state["model_args"])).eval()
     model.load_state_dict({name.removeprefix("_orig_mod."): p for name, p in state["model"].items()})
-    return {"seconds": ran.find("^saving checkpoint")[0], "iters": iters, "peak_mb": ran.peak_mb,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "bpb": common.bits_per_byte(model, data, SHAPE["block_size"], eval_tokens)}  # fmt: skip
+    return {
+        "seconds": ran.find("^saving checkpoint")[0],
+        "iters": iters,
+        "peak_mb": ran.peak_mb,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bpb": common.bits_per_byte(model, data, SHAPE["block_size"], eval_tokens),
+    }
 
 
 def our_side(options, data, folder: Path, iters: int, seed: int) -> dict:
-    """A whole run of ours, and its score."""
+    """One run of ours and its score."""
     settings = SHAPE | dict(max_iters=iters, eval_interval=iters, save_interval=iters, seed=seed)
     settings |= dict(eval_tokens=SHAPE["block_size"], fallback="")
     out = folder / f"ours-{iters}-{seed}"
     ran = common.run([*common.ours(options.recipe, data, out, **settings), *options.ours])
     model, _ = checkpoint.load(out)
     bpb = common.bits_per_byte(model, data, SHAPE["block_size"], options.eval_tokens)
-    return {"seconds": ran.find(rf"^step +{iters:,}  val loss")[0], "iters": iters, "peak_mb": ran.peak_mb,
-            "parameters": model.config.estimate()["parameters"], "bpb": bpb}  # fmt: skip
+    return {
+        "seconds": ran.find(rf"^step +{iters:,}  val loss")[0],
+        "iters": iters,
+        "peak_mb": ran.peak_mb,
+        "parameters": model.config.estimate()["parameters"],
+        "bpb": bpb,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         if not options.target:
             peer = common.nanogpt(options.nanogpt, folder / "nanogpt", data)
             settings["n_head"], pace, start = nanogpt_pace(peer, options.nanogpt_heads, **settings)
-            fitted = max(101, round((options.seconds - start) / pace))  # its warmup takes 100
+            fitted = max(101, round((options.seconds - start) / pace))  # its warmup takes 100 updates
         for repeat in range(options.repeats):
             side = {"target": options.target}
             if not options.target:
@@ -120,11 +129,19 @@ def main(argv: list[str] | None = None) -> None:
         rows += [[i, name, *(one[key] for key in keys)] for name, one in made if one]
     common.table(head, rows)
     times = [side["times"] for side in sides if "times" in side]
-    print(f"reached in {len(times)} of {len(sides)} runs"
-          + (f"; {statistics.median(times):.2f} times as fast (median)" if times else ""))  # fmt: skip
-    common.finish("time_to_quality", seconds=options.seconds, nanogpt_settings=settings,
-                  ours_settings=options.ours, eval_tokens=options.eval_tokens, runs=sides,
-                  times=statistics.median(times) if times else None)  # fmt: skip
+    print(
+        f"reached in {len(times)} of {len(sides)} runs"
+        + (f"; {statistics.median(times):.2f} times as fast (median)" if times else "")
+    )
+    common.finish(
+        "time_to_quality",
+        seconds=options.seconds,
+        nanogpt_settings=settings,
+        ours_settings=options.ours,
+        eval_tokens=options.eval_tokens,
+        runs=sides,
+        times=statistics.median(times) if times else None,
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def nanogpt_step(path: str, trainer, dtype: torch.dtype, compile: bool) -> Calla
     theirs, c, chosen = common.nanogpt_module(path), trainer.config, trainer.machine
     shape = {name: getattr(c.model, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     config = theirs.GPTConfig(**shape, vocab_size=c.model.padded_vocab, bias=False, dropout=0.0)
-    with contextlib.redirect_stdout(sys.stderr):  # it says how many parameters it has
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its number of parameters
         model = theirs.GPT(config).to(chosen.device).train()
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), chosen.device.type)
     called = torch.compile(model) if compile else model
@@ -52,7 +52,7 @@ def nanogpt_step(path: str, trainer, dtype: torch.dtype, compile: bool) -> Calla
 
 
 def build(options, shape: dict, name: str) -> None:
-    """In the process of a side: its step, warmed up, into BUILT; memory as its own program keeps it."""
+    """In the process of a side: build and warm up its step, with the memory settings of its own program."""
     if name != "ours":
         machine.keep_freed_memory = lambda: None
     compile = "True" if options.compile else "False"
@@ -72,18 +72,18 @@ def build(options, shape: dict, name: str) -> None:
 
 
 def rate(options) -> float:
-    """In the process of a side: tokens a second of some updates."""
+    """In the process of a side: tokens per second over several updates."""
     took = common.seconds(lambda: [BUILT["step"](next(BUILT["numbers"])) for _ in range(options.steps)])
     return options.steps * BUILT["tokens"] / took
 
 
 def about() -> tuple[str, int, str]:
-    """In the process of a side: its dtype, operations a token, and the kind of device."""
+    """In the process of a side: its dtype, FLOPs per token, and device type."""
     return BUILT["about"]
 
 
 def measure(options, layers: int, heads: int, width: int) -> dict:
-    """Tokens a second of every side at one shape, and the rates of the machine's matrix products."""
+    """Tokens per second of every side at one shape, and the machine's matrix multiplication rates."""
     shape = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=options.block_size)
     names = ["ours", *([NANO32, NANO16] if options.nanogpt else [])]
     with contextlib.ExitStack() as stack:
@@ -98,8 +98,11 @@ def measure(options, layers: int, heads: int, width: int) -> dict:
     rows = options.batch_size * options.block_size
     square, own = [options.matrix] * 3, [rows, width, 4 * width]
     bf16, fp32 = torch.bfloat16, torch.float32
-    rates = {f"{kind} {str(dtype)[6:]}": common.matrix_rate(*sizes, dtype, device)
-             for kind, sizes in (("square", square), ("own", own)) for dtype in (bf16, fp32)}  # fmt: skip
+    rates = {
+        f"{kind} {str(dtype)[6:]}": common.matrix_rate(*sizes, dtype, device)
+        for kind, sizes in (("square", square), ("own", own))
+        for dtype in (bf16, fp32)
+    }
     return {
         "shape": shape,
         "batch_size": options.batch_size,
