@@ -409,7 +409,8 @@ class Trainer:
         interval counts for best.pt only: a run that is extended later continues as if it had not ended.
         """
         progress, best = self.progress, result["loss"] < self.progress.best
-        if best and self.directory and step and self.machine.rank == 0:
+        wanted = step or self.config.patience  # only patience can leave a run at its first evaluation
+        if best and wanted and self.directory and self.machine.rank == 0:
             self.directory.save("best.pt", self.inference_state(step) | {"val": result})
         if step % self.config.eval_interval == 0:
             progress.evaluated = step
@@ -505,6 +506,10 @@ def train(trainer: Trainer) -> None:
             if done or trainer.requests.save or step % c.save_interval == 0 and step > first:
                 trainer.save_checkpoint(step)
             if done:
+                if not trainer.stop and step < c.max_iters:
+                    print0(
+                        f"stopped at step {step:,}: no better evaluation in the last {c.patience} (patience)"
+                    )
                 break
             result = trainer.train_step(step)
             console.advance()

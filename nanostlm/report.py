@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanostlm import runs, sources
+from nanostlm import checkpoint, runs, sources
 from nanostlm.machine import Machine, print0, rank
 
 CHECKPOINT_BYTES = 44  # disk space per parameter: two full states of 16 bytes, best.pt, one being written
@@ -125,6 +125,16 @@ def plot(metrics: dict[Path, list[dict]], floor: float | None) -> None:
     pyplot.close(figure)
 
 
+def load_best(trainer) -> None:
+    """Give the model the weights of the best evaluation, if those are not the last ones."""
+    best = trainer.directory.folder / "best.pt"
+    if best.exists():
+        state = checkpoint.read(best)
+        if state["step"] != trainer.progress.step:
+            trainer.model.load_state_dict(state["model"])
+            print0(f"what follows comes from the best weights, of step {state['step']:,}")
+
+
 def final(trainer, name: str) -> None:
     """The end of a run: curve, summary next to the recipe's previous run, stories, the next command."""
     from nanostlm import generate, tasks
@@ -153,6 +163,7 @@ def final(trainer, name: str) -> None:
             )
     if progress.skipped:
         print0(f"{progress.skipped} updates were left out: their loss or gradient was not finite")
+    load_best(trainer)
     trainer.model.eval()  # in float32: a token at a time, autocast would only cast
     if sources.corpus(data.meta["corpus"]).check:
         for line in tasks.grammar_report(trainer.model, data):

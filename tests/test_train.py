@@ -19,7 +19,7 @@ import evaluate
 import prepare
 import train
 from model import GPT
-from nanostlm import checkpoint, machine, optim, tokenizer
+from nanostlm import checkpoint, machine, optim, report, tokenizer
 from nanostlm import data as datasets
 from train import Diverged, TrainConfig, Trainer
 
@@ -521,6 +521,20 @@ def test_early_stopping(tmp_path, capsys):
     assert t.progress.step == 5 and t.progress.best == 3.0, "3.0 again is no better one"
     assert checkpoint.read(tmp_path / "best.pt")["step"] == 2
     assert checkpoint.read(tmp_path / "latest.pt")["step"] == 5
+
+
+def test_patience_says_why_it_stops_and_keeps_the_first_weights(tmp_path, capsys):
+    """If the first evaluation is the best, its weights are kept, and the report's stories come from them."""
+    t = trainer(out_dir=tmp_path, max_iters=100, eval_interval=1, patience=2, learning_rate=1e-3)
+    first = {name: p.clone() for name, p in t.model.state_dict().items()}
+    losses = iter([3.0, 3.5, 3.1, 2.0])
+    t.val_step = lambda: {"loss": next(losses), "bpb": 1.0}
+    train.train(t)
+    assert "stopped at step 2: no better evaluation in the last 2 (patience)" in capsys.readouterr().err
+    assert checkpoint.read(tmp_path / "best.pt")["step"] == 0
+    assert not same(dict(t.model.state_dict()), first)
+    report.load_best(t)
+    assert same(dict(t.model.state_dict()), first) and "of step 0" in capsys.readouterr().err
 
 
 def test_document_masking_keeps_stories_apart():
