@@ -113,6 +113,10 @@ class TrainConfig:
             raise ValueError("beta1, beta2 and muon_momentum must be less than 1, decay_share at most 1")
         if self.dropout_schedule:
             optim.points("dropout_schedule", self.dropout_schedule)
+            if self.compile == "True":
+                raise ValueError(
+                    "compile=True would compile anew for each dropout: leave out dropout_schedule"
+                )
         self.model.validate()
         self.stages()
 
@@ -180,7 +184,7 @@ def configure(argv: list[str]) -> Plan:
         print0(f"warmup_iters={c.warmup_iters} is cut to {c.max_iters // 2}, half of the run")
         c = replace(c, warmup_iters=c.max_iters // 2)
 
-    chosen = machine.choose(c.device, c.dtype, c.compile, c.max_iters)
+    chosen = machine.choose(c.device, c.dtype, "False" if c.dropout_schedule else c.compile, c.max_iters)
     if state and c.compile == "auto":  # a run continues the way it began
         chosen = chosen._replace(compile=state["compiled"])
     chosen.set_up(c.threads)
@@ -438,6 +442,11 @@ class Trainer:
         """Seconds of this run, over all resumes."""
         return self.progress.elapsed + time.perf_counter() - self.began
 
+    def description(self) -> dict[str, Any]:
+        """Settings, data and versions of this run as plain data."""
+        known = {"settings": asdict(self.config), "data": self.fingerprint, "provenance": self.provenance}
+        return known | {"machine": self.machine.description}
+
     def inference_state(self, step: int) -> dict[str, Any]:
         """What using the model takes: weights, configuration, tokenizer, and provenance."""
         return {
@@ -533,6 +542,8 @@ def main(argv: list[str]) -> int:
         if rank == 0:  # only now, because it discards what an earlier run left
             claim = trainer.directory.claim(disk, plan.state, c.max_iters)
         with claim:
+            if rank == 0:
+                trainer.directory.write_config(trainer.description() | {"command": ["train.py", *argv]})
             resumed = f"resuming {plan.folder} at step {trainer.progress.step:,}"
             print0(resumed if plan.state else f"run      {plan.folder}")
             trainer.compile()

@@ -136,12 +136,16 @@ def load_best(trainer) -> None:
 
 
 def final(trainer, name: str) -> None:
-    """The end of a run: curve, summary next to the recipe's previous run, stories, the next command."""
+    """
+    The end of a run: curve, summary next to the recipe's previous run on the same data, stories, the next
+    command.
+    """
     from nanostlm import generate, tasks
 
     c, data, progress = trainer.config, trainer.data, trainer.progress
     folder = trainer.directory.folder
     earlier = [run for run in runs.folders_of(name) if run != folder and (run / "metrics.jsonl").exists()]
+    earlier = [run for run in earlier if runs.read_config(run).get("data") == trainer.fingerprint]
     metrics = {run: runs.read_metrics(run) for run in [folder, *earlier[:1]]}
     val, floor = data.meta["val"], data.meta.get("floor_bpb")
     bytes_per_token = (val["bytes"] + val["stories"]) / max(1, val["tokens"])

@@ -1,5 +1,6 @@
 """
-A run's directory: latest.pt and previous.pt (full state), best.pt (weights), metrics.jsonl, loss.png, lock.
+A run's directory: latest.pt and previous.pt (full state), best.pt (weights), config.json, metrics.jsonl,
+loss.png, lock.
 
     folder = new_folder("tiny")                      # out/tiny, or out/tiny-2, ...
     directory = RunDirectory(folder)
@@ -83,6 +84,13 @@ class RunDirectory:
         self.flush("metrics.tmp", sync=True)
         os.replace(self.folder / "metrics.tmp", self.folder / "metrics.jsonl")
 
+    def write_config(self, config: dict) -> None:
+        """Write config.json: what the run was started with, for people and for comparisons."""
+        file = self.folder / "config.json"
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+
     def log(self, line: dict) -> None:
         """Append a line to metrics.jsonl; if that fails, warn and keep it for the next attempt."""
         self.waiting.append(json.dumps(line) + "\n")
@@ -133,6 +141,14 @@ def read_metrics(folder: Path) -> list[dict]:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return lines
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a run; {} for a run of an earlier version, which has none."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
 
 
 def lines_until(state: dict, lines: list[dict], max_iters: int) -> list[dict]:

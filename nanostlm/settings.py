@@ -208,6 +208,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        if match := re.fullmatch(r"argument (--\w+): expected one argument", message):
+            action = self._option_string_actions[match[1]]
+            message = f"{match[1]} takes a value, as in {match[1]}=VALUE: {action.help % vars(action)}"
         raise ValueError(message)
 
 

@@ -376,6 +376,7 @@ def test_torchrun_gives_each_process_its_gpu(monkeypatch):
     (dict(n_embd=-16), "n_embd must be at least 1"),
     (dict(dropout=1.0), "dropout must be less than 1"),
     (dict(dropout_schedule="0:2"), "dropout_schedule must be"),
+    (dict(dropout_schedule="0:0.1", compile="True"), "leave out dropout_schedule"),
 ])  # fmt: skip
 def test_settings_that_make_no_run_are_refused(changes, words):
     with pytest.raises(ValueError, match=words) as caught:
@@ -784,6 +785,17 @@ def test_the_curve_and_the_report(tmp_path, monkeypatch, corpus, capsys):
     assert "in out/run\n" in said and "in out/run-2\n" in said and "bits per byte" in said
     assert Path("out/run-2/loss.png").read_bytes().startswith(b"\x89PNG")
     assert said.count("\nTom") == 6 and "next:  python sample.py --out_dir out/run-2" in said
+    assert train.main([*argv, "--eval_tokens=50", "--seed=1"]) == 0, "the same data: compared"
+    assert "in out/run-2\n" in capsys.readouterr().err
+    config = json.loads(Path("out/run-3/config.json").read_text())
+    assert config["settings"]["seed"] == 1 and config["settings"]["model"]["vocab_size"] == 257
+    assert config["command"][0] == "train.py" and "--seed=1" in config["command"]
+    assert config["provenance"]["torch"] == torch.__version__
+    Path("other.txt").write_text("\n\n".join(f"A story of {i} dogs and one cat." for i in range(99)))
+    prepare.prepare("other", "byte", source="other.txt", data_dir="data")
+    assert train.main([*argv, "--dataset=other", "--data_dir=data"]) == 0, "other data: not compared"
+    said = capsys.readouterr().err
+    assert "in out/run-4\n" in said and "in out/run-3\n" not in said
 
 
 # ----------------------------------------------------------------------------------------------------------
