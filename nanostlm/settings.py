@@ -210,7 +210,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if match := re.fullmatch(r"argument (--\w+): expected one argument", message):
             action = self._option_string_actions[match[1]]
-            message = f"{match[1]} takes a value, as in {match[1]}=VALUE: {action.help % vars(action)}"
+            help = f": {action.help % vars(action)}" if action.help else ""
+            message = f"{match[1]} takes a value, as in {match[1]}=VALUE{help}"
         raise ValueError(message)
 
 
