@@ -1,52 +1,86 @@
 """
-Evaluate a checkpoint: bits per byte of validation stories, which compare across tokenizers. For toystories,
+Evaluate checkpoints: bits per byte of validation stories, which compare across tokenizers. For toystories,
 a corpus whose entropy is known, also the distance to the entropy and the share of valid generated stories.
 
-    python evaluate.py [--out_dir DIR] [--data DIR]    # the newest run, on the data that it was trained on
+    python evaluate.py                                    # the newest run, on the data it was trained on
+    python evaluate.py out/tiny out/tiny-2                # one row per run, with the settings that differ
+    python evaluate.py out/tiny out/tiny-2 --plot both.png
+    python evaluate.py out/tiny --data data/mine/bpe4096  # other data, prepared with the same tokenizer
 """
 
+import argparse
 import sys
+from pathlib import Path
 
-from nanostlm import checkpoint, settings, sources, tasks
-from nanostlm import data as datasets
+import torch
+
+from nanostlm import checkpoint, machine, report, settings, sources, tasks
+from nanostlm.data import Data, load_data
 from nanostlm.generate import check_range, quantize
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = settings.Parser(description="Bits per byte of checkpoints on validation stories.")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="run directories or checkpoint files; none: the newest run")
+    add("--out_dir", help="the same for a single run")
+    add("--data", help="directory written by prepare.py; without it, the data that the model was trained on")
+    add("--tasks", help="comma-separated: bpb, grammar (only toystories has one); default: all that apply")
+    add("--rows", type=int, default=16, help="windows per batch (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    dtypes = ["float32", "int8"]
+    add("--dtype", default="float32", choices=dtypes, help="of the weights (default: %(default)s)")
+    add("--plot", metavar="FILE", help="draw the runs' loss curves, against tokens and against seconds")
+    options = parser.parse_args(argv)
+    check_range("rows", options.rows, options.rows >= 1, "1 or more")
+    options.runs += [options.out_dir] if options.out_dir else []
+    options.tasks = options.tasks.split(",") if options.tasks else None
+    if unknown := set(options.tasks or ()) - {"bpb", "grammar"}:
+        parser.error(f"there is no task {', '.join(sorted(unknown))}: there are bpb and grammar")
+    return options
+
+
+def load(path: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, Data, dict]:
+    """The model of a checkpoint, the data to score it on, and the checkpoint's dictionary."""
+    device = machine.choose_device(options.device)
+    if options.dtype == "int8":
+        machine.inference_dtype("int8", device)  # refuses devices without its kernel
+    state = checkpoint.read(path)
+    model, tokenizer = checkpoint.build(state, device)
+    folder = options.data
+    if folder is None:
+        if "train_config" not in state:
+            raise ValueError(f"{path} does not say what data it was trained on: give --data")
+        trained = state["train_config"]
+        folder = f"{trained['data_dir']}/{trained['dataset']}/{trained['tokenizer']}"
+    data = load_data(folder, tokenizer=tokenizer)
+    if options.dtype == "int8":
+        quantize(model)
+    return model, data, state
 
 
 @settings.script
 def main(argv: list[str]) -> None:
-    parser = settings.Parser(description="Bits per byte of a checkpoint on validation stories.")
-    add = parser.add_argument
-    add("--out_dir", help="run directory or checkpoint file; without it, the newest run in out/")
-    add("--data", help="directory written by prepare.py; without it, the data that the model was trained on")
-    add("--rows", type=int, default=16, help="windows per batch (default: 16)")
-    add(
-        "--dtype",
-        default="float32",
-        choices=["float32", "int8"],
-        help="dtype of the weights (default: float32)",
-    )
-    options = parser.parse_args(argv)
-    check_range("rows", options.rows, options.rows >= 1, "1 or more")
-
-    path = checkpoint.find(options.out_dir or checkpoint.newest_run())
-    state = checkpoint.read(path)
-    model, tokenizer = checkpoint.build(state)
-    if options.data is None:
-        if "train_config" not in state:
-            raise ValueError(f"{path} does not say what data it was trained on: give --data")
-        trained = state["train_config"]
-        options.data = f"{trained['data_dir']}/{trained['dataset']}/{trained['tokenizer']}"
-    data = datasets.load_data(options.data)
-    if data.tokenizer.sha256 != tokenizer.sha256:
-        raise ValueError(f"{data.folder} was made with another tokenizer than {path}")
-    if options.dtype == "int8":
-        quantize(model)
-
-    nats, bpb, n_tokens = tasks.validation_loss(model, data, options.rows)
-    source = f"{n_tokens:,} tokens of {data.folder}/val.bin"
-    print(f"{path}: {nats:.4f} nats a token, {bpb:.4f} bits per byte ({source})")
-    if sources.corpus(data.meta["corpus"]).check:
-        print(*tasks.grammar_report(model, data, options.rows), sep="\n")
+    options = parse(argv)
+    rows = []
+    for path in map(checkpoint.find, options.runs or [checkpoint.newest_run()]):
+        model, data, state = load(path, options)
+        grammar = sources.corpus(data.meta["corpus"]).check
+        if options.tasks is None or "bpb" in options.tasks:
+            nats, bpb, n_tokens = tasks.validation_loss(model, data, options.rows)
+            source = f"{n_tokens:,} tokens of {data.folder}/val.bin"
+            print(f"{path}: {nats:.4f} nats a token, {bpb:.4f} bits per byte ({source})", flush=True)
+            rows.append((path, state, bpb))
+        if "grammar" in options.tasks if options.tasks else grammar:
+            if not grammar:
+                raise ValueError(
+                    f"the corpus {data.meta['corpus']} has no grammar: leave out the task grammar"
+                )
+            print(*tasks.grammar_report(model, data, options.rows), sep="\n", flush=True)
+    if len(rows) > 1:
+        print(report.comparison(rows))
+    if options.plot:
+        report.plot_runs([Path(run) for run in options.runs] or [checkpoint.newest_run()], options.plot)
 
 
 if __name__ == "__main__":

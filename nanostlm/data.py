@@ -116,11 +116,18 @@ class Data(NamedTuple):
     folder: Path
 
 
-def load_data(folder: str | Path) -> Data:
-    """Open and check prepared data. ValueError names the damaged file and the command that makes it anew."""
+def load_data(folder: str | Path, tokenizer: Tokenizer | None = None) -> Data:
+    """
+    Open and check prepared data, which must have been prepared with `tokenizer` if that is given. ValueError
+    names the damaged file and the command that makes it anew.
+    """
     folder = Path(folder)
     meta, train, val = open_bins(folder)
     name = meta["tokenizer"]["name"]
+    if tokenizer is not None:
+        if tokenizer.sha256 != meta["tokenizer"]["sha256"]:
+            raise ValueError(f"{folder} was prepared with another tokenizer ({name}) than the model's")
+        return Data(train, val, meta, tokenizer, folder)
     trained = folder / "tokenizer.json" if tokenizers.bpe_size(name) else None
     if trained and not trained.exists():
         raise ValueError(f"{trained} is missing; {remedy(folder)}")

@@ -11,8 +11,10 @@ import ctypes
 import math
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -165,10 +167,16 @@ def world_size() -> int:
 
 
 def print0(message: str) -> None:
-    """Print a message on stderr, above the progress bar, in the first process only."""
+    """
+    Print a message on stderr, above the progress bar, in the first process only. A terminal gets it wrapped
+    at words.
+    """
     from tqdm import tqdm
 
     if rank() == 0:
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns
+            message = "\n".join(textwrap.fill(line, width) for line in message.split("\n"))
         tqdm.write(message, file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from model import GPTConfig
 from nanostlm import checkpoint, runs, sources
 from nanostlm.machine import Machine, print0, rank
 
@@ -122,6 +123,50 @@ def plot(metrics: dict[Path, list[dict]], floor: float | None) -> None:
     axes.set(xlabel="tokens", ylabel="loss (nats a token)", title=str(folder))
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def comparison(rows: list[tuple[Path, dict, float]]) -> str:
+    """
+    A table of (checkpoint file, its dictionary, bits per byte): one line per run, with the settings in which
+    the runs differ.
+    """
+    flat = [state.get("train_config", {}) | state["model_config"] for _, state, _ in rows]
+    names = [n for n in dict.fromkeys(k for c in flat for k in c) if n not in ("out_dir", "model")]
+    differ = [n for n in names if len({repr(c.get(n)) for c in flat}) > 1]
+    table = [["run", *differ, "parameters", "tokens", "seconds", "bits per byte"]]
+    for (path, state, bpb), c in zip(rows, flat, strict=True):
+        lines = [x for x in runs.read_metrics(path.parent) if x["step"] <= state.get("step", 0)]
+        end = lines[-1] if lines else {}
+        tokens = f"{end['tokens']:,}" if "tokens" in end else "-"
+        seconds = f"{end['elapsed_s']:,.0f}" if "elapsed_s" in end else "-"
+        size = GPTConfig(**state["model_config"]).estimate()["parameters"]
+        settings = [str(c.get(n, "-")) for n in differ]
+        table.append([str(path.parent), *settings, f"{size / 1e6:.2f}M", tokens, seconds, f"{bpb:.4f}"])
+    width = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in table
+    )
+
+
+def plot_runs(folders: list[Path], file: str | Path) -> None:
+    """Draw the validation curves of several runs, bits per byte against tokens and against seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for folder in folders:
+        lines = [x for x in runs.read_metrics(folder) if x["split"] == "val"]
+        if not lines:
+            raise ValueError(f"{folder} has no metrics.jsonl with evaluations: --plot takes run directories")
+        for axes, key in zip(panels, ("tokens", "elapsed_s"), strict=True):
+            axes.plot([x[key] for x in lines], [x["bpb"] for x in lines], marker=".", label=str(folder))
+    panels[0].set(xlabel="tokens", ylabel="bits per byte")
+    panels[1].set(xlabel="seconds")
+    panels[0].legend(frameon=False)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_the_newest_run_on_its_own_data(run, model, data, capsys):
     [
         (["--out_dir", "nowhere"], "no checkpoint at nowhere"),
         (["--data", "nowhere"], "nowhere"),
-        (["--data", "other/toystories/bpe264"], "was made with another tokenizer than"),
+        (["--data", "other/toystories/bpe264"], "was prepared with another tokenizer"),
         (["--rows", "0"], "rows must be 1 or more, not 0"),
         (["--row", "4"], "there is no option '--row'; did you mean '--rows'?"),
         (["--dtype", "float8"], "--dtype"),
@@ -153,3 +154,41 @@ def test_a_checkpoint_that_does_not_name_its_data(tmp_path, model, data, capsys)
     assert evaluate.main(["--out_dir", str(tmp_path / "model.pt")]) == 2
     assert "give --data" in capsys.readouterr().err
     assert evaluate.main(["--out_dir", str(tmp_path / "model.pt"), "--data", str(data.folder)]) == 0
+
+
+def test_several_runs_are_compared(here, capsys):
+    assert here("a") == 0 and here("b", n_layer=1, max_iters=12) == 0
+    assert evaluate.main(["a", "b", "--plot", "both.png"]) == 0
+    *_, head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["run", "max_iters", "n_layer"] and head.endswith("bits per byte")
+    assert first.split()[:3] == ["a", "24", "2"] and second.split()[:3] == ["b", "12", "1"]
+    assert "1,536" in first and "768" in second, "tokens: 24 and 12 updates of 64"
+    assert Path("both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tasks_and_devices(run, capsys):
+    assert evaluate.main([str(run), "--tasks=bpb", "--device=cpu"]) == 0
+    assert "generated stories" not in capsys.readouterr().out
+    assert evaluate.main([str(run), "--tasks=bpb,nothing"]) == 2
+    assert evaluate.main([str(run), "--device=tpu"]) == 2
+    err = capsys.readouterr().err
+    assert "there is no task nothing" in err and "device must be" in err
+
+
+def test_the_checkpoint_s_tokenizer_is_enough(here, monkeypatch):
+    """GPT-2's vocabulary, say, need not be available: the checkpoint holds it."""
+    assert here("run", max_iters=2) == 0
+
+    def unreachable(name):
+        raise tokenizer.Unreachable("no network")
+
+    monkeypatch.setattr(tokenizer, "get", unreachable)
+    assert evaluate.main(["run"]) == 0
+
+
+def test_ctrl_c_ends_it_quietly(run, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "validation_loss", interrupted)
+    assert evaluate.main([str(run)]) == 130 and capsys.readouterr().err == ""

@@ -936,3 +936,15 @@ def test_threads_are_shared_fairly(monkeypatch):
     cpu(rank=1, world_size=4).set_up(threads=0)
     cpu().set_up(threads=3)
     assert requested == [2, 3]
+
+
+def test_messages_wrap_at_words_in_a_terminal(monkeypatch, capsys):
+    message = "a plan of several words that is longer than the terminal is wide\n\nand a second line"
+    machine.print0(message)
+    assert capsys.readouterr().err == message + "\n", "files get lines as they are"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    machine.print0(message)
+    found = capsys.readouterr().err
+    assert max(map(len, found.splitlines())) <= 30 and found.split() == message.split()
+    assert "\n\nand a second line" in found
