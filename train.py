@@ -504,7 +504,7 @@ class Trainer:
 def train(trainer: Trainer) -> None:
     """Train to max_iters, or until patience or a signal ends the run, and save."""
     c, progress, first = trainer.config, trainer.progress, trainer.progress.step
-    with report.Console(c.max_iters, first, trainer.tokens_per_step, c.log_interval) as console:
+    with report.Console(trainer) as console:
         while True:
             step = progress.step
             if (step % c.eval_interval == 0 or step >= c.max_iters) and progress.evaluated != step:
@@ -521,7 +521,7 @@ def train(trainer: Trainer) -> None:
                     )
                 break
             result = trainer.train_step(step)
-            console.advance()
+            console.bar.update()
             if step == 0 or (step + 1) % c.log_interval == 0 or step + 1 == c.max_iters:
                 console.show(trainer.log(step + 1, result))
 

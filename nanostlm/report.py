@@ -72,12 +72,19 @@ def logger(c, folder: Path | None) -> Callable[[dict], None] | None:
 
 
 class Console:
-    """The progress bar of a training loop, or lines now and then where there is no terminal."""
+    """
+    The progress bar of a training loop, or a line now and then where there is no terminal. MFU is the speed
+    of the model's operations as a share of the measured speed of matrix products.
+    """
 
-    def __init__(self, max_iters: int, first: int, tokens_per_step: int, log_interval: int):
-        self.max_iters, self.tokens_per_step, self.log_interval = max_iters, tokens_per_step, log_interval
+    def __init__(self, trainer):
+        c, machine = trainer.config, trainer.machine
+        self.max_iters, self.log_interval = c.max_iters, c.log_interval
+        self.tokens_per_step, self.val = trainer.tokens_per_step, ""
+        self.flops_per_token = c.model.estimate()["flops_per_token"]
+        self.matmul_rate = machine.matmul_rate()
         self.quiet = not sys.stderr.isatty() or rank() > 0
-        self.bar = tqdm(total=max_iters, initial=first, unit="step", disable=self.quiet)
+        self.bar = tqdm(total=c.max_iters, initial=trainer.progress.step, unit="step", disable=self.quiet)
 
     def __enter__(self) -> "Console":
         return self
@@ -85,19 +92,23 @@ class Console:
     def __exit__(self, *error) -> None:
         self.bar.close()
 
-    def advance(self) -> None:
-        """Count an update."""
-        self.bar.update()
+    def mfu(self, tokens_per_s: float) -> float:
+        return tokens_per_s * self.flops_per_token / self.matmul_rate
 
     def show(self, line: dict) -> None:
         """Show a line of metrics."""
         step, loss = line["step"], line["loss"]
         if line["split"] == "val":
+            self.val = f", val {loss:.3f}"
             return print0(f"step {step:6,}  val loss {loss:.4f}  {line['bpb']:.4f} bits per byte")
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_s']:,} tokens/s")
+        speed = line["tokens_per_s"]
+        rate = f"{speed:,} tokens/s, {self.mfu(speed):.0%} MFU"
+        self.bar.set_postfix_str(f"loss {loss:.3f}{self.val}, lr {line['lr']:.2g}, {rate}")
         if self.quiet and (step == 1 or step % (10 * self.log_interval) == 0):
-            left = (self.max_iters - step) * self.tokens_per_step / max(1, line["tokens_per_s"])
-            print0(f"step {step:6,}  loss {loss:.4f}  {line['tokens_per_s']:,} tokens/s  {left:.0f} s left")
+            left = (self.max_iters - step) * self.tokens_per_step / max(1, speed)
+            print0(
+                f"step {step:6,}  loss {loss:.4f}  lr {line['lr']:.2g}  {speed:,} tokens/s  {left:.0f} s left"
+            )
 
 
 def plot(metrics: dict[Path, list[dict]], floor: float | None) -> None:
@@ -110,7 +121,7 @@ def plot(metrics: dict[Path, list[dict]], floor: float | None) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, (axes, below) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(3, 1))
     this_run = {"train": ("tab:blue", "train"), "val": ("tab:orange", "val")}
     earlier = {"train": ("0.8", None), "val": ("0.6", "the run before")}
     for lines, style in reversed(list(zip(metrics.values(), (this_run, earlier), strict=False))):
@@ -118,10 +129,21 @@ def plot(metrics: dict[Path, list[dict]], floor: float | None) -> None:
             x, y = ([line[k] for line in lines if line["split"] == split] for k in ("tokens", "loss"))
             axes.plot(x, y, color=color, label=label, linewidth=1 if split == "train" else 2)
     if floor:
-        axes.axhline(floor, color="tab:green", linestyle="--", label="floor of the corpus")
-    folder = next(iter(metrics))
-    axes.set(xlabel="tokens", ylabel="loss (nats a token)", title=str(folder))
+        axes.axhline(floor, color="tab:green", linestyle="--", label="entropy of the corpus")
+    folder, lines = next(iter(metrics.items()))
+    losses = [line["loss"] for line in lines if math.isfinite(line["loss"])]
+    if losses:  # the first updates, far above the rest, do not squeeze the end of the run
+        low, high = min([*losses, *([floor] if floor else [])]), np.percentile(losses, 95)
+        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    axes.set(ylabel="loss (nats per token)", title=str(folder).replace("$", r"\$"))
     axes.legend()
+    steps = [line for line in lines if line["split"] == "train"]
+    tokens = [line["tokens"] for line in steps]
+    below.plot(tokens, [line["lr"] for line in steps], color="tab:purple")
+    below.set(xlabel="tokens", ylabel="learning rate")
+    norms = below.twinx()
+    norms.plot(tokens, [line["grad_norm"] for line in steps], color="0.6", linewidth=1)
+    norms.set(ylabel="gradient norm")
     figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -180,6 +202,24 @@ def load_best(trainer) -> None:
             print0(f"what follows comes from the best weights, of step {state['step']:,}")
 
 
+def summary(trainer, lines: list[dict]) -> str:
+    """The result of a run as lines of `name: value`, for grep."""
+    val = [line for line in lines if line["split"] == "val"]
+    best = min(val, key=lambda line: line["loss"]) if val else {"bpb": math.nan, "loss": math.nan}
+    speed = [line["tokens_per_s"] for line in lines if line["split"] == "train"]
+    found = {
+        "val_bpb": f"{best['bpb']:.4f}",
+        "val_loss": f"{best['loss']:.4f}",
+        "steps": trainer.progress.step,
+        "tokens": trainer.progress.step * trainer.tokens_per_step,
+        "seconds": round(lines[-1]["elapsed_s"]) if lines else 0,
+        "tokens_per_s": round(float(np.median(speed))) if speed else 0,
+        "peak_memory_mb": f"{trainer.machine.peak_memory():.0f}",
+        "parameters": trainer.config.model.estimate()["parameters"],
+    }
+    return "\n".join(f"{name}: {value}" for name, value in found.items())
+
+
 def final(trainer, name: str) -> None:
     """
     The end of a run: curve, summary next to the recipe's previous run on the same data, stories, the next
@@ -222,3 +262,4 @@ def final(trainer, name: str) -> None:
     print0(
         f'\ncurve: {folder / "loss.png"}\nnext:  python sample.py --out_dir {folder} --prompt "{c.prompt}"'
     )
+    print(summary(trainer, metrics[folder]), flush=True)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -781,7 +782,10 @@ def test_the_curve_and_the_report(tmp_path, monkeypatch, corpus, capsys):
     ]
     for _ in range(2):
         assert train.main(argv) == 0
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert re.search(r"^val_bpb: \d\.\d{4}$", out, re.M) and out.count("val_bpb") == 2, (
+        "once a run, on stdout"
+    )
     assert "in out/run\n" in said and "in out/run-2\n" in said and "bits per byte" in said
     assert Path("out/run-2/loss.png").read_bytes().startswith(b"\x89PNG")
     assert said.count("\nTom") == 6 and "next:  python sample.py --out_dir out/run-2" in said
