@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from nanostlm import settings, sources
 from nanostlm import tokenizer as tokenizers
-from nanostlm.data import Bin, encode_all, fingerprint_source, rebuild_reason
+from nanostlm.data import Bin, encode_all, fingerprint_source, prepared, rebuild_reason
 from nanostlm.tokenizer import Tokenizer, Unreachable
 
 SAMPLE = 32_000_000  # characters of training text, from its start, that a BPE is trained on (4 seconds)
@@ -49,7 +49,8 @@ def make(
     )
     if tokenizer is not None:
         name = tokenizer.name
-        tokenizer.save(folder / "tokenizer.json")
+        if tokenizers.bpe_size(name):
+            tokenizer.save(folder / "tokenizer.json")
     elif not tokenizers.bpe_size(name):
         tokenizer = tokenizers.get(name)
     items = sources.split(sources.find(corpus, source, stories), known, stories, counts)
@@ -119,6 +120,29 @@ def locked(path: Path, folder: Path) -> Iterator[bool]:
         lock.release()
 
 
+def earlier_source(folder: Path, hub_id: str | None, given: Tokenizer | None) -> str:
+    """The source that the corpus of `folder` was prepared from, with any tokenizer; otherwise `hub_id`."""
+    corpus, tokenizer = folder.parent.name, folder.name
+    wanted = "this model's tokenizer" if given else tokenizer
+    found = {name: meta["source"] for name, meta in prepared(folder.parent).items() if meta.get("source")}
+    others = ", ".join(name for name in found if name != tokenizer)
+    for source in found.values():
+        if os.path.exists(source) or sources.is_hub_id(source):
+            if others:
+                print(f"{folder.parent} is prepared with {others}, not with {wanted}: reading {source} again")
+            return source
+    if hub_id:
+        return hub_id
+    command = f"python prepare.py {corpus} --source PATH"
+    if not found:
+        names = " and ".join(sources.CORPORA)
+        raise ValueError(f"dataset {corpus!r} not found: {command} (only {names} need no source)")
+    state = f"is prepared with {others}, not with {wanted}" if others else "must be made anew"
+    command = "add --source=PATH" if given else f"{command} --tokenizer {tokenizer}"
+    source = next(iter(found.values()))
+    raise ValueError(f"dataset {corpus!r} {state}, and its source {source} is gone: {command}")
+
+
 def prepare(
     corpus: str,
     tokenizer: str = "bpe4096",
@@ -130,9 +154,10 @@ def prepare(
 ) -> Path:
     """Return the folder of a prepared corpus: its first `stories` (None: all), from `source` if it is given.
 
-    The folder is made if it does not exist or has fewer stories. With a tokenizer `given`, `tokenizer` only
-    names the folder. ValueError and FileNotFoundError are user errors; OSError and RuntimeError are failures
-    of the machine; Unreachable (an OSError) means that only the network is missing.
+    The folder is made if it does not exist or has fewer stories. Without `source`, it is made from the source
+    of data that the corpus already has, such as those of another tokenizer. With a tokenizer `given`,
+    `tokenizer` only names the folder. ValueError and FileNotFoundError are user errors; OSError and
+    RuntimeError are failures of the machine; Unreachable (an OSError) means that only the network is missing.
     """
     known = sources.corpus(corpus)
     if not re.fullmatch(r"\w[\w.-]*", corpus) or Path(corpus).suffix in sources.SUFFIXES:
@@ -144,7 +169,8 @@ def prepare(
     stories = stories or known.stories
     if given is None:
         tokenizers.bpe_size(tokenizer)
-    source = str(source) if source else None
+    if source:
+        source = os.path.abspath(source) if os.path.exists(source) else str(source)
     folder = Path(data_dir, corpus, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -154,12 +180,8 @@ def prepare(
                 return folder
             if folder.exists():
                 print(f"{folder} is made anew: {reason}", flush=True)
-            source = source or known.hub_id
-            if not source and known.needs_source:
-                raise ValueError(
-                    f"dataset {corpus!r} not found: python prepare.py {corpus} --source PATH "
-                    f"(only {' and '.join(sources.CORPORA)} need no source)"
-                )
+            if not source and not known.generate:
+                source = earlier_source(folder, known.hub_id, given)
             for stale in folder.parent.glob(f".{tokenizer}-*") if is_locked else ():  # of a killed prepare
                 shutil.rmtree(stale, ignore_errors=True)
             folder.parent.mkdir(exist_ok=True)  # another prepare that failed may have removed it

@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 from nanostlm import checkpoint, machine, optim, report, runs, score, settings, sources
 from nanostlm.data import Batches, Data, folder_name, load_data
 from nanostlm.machine import print0
-from nanostlm.tokenizer import Tokenizer
+from nanostlm.tokenizer import Tokenizer, from_state
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -190,6 +190,8 @@ def configure(argv: list[str]) -> Plan:
         weights, tokenizer = load_weights(c)
         folder_of_data = folder_name(c.data_dir, c.dataset, tokenizer)
         c = replace(c, model=weights.config, tokenizer=folder_of_data)
+    elif c.init_from:
+        tokenizer = from_state(state["tokenizer"])
     c, data = find_data(c, tokenizer)
     vocab_size, eot = data.tokenizer.vocab_size, data.tokenizer.eot
     separator = -1 if c.cross_stories else eot

@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,9 +180,20 @@ def highest(ids: np.ndarray, block: int = 1 << 20, most: int = 128) -> int:
 def remedy(folder: Path) -> str:
     """The command that makes this data/CORPUS/TOKENIZER."""
     corpus, data_dir = folder.parent.name, folder.parent.parent
+    if "-" in folder.name:  # see folder_name
+        return f"remove {folder}, and train.py makes it anew"
     source = " --source PATH" if sources.corpus(corpus).needs_source else ""
     where = "" if data_dir == Path("data") else f" --data_dir {data_dir}"
     return f"to make it: python prepare.py {corpus} --tokenizer {folder.name}{source}{where}"
+
+
+def prepared(folder: Path) -> dict[str, dict]:
+    """{TOKENIZER: what meta.json says} of the data in data/CORPUS, the newest first."""
+    files, found = folder.glob("*/meta.json"), {}
+    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(ValueError, TypeError):
+            found[path.parent.name] = dict(json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
 def rebuild_reason(folder: Path, source: str | None, stories: int | None) -> str | None:

@@ -164,7 +164,7 @@ def find(name: str, source: str | None, stories: int | None) -> Source:
         return {"train": generate}
     if Path(source).exists():
         files = local_files(Path(source))
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and Path(source).suffix not in SUFFIXES:
+    elif is_hub_id(source):
         files = hub_files(source, stories)
     else:
         raise FileNotFoundError(f"{source}: no such file or folder")
@@ -176,6 +176,10 @@ def find(name: str, source: str | None, stories: int | None) -> Source:
         )
     val = next((files[name] for name in VAL_NAMES if name in files), None)
     return {"train": partial(read_files, files["train"])} | ({"val": partial(read_files, val)} if val else {})
+
+
+def is_hub_id(source: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and Path(source).suffix not in SUFFIXES
 
 
 def local_files(path: Path) -> dict[str, list[str]]:

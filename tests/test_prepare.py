@@ -528,6 +528,46 @@ def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The source of earlier data
+
+
+def test_another_tokenizer_uses_the_source_of_earlier_data(tmp_path, monkeypatch, capsys):
+    texts = stories(60)
+    txt(tmp_path / "mine.txt", texts)
+    monkeypatch.chdir(tmp_path)
+    made(tmp_path, "mine.txt")
+    monkeypatch.chdir("/")
+    data = made(tmp_path, None, "bpe300")
+    assert all_texts(data) == sorted(texts) and data.meta["source"] == str(tmp_path / "mine.txt")
+    assert (
+        f"is prepared with byte, not with bpe300: reading {tmp_path / 'mine.txt'} again"
+        in capsys.readouterr().out
+    )
+    (data.folder / "train.bin").unlink()
+    assert all_texts(made(tmp_path, None, "bpe300")) == sorted(texts)  # also to make the same folder anew
+
+
+def test_a_local_copy_of_a_hub_data_set_is_used_again(tmp_path):
+    parquet(tmp_path / "s" / "train-00000-of-00001.parquet", stories(30))
+    made(tmp_path, str(tmp_path / "s"), corpus="tinystories")
+    assert all_texts(made(tmp_path, None, "bpe300", corpus="tinystories")) == sorted(stories(30))
+
+
+def test_a_source_that_is_gone(tmp_path, monkeypatch, capsys):
+    source = Path(txt(tmp_path / "mine.txt", stories(60)))
+    folder = made(tmp_path, source).folder
+    source.unlink()
+    status, err = run(monkeypatch, capsys, tmp_path, "mine", "--tokenizer", "bpe300")
+    assert status == 2 and f"is prepared with byte, not with bpe300, and its source {source} is gone" in err
+    assert "python prepare.py mine --source PATH --tokenizer bpe300" in err
+    with pytest.raises(ValueError, match="not with this model's tokenizer.* is gone: add --source=PATH"):
+        made(tmp_path, None, "bpe300-12345678", given=tokenizers.train_bpe(stories(60), 300))
+    (folder / "train.bin").unlink()
+    status, err = run(monkeypatch, capsys, tmp_path, "mine", "--tokenizer", "byte")
+    assert status == 2 and "'mine' must be made anew, and its source" in err
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The Hub
 
 
