@@ -220,15 +220,15 @@ def prepare_missing(
     data_dir: str | Path,
     given: Tokenizer | None,
     fallback: str,
-) -> tuple[str, int]:
+) -> str:
     """
-    Prepare a corpus for training unless its folder exists. If it is unreachable, do this for `fallback`. ->
-    the corpus, and how many of its stories to use (0: all).
+    Prepare a corpus for training unless its folder exists. If it is unreachable, do this for `fallback`.
+    Returns the name of the corpus that is prepared.
     """
     try:
         if not Path(data_dir, corpus, tokenizer, "meta.json").exists():
             prepare(corpus, tokenizer, source or None, stories or None, data_dir=data_dir, given=given)
-        return corpus, stories
+        return corpus
     except Unreachable as error:
         if not fallback:
             raise
@@ -238,7 +238,7 @@ def prepare_missing(
             f"--fallback= insists on {corpus}\n{line}",
             file=sys.stderr,
         )
-        return prepare_missing(fallback, tokenizer, "", 0, data_dir, given, "")
+        return prepare_missing(fallback, tokenizer, "", stories, data_dir, given, "")
 
 
 @settings.script

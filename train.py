@@ -37,7 +37,7 @@ class TrainConfig:
     # -- everyday
     dataset: str = "tinystories"  # a folder under data_dir, made by prepare.py (or on the spot)
     tokenizer: str = "bpe4096"  # gpt2 | byte | bpeN, N ids in all
-    stories: int = 0  # how many stories of the dataset to use; 0 = all
+    stories: int = 0  # train on the first N training stories of the dataset; 0 = all
     out_dir: str = ""  # where the run is kept; empty = out/RECIPE, then out/RECIPE-2, ...
     max_iters: int = 1000  # updates of the weights; 0 = print the plan and exit
     eval_interval: int = 250  # updates between evaluations
@@ -123,11 +123,11 @@ class TrainConfig:
 
 
 # A resumed run may change these settings and says so; any other would silently make it a different run.
-# dtype and loss_chunk change the rounding; what `stories` changes, the fingerprint of the data notices.
+# dtype and loss_chunk change the rounding.
 MAY_CHANGE = (
     *("max_iters", "eval_interval", "log_interval", "save_interval", "batch_size", "patience", "prompt"),
     *("gradient_accumulation_steps", "device", "dtype", "compile", "threads", "logger", "loss_chunk"),
-    *("out_dir", "data_dir", "source", "fallback", "stories"),
+    *("out_dir", "data_dir", "source", "fallback"),
 )
 FLAGS = {
     "resume": "continue the run in out_dir, or this recipe's newest unfinished one",
@@ -217,21 +217,21 @@ def find_data(c: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TrainConfig,
     names. If the dataset is unreachable and has a fallback, the configuration names that instead.
     """
 
-    def prepare() -> tuple[str, int]:
+    def prepare() -> str:
         from prepare import prepare_missing
 
         return prepare_missing(c.dataset, c.tokenizer, c.source, c.stories, c.data_dir, tokenizer, c.fallback)
 
-    dataset, stories = machine.from_rank0(prepare)
-    data = load_data(Path(c.data_dir, dataset, c.tokenizer))
-    limit = data.meta["limit"] if stories or not sources.corpus(dataset).generate else None
-    if limit and (not stories or stories > limit):
-        more = f" --stories {stories}" if stories else ""
+    dataset = machine.from_rank0(prepare)
+    data = load_data(Path(c.data_dir, dataset, c.tokenizer), c.stories)
+    limit = data.meta["limit"] if c.stories or not sources.corpus(dataset).generate else None
+    if limit and (not c.stories or c.stories > limit):
+        more = f" --stories {c.stories}" if c.stories else ""
         raise ValueError(
-            f"{data.folder} holds only the first {limit:,} stories; for {stories or 'all'}: "
+            f"{data.folder} holds only the first {limit:,} stories; for {c.stories or 'all'}: "
             f"python prepare.py {dataset} --tokenizer {c.tokenizer}{more}"
         )
-    return replace(c, dataset=dataset, stories=stories), data
+    return replace(c, dataset=dataset), data
 
 
 def build_model(plan: Plan) -> GPT:

@@ -117,8 +117,11 @@ class Data(NamedTuple):
     folder: Path
 
 
-def load_data(folder: str | Path) -> Data:
-    """Open and check prepared data. ValueError names the damaged file and the command that makes it anew."""
+def load_data(folder: str | Path, stories: int = 0) -> Data:
+    """Open and check prepared data; `train` has the first `stories` of the training split, or all if it is 0.
+
+    ValueError names the damaged file and the command that makes it anew.
+    """
     folder = Path(folder)
     meta, train, val = open_bins(folder)
     name = meta["tokenizer"]["name"]
@@ -128,7 +131,20 @@ def load_data(folder: str | Path) -> Data:
     tokenizer = tokenizers.load(trained, name) if trained else tokenizers.get(name)
     if tokenizer.sha256 != meta["tokenizer"]["sha256"]:
         raise ValueError(f"{folder} was made with another vocabulary than this {name}; {remedy(folder)}")
+    if 0 < stories < meta["train"]["stories"]:
+        train = first_stories(train, tokenizer.eot, stories)
+        meta = meta | {"train": {"stories": stories, "tokens": len(train)}}
     return Data(train, val, meta, tokenizer, folder)
+
+
+def first_stories(ids: np.ndarray, eot: int, n: int, block: int = 1 << 20) -> np.ndarray:
+    """The ids up to the n-th end-of-text, or all if there are fewer."""
+    for start in range(0, len(ids), block):
+        ends = np.flatnonzero(ids[start : start + block] == eot)
+        if n <= len(ends):
+            return ids[: start + ends[n - 1] + 1]
+        n -= len(ends)
+    return ids
 
 
 def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from filelock import FileLock
 import prepare
 from nanostlm import sources, toystories
 from nanostlm import tokenizer as tokenizers
-from nanostlm.data import Bin, Data, highest, load_data
+from nanostlm.data import Bin, Data, first_stories, highest, load_data
 from nanostlm.tokenizer import EOT, Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +179,21 @@ def test_the_table_of_corpora():
     assert mine.needs_source and not (mine.stories or mine.repair or mine.check)
     assert sources.corpus("tinystories").hub_id == "roneneldan/TinyStories"
     assert not sources.corpus("tinystories").needs_source
+
+
+def test_the_first_stories_of_prepared_data(tmp_path):
+    data = made(tmp_path, txt(tmp_path / "mine.txt", stories(300)))
+    texts = texts_of(data, "train")
+    for n in (1, 7, len(texts) - 1, len(texts), 10_000):
+        first = load_data(data.folder, n)
+        assert texts_of(first, "train") == texts[:n] and texts_of(first, "val") == texts_of(data, "val")
+        assert first.meta["train"]["stories"] == min(n, len(texts))
+        assert first.meta["train"]["tokens"] == len(first.train)
+    eot = data.tokenizer.eot
+    for n in (1, 7, len(texts)):  # in small blocks, too
+        assert (
+            first_stories(data.train, eot, n, block=50).tolist() == load_data(data.folder, n).train.tolist()
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
