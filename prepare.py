@@ -5,6 +5,7 @@
     python prepare.py tinystories --source FOLDER        # a local copy of the Hub's files
     python prepare.py toystories                         # built in, needs no network
     python prepare.py mine --source mine.txt             # .txt, .jsonl, .parquet, a folder of these, a Hub id
+    python prepare.py mine --source FOLDER --split file  # every .txt file is one story
 
 nanostlm/data.py describes the files. The corpus is streamed: only a few batches are in memory at a time, and
 threads encode them. The folder appears once all files are complete; an interrupted prepare changes nothing.
@@ -41,6 +42,7 @@ def make(
     stories: int | None,
     workers: int,
     tokenizer: Tokenizer | None = None,
+    split: str | None = None,
 ) -> dict:
     """Write the files of a corpus into the empty `folder`, meta.json last, and return what meta.json says."""
     known, counts = sources.corpus(corpus), Counter(dropped_empty=0, dropped_in_val=0, repaired_marks=0)
@@ -53,7 +55,7 @@ def make(
             tokenizer.save(folder / "tokenizer.json")
     elif not tokenizers.bpe_size(name):
         tokenizer = tokenizers.get(name)
-    items = sources.split(sources.find(corpus, source, stories), known, stories, counts)
+    items = sources.split(sources.find(corpus, source, stories, split), known, stories, counts)
     if tokenizer is None:
         sample, size = [], 0
         for text, is_val in items:
@@ -88,6 +90,8 @@ def make(
         **counts,
         "source_files": fingerprint_source(source),
     }
+    if split:
+        meta["split"] = split
     if known.check:
         meta["floor_bpb"] = -val.logprob / math.log(2) / (val.bytes + val.stories)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -120,26 +124,30 @@ def locked(path: Path, folder: Path) -> Iterator[bool]:
         lock.release()
 
 
-def earlier_source(folder: Path, hub_id: str | None, given: Tokenizer | None) -> str:
-    """The source that the corpus of `folder` was prepared from, with any tokenizer; otherwise `hub_id`."""
+def earlier_source(folder: Path, hub_id: str | None, given: Tokenizer | None) -> tuple[str, str | None]:
+    """The source that the corpus of `folder` was prepared from, with any tokenizer, and how it was split.
+
+    If there is none, `hub_id` is the source.
+    """
     corpus, tokenizer = folder.parent.name, folder.name
     wanted = "this model's tokenizer" if given else tokenizer
-    found = {name: meta["source"] for name, meta in prepared(folder.parent).items() if meta.get("source")}
+    found = {name: meta for name, meta in prepared(folder.parent).items() if meta.get("source")}
     others = ", ".join(name for name in found if name != tokenizer)
-    for source in found.values():
+    for meta in found.values():
+        source = meta["source"]
         if os.path.exists(source) or sources.is_hub_id(source):
             if others:
                 print(f"{folder.parent} is prepared with {others}, not with {wanted}: reading {source} again")
-            return source
+            return source, meta.get("split")
     if hub_id:
-        return hub_id
+        return hub_id, None
     command = f"python prepare.py {corpus} --source PATH"
     if not found:
         names = " and ".join(sources.CORPORA)
         raise ValueError(f"dataset {corpus!r} not found: {command} (only {names} need no source)")
     state = f"is prepared with {others}, not with {wanted}" if others else "must be made anew"
     command = "add --source=PATH" if given else f"{command} --tokenizer {tokenizer}"
-    source = next(iter(found.values()))
+    source = next(iter(found.values()))["source"]
     raise ValueError(f"dataset {corpus!r} {state}, and its source {source} is gone: {command}")
 
 
@@ -151,6 +159,7 @@ def prepare(
     workers: int | None = None,
     data_dir: str | Path = "data",
     given: Tokenizer | None = None,
+    split: str | None = None,
 ) -> Path:
     """Return the folder of a prepared corpus: its first `stories` (None: all), from `source` if it is given.
 
@@ -164,31 +173,34 @@ def prepare(
         raise ValueError(f"{corpus} is no name for a corpus: python prepare.py NAME --source {corpus}")
     if min(stories or 1, workers or 1) < 1 or stories == 0:
         raise ValueError("--stories and --workers are whole numbers from 1 on")
-    if source and known.generate:
-        raise ValueError(f"{corpus} is built in and takes no --source")
+    if (source or split) and known.generate:
+        raise ValueError(f"{corpus} is built in and takes no --source and no --split")
     stories = stories or known.stories
     if given is None:
         tokenizers.bpe_size(tokenizer)
     if source:
         source = os.path.abspath(source) if os.path.exists(source) else str(source)
+        split = sources.split_rule(source, split)
     folder = Path(data_dir, corpus, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with locked(Path(data_dir, f".{corpus}.lock"), folder.parent) as is_locked:
-            if not (reason := rebuild_reason(folder, source, stories)):
+            if not (reason := rebuild_reason(folder, source, stories, split)):
                 print(f"{folder} is ready")
                 return folder
+            if not source and not known.generate:
+                source, earlier_split = earlier_source(folder, known.hub_id, given)
+                split = sources.split_rule(source, split or earlier_split)
             if folder.exists():
                 print(f"{folder} is made anew: {reason}", flush=True)
-            if not source and not known.generate:
-                source = earlier_source(folder, known.hub_id, given)
             for stale in folder.parent.glob(f".{tokenizer}-*") if is_locked else ():  # of a killed prepare
                 shutil.rmtree(stale, ignore_errors=True)
             folder.parent.mkdir(exist_ok=True)  # another prepare that failed may have removed it
             work = Path(tempfile.mkdtemp(prefix=f".{tokenizer}-", dir=folder.parent))
             try:
                 (work / "new").mkdir()
-                meta = make(work / "new", corpus, tokenizer, source, stories, workers or cpus(), given)
+                workers = workers or cpus()
+                meta = make(work / "new", corpus, tokenizer, source, stories, workers, given, split)
                 if folder.exists():
                     os.rename(folder, work / "old")
                 os.rename(work / "new", folder)  # all files at once
@@ -202,6 +214,9 @@ def prepare(
         f"and {meta['dropped_in_val']:,} training stories that are also in the validation split; repaired "
         f"{meta['repaired_marks']:,} quotation marks"
     )
+    if split:
+        total = meta["train"]["stories"] + meta["val"]["stories"]
+        print(f"{source}: {total:,} stories; {sources.describe_split(split)} (--split changes this)")
     for name in ("train", "val"):
         n = meta[name]
         print(f"{name:>7}: {n['stories']:,} stories, {n['tokens']:,} tokens, {n['bytes'] / 1e6:,.2f} MB")
@@ -248,6 +263,12 @@ def main(argv: list[str]) -> None:
     add("corpus", help=f"{', '.join(sources.CORPORA)}, or any name with --source")
     add("--tokenizer", default="bpe4096", help="gpt2, byte or bpeN (default: %(default)s)")
     add("--source", help=".txt, .jsonl, .parquet, a folder of them, or the id of a data set on the Hub")
+    add(
+        "--split",
+        metavar="file|blank|LINE",
+        help="where stories in .txt files end: with the file, at blank lines or at lines LINE (default: at "
+        "lines <|endoftext|>; without these, with the file in a folder of small files, else at blank lines)",
+    )
     limits = ", ".join(f"{n:,} of {name}" for name, c in sources.CORPORA.items() if (n := c.stories))
     add("--stories", type=int, metavar="N", help=f"use only the first N stories (default: all; {limits})")
     add("--workers", type=int, metavar="N", help="threads that encode (default: one per processor)")

@@ -2,7 +2,8 @@
 
 train.bin, val.bin   token ids, little-endian uint16 (uint32 above 65,536 ids), with end-of-text after every
                      story, without a header
-meta.json            corpus, source, limit, tokenizer, dtype; stories, tokens and bytes of each split
+meta.json            corpus, source, limit, tokenizer, dtype; split (where stories in .txt files end);
+                     stories, tokens and bytes of the training and validation split
 tokenizer.json       a trained tokenizer
 
 data = load_data("data/tinystories/bpe4096")   # Data(train, val, meta, tokenizer, folder)
@@ -212,7 +213,9 @@ def prepared(folder: Path) -> dict[str, dict]:
     return found
 
 
-def rebuild_reason(folder: Path, source: str | None, stories: int | None) -> str | None:
+def rebuild_reason(
+    folder: Path, source: str | None, stories: int | None, split: str | None = None
+) -> str | None:
     """Why the data in `folder` do not satisfy a request for `stories` of `source`; None if they do."""
     try:
         meta = load_data(folder).meta
@@ -225,6 +228,8 @@ def rebuild_reason(folder: Path, source: str | None, stories: int | None) -> str
         return f"it was made from {made_from}"
     if source and os.path.exists(source) and fingerprint_source(source) != meta.get("source_files"):
         return f"{source} has changed"
+    if split and split != meta.get("split"):
+        return f"it was made with --split {meta.get('split', '(not recorded)')}, not {split}"
     if limit and (not stories or stories > limit):
         return f"it has the first {limit:,} stories, not {f'{stories:,}' if stories else 'all'}"
     return None

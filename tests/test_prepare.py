@@ -211,6 +211,72 @@ def test_text_files(tmp_path):
     assert read("") == read("\n\n") == read(f"{EOT}\n\n{EOT}\n\n") == []
 
 
+def folder_of_texts(folder: Path, texts: list[str]) -> str:
+    for i, text in enumerate(texts):
+        write(folder / f"{i:03}.txt", text)
+    return str(folder)
+
+
+def test_a_folder_of_small_files_has_one_story_per_file(tmp_path, capsys):
+    texts = [f"{text}\n\nand so on" for text in stories(61)]
+    source = folder_of_texts(tmp_path / "tales", texts)
+    data = made(tmp_path, source)
+    assert all_texts(data) == sorted(texts) and data.meta["split"] == "file"
+    assert f"{source}: 61 stories; one story per file (--split changes this)" in capsys.readouterr().out
+    write(tmp_path / "tales" / "large.txt", "x" * sources.SMALL)
+    assert len(all_texts(made(tmp_path, source))) == 2 * 61 + 1  # which is no longer a folder of small files
+    out = capsys.readouterr().out
+    assert "tales has changed" in out and "123 stories; stories end at blank lines" in out
+
+
+@pytest.mark.parametrize("texts, split, expected", [
+    (["a\n\nb", "c\n\nd"], None, "file"),
+    (["a\n\nb"], None, "blank"),  # a single file
+    (["a\n\nb", f"c\n{EOT}\nd\n\ne"], None, "auto"),
+    ([f"a\n{EOT}\nb", f"c\n{EOT}\nd\n\ne"], None, EOT),
+    (["a\n\nb", "c\n\nd"], "blank", "blank"),
+    (["a\n\nb", f"c\n{EOT}\nd"], "file", "file"),
+    (["a\n* *\nb", "c\n\nd"], "* *", "* *"),
+])  # fmt: skip
+def test_where_stories_end(tmp_path, texts, split, expected):
+    source = folder_of_texts(tmp_path / "tales", texts)
+    data = made(tmp_path, source, split=split)
+    ends = {"file": r"$^", "blank": r"\n\n", EOT: rf"\n{re.escape(EOT)}\n", "* *": r"\n\* \*\n"}
+    ends["auto"] = ends[EOT]
+    parts = [re.split(ends["blank" if expected == "auto" and EOT not in t else expected], t) for t in texts]
+    assert all_texts(data) == sorted(story for part in parts for story in part)
+    assert data.meta["split"] == expected
+
+
+def test_another_split_makes_the_data_anew(tmp_path, capsys):
+    source = folder_of_texts(tmp_path / "tales", [f"{text}\n---\n\nend" for text in stories(9)])
+    assert len(all_texts(made(tmp_path, source))) == 9
+    capsys.readouterr()
+    for split, n in (("blank", 18), ("---", 18), ("file", 9)):
+        assert len(all_texts(made(tmp_path, None, split=split))) == n  # the source is known
+        assert f"not {split}" in capsys.readouterr().out
+    made(tmp_path, source)
+    made(tmp_path, None)
+    assert capsys.readouterr().out.count("is ready") == 2
+    made(tmp_path, None, split="blank")
+    assert len(all_texts(made(tmp_path, None, "bpe300"))) == 18  # another tokenizer has the same stories
+    assert len(all_texts(made(tmp_path, source))) == 9  # without --split, the default rule again
+
+
+def test_bad_splits(tmp_path, monkeypatch, capsys):
+    source, jsonl = txt(tmp_path / "a.txt", stories(9)), write(tmp_path / "a.jsonl", '{"text": "a"}\n')
+    for name, place, split, words in (
+        ("mine", source, "###", "no line of .*a.txt is '###': --split takes file, blank or a separator line"),
+        ("mine", source, " ", "--split takes file, blank or a separator line"),
+        ("mine", jsonl, "file", "--split is for .txt files, and .*a.jsonl has none"),
+        ("mine", "someone/Stories", "file", "--split is for .txt files"),
+        ("toystories", None, "file", "takes no --source and no --split"),
+    ):
+        given = ["--source", place] if place else []
+        status, err = run(monkeypatch, capsys, tmp_path, name, *given, f"--split={split}")
+        assert status == 2 and re.search(words, err) and err.count("\n") == 1, err
+
+
 def test_every_format_gives_the_same_stories(tmp_path):
     texts = stories(50)
     jsonl = "".join(json.dumps({"id": 1, "text": t}) + "\n" for t in texts)
