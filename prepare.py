@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from nanostlm import settings, sources
 from nanostlm import tokenizer as tokenizers
-from nanostlm.data import Bin, encode_all, fingerprint_source, prepared, rebuild_reason
+from nanostlm.data import Bin, encode_all, fingerprint_source, outdated, prepared, rebuild_reason, remedy
 from nanostlm.tokenizer import Tokenizer, Unreachable
 
 SAMPLE = 32_000_000  # characters of training text, from its start, that a BPE is trained on (4 seconds)
@@ -92,6 +92,8 @@ def make(
     }
     if split:
         meta["split"] = split
+    if known.version:
+        meta["version"] = known.version()
     if known.check:
         meta["floor_bpb"] = -val.logprob / math.log(2) / (val.bytes + val.stories)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -241,8 +243,12 @@ def prepare_missing(
     Returns the name of the corpus that is prepared.
     """
     try:
-        if not Path(data_dir, corpus, tokenizer, "meta.json").exists():
+        folder = Path(data_dir, corpus, tokenizer)
+        if not (folder / "meta.json").exists():
             prepare(corpus, tokenizer, source or None, stories or None, data_dir=data_dir, given=given)
+        elif reason := outdated(corpus, prepared(folder.parent).get(tokenizer, {})):
+            note = f"{reason}; {remedy(folder)} (unfinished runs need the data as they are)"
+            print(f"WARNING: {folder} is outdated: {note}", file=sys.stderr)
         return corpus
     except Unreachable as error:
         if not fallback:

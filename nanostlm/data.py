@@ -2,8 +2,8 @@
 
 train.bin, val.bin   token ids, little-endian uint16 (uint32 above 65,536 ids), with end-of-text after every
                      story, without a header
-meta.json            corpus, source, limit, tokenizer, dtype; split (where stories in .txt files end);
-                     stories, tokens and bytes of the training and validation split
+meta.json            corpus, source, limit, tokenizer, dtype; split (where stories in .txt files end) or
+                     version (of a built-in corpus); stories, tokens and bytes of train and val
 tokenizer.json       a trained tokenizer
 
 data = load_data("data/tinystories/bpe4096")   # Data(train, val, meta, tokenizer, folder)
@@ -213,6 +213,15 @@ def prepared(folder: Path) -> dict[str, dict]:
     return found
 
 
+def outdated(corpus: str, meta: dict) -> str | None:
+    """Which version of a built-in corpus data have, if it is not the current one."""
+    version = sources.corpus(corpus).version
+    if not version or meta.get("version") == version():
+        return None
+    found = f"version {meta['version']}" if "version" in meta else "an earlier version"
+    return f"it has {found} of {corpus}, not version {version()}"
+
+
 def rebuild_reason(
     folder: Path, source: str | None, stories: int | None, split: str | None = None
 ) -> str | None:
@@ -224,6 +233,8 @@ def rebuild_reason(
     except ValueError as error:
         return str(error).split(";")[0]
     made_from, limit = meta.get("source"), meta.get("limit")
+    if reason := outdated(folder.parent.name, meta):
+        return reason
     if source and os.path.abspath(source) != os.path.abspath(made_from or ""):
         return f"it was made from {made_from}"
     if source and os.path.exists(source) and fingerprint_source(source) != meta.get("source_files"):

@@ -39,6 +39,7 @@ class Corpus:
     stories: int | None = None  # number of stories unless --stories says otherwise; None: all
     repair: bool = False  # restore quotation marks that were decoded as Windows-1252
     check: Callable | None = None  # text -> Verdict(ok, logprob, ...), for a corpus of known entropy
+    version: Callable[[], str] | None = None  # of a built-in corpus
 
     @property
     def needs_source(self) -> bool:
@@ -57,9 +58,17 @@ def check_toystory(text: str):
     return toystories.check(text)
 
 
+def toystories_version() -> str:
+    from nanostlm import toystories
+
+    return toystories.VERSION
+
+
 CORPORA = {
     "tinystories": Corpus(hub_id="roneneldan/TinyStories", repair=True),
-    "toystories": Corpus(generate=generate_toystories, stories=100_000, check=check_toystory),
+    "toystories": Corpus(
+        generate=generate_toystories, stories=100_000, check=check_toystory, version=toystories_version
+    ),
 }
 
 

@@ -174,6 +174,31 @@ def test_the_built_in_corpus(tmp_path):
     assert data.meta["source"] is None and not sources.corpus("toystories").needs_source
 
 
+def test_another_version_of_a_built_in_corpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toystories, "VERSION", "1")
+    data = made(tmp_path, None, corpus="toystories", stories=200)
+    assert data.meta["version"] == "1"
+    made(tmp_path, None, corpus="toystories", stories=200)
+    assert "is ready" in capsys.readouterr().out
+    monkeypatch.setattr(toystories, "VERSION", "2")
+    before = (data.folder / "meta.json").stat().st_mtime_ns
+
+    def missing():
+        return prepare.prepare_missing("toystories", "byte", "", 200, tmp_path / "data", None, "")
+
+    for found in ("version 1", "an earlier version"):  # what training does: it warns and keeps the data
+        assert missing() == "toystories" and (data.folder / "meta.json").stat().st_mtime_ns == before
+        said = capsys.readouterr().err
+        assert f"WARNING: {data.folder} is outdated: it has {found} of toystories, not version 2" in said
+        assert "python prepare.py toystories --tokenizer byte" in said
+        edit(data.folder / "meta.json", lambda b: b.replace(b'"version": "1",', b""))
+        before = (data.folder / "meta.json").stat().st_mtime_ns
+    assert made(tmp_path, None, corpus="toystories", stories=200).meta["version"] == "2"
+    assert "is made anew: it has an earlier version" in capsys.readouterr().out
+    missing()
+    assert "WARNING" not in capsys.readouterr().err
+
+
 def test_the_table_of_corpora():
     mine = sources.corpus("mine")
     assert mine.needs_source and not (mine.stories or mine.repair or mine.check)
