@@ -216,13 +216,10 @@ def find_data(c: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TrainConfig,
     The data of a run, prepared first if they are missing: with `tokenizer`, or the one that c.tokenizer
     names. If the dataset is unreachable and has a fallback, the configuration names that instead.
     """
+    from prepare import prepare_missing
 
-    def prepare() -> str:
-        from prepare import prepare_missing
-
-        return prepare_missing(c.dataset, c.tokenizer, c.source, c.stories, c.data_dir, tokenizer, c.fallback)
-
-    dataset = machine.from_rank0(prepare)
+    asked = c.dataset, c.tokenizer, c.source, c.stories, c.data_dir
+    dataset = machine.from_rank0(lambda: prepare_missing(*asked, tokenizer, c.fallback))
     data = load_data(Path(c.data_dir, dataset, c.tokenizer), c.stories)
     limit = data.meta["limit"] if c.stories or not sources.corpus(dataset).generate else None
     if limit and (not c.stories or c.stories > limit):
