@@ -5,6 +5,7 @@
     python prepare.py tinystories --source FOLDER        # a local copy of the Hub's files
     python prepare.py toystories                         # built in, needs no network
     python prepare.py mine --source mine.txt             # .txt, .jsonl, .parquet, a folder of these, a Hub id
+    python prepare.py mine --source FOLDER --split file  # every .txt file is one story
 
 nanostlm/data.py describes the files. The corpus is streamed: only a few batches are in memory at a time, and
 threads encode them. The folder appears once all files are complete; an interrupted prepare changes nothing.
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from nanostlm import settings, sources
 from nanostlm import tokenizer as tokenizers
-from nanostlm.data import Bin, encode_all, fingerprint_source, rebuild_reason
+from nanostlm.data import Bin, encode_all, fingerprint_source, outdated, prepared, rebuild_reason, remedy
 from nanostlm.tokenizer import Tokenizer, Unreachable
 
 SAMPLE = 32_000_000  # characters of training text, from its start, that a BPE is trained on (4 seconds)
@@ -41,6 +42,7 @@ def make(
     stories: int | None,
     workers: int,
     tokenizer: Tokenizer | None = None,
+    split: str | None = None,
 ) -> dict:
     """Write the files of a corpus into the empty `folder`, meta.json last, and return what meta.json says."""
     known, counts = sources.corpus(corpus), Counter(dropped_empty=0, dropped_in_val=0, repaired_marks=0)
@@ -49,10 +51,11 @@ def make(
     )
     if tokenizer is not None:
         name = tokenizer.name
-        tokenizer.save(folder / "tokenizer.json")
+        if tokenizers.bpe_size(name):
+            tokenizer.save(folder / "tokenizer.json")
     elif not tokenizers.bpe_size(name):
         tokenizer = tokenizers.get(name)
-    items = sources.split(sources.find(corpus, source, stories), known, stories, counts)
+    items = sources.split(sources.find(corpus, source, stories, split), known, stories, counts)
     if tokenizer is None:
         sample, size = [], 0
         for text, is_val in items:
@@ -87,6 +90,10 @@ def make(
         **counts,
         "source_files": fingerprint_source(source),
     }
+    if split:
+        meta["split"] = split
+    if known.version:
+        meta["version"] = known.version()
     if known.check:
         meta["floor_bpb"] = -val.logprob / math.log(2) / (val.bytes + val.stories)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -119,6 +126,33 @@ def locked(path: Path, folder: Path) -> Iterator[bool]:
         lock.release()
 
 
+def earlier_source(folder: Path, hub_id: str | None, given: Tokenizer | None) -> tuple[str, str | None]:
+    """The source that the corpus of `folder` was prepared from, with any tokenizer, and how it was split.
+
+    If there is none, `hub_id` is the source.
+    """
+    corpus, tokenizer = folder.parent.name, folder.name
+    wanted = "this model's tokenizer" if given else tokenizer
+    found = {name: meta for name, meta in prepared(folder.parent).items() if meta.get("source")}
+    others = ", ".join(name for name in found if name != tokenizer)
+    for meta in found.values():
+        source = meta["source"]
+        if os.path.exists(source) or sources.is_hub_id(source):
+            if others:
+                print(f"{folder.parent} is prepared with {others}, not with {wanted}: reading {source} again")
+            return source, meta.get("split")
+    if hub_id:
+        return hub_id, None
+    command = f"python prepare.py {corpus} --source PATH"
+    if not found:
+        names = " and ".join(sources.CORPORA)
+        raise ValueError(f"dataset {corpus!r} not found: {command} (only {names} need no source)")
+    state = f"is prepared with {others}, not with {wanted}" if others else "must be made anew"
+    command = "add --source=PATH" if given else f"{command} --tokenizer {tokenizer}"
+    source = next(iter(found.values()))["source"]
+    raise ValueError(f"dataset {corpus!r} {state}, and its source {source} is gone: {command}")
+
+
 def prepare(
     corpus: str,
     tokenizer: str = "bpe4096",
@@ -127,46 +161,48 @@ def prepare(
     workers: int | None = None,
     data_dir: str | Path = "data",
     given: Tokenizer | None = None,
+    split: str | None = None,
 ) -> Path:
     """Return the folder of a prepared corpus: its first `stories` (None: all), from `source` if it is given.
 
-    The folder is made if it does not exist or has fewer stories. With a tokenizer `given`, `tokenizer` only
-    names the folder. ValueError and FileNotFoundError are user errors; OSError and RuntimeError are failures
-    of the machine; Unreachable (an OSError) means that only the network is missing.
+    The folder is made if it does not exist or has fewer stories. Without `source`, it is made from the source
+    of data that the corpus already has, such as those of another tokenizer. With a tokenizer `given`,
+    `tokenizer` only names the folder. ValueError and FileNotFoundError are user errors; OSError and
+    RuntimeError are failures of the machine; Unreachable (an OSError) means that only the network is missing.
     """
     known = sources.corpus(corpus)
     if not re.fullmatch(r"\w[\w.-]*", corpus) or Path(corpus).suffix in sources.SUFFIXES:
         raise ValueError(f"{corpus} is no name for a corpus: python prepare.py NAME --source {corpus}")
     if min(stories or 1, workers or 1) < 1 or stories == 0:
         raise ValueError("--stories and --workers are whole numbers from 1 on")
-    if source and known.generate:
-        raise ValueError(f"{corpus} is built in and takes no --source")
+    if (source or split) and known.generate:
+        raise ValueError(f"{corpus} is built in and takes no --source and no --split")
     stories = stories or known.stories
     if given is None:
         tokenizers.bpe_size(tokenizer)
-    source = str(source) if source else None
+    if source:
+        source = os.path.abspath(source) if os.path.exists(source) else str(source)
+        split = sources.split_rule(source, split)
     folder = Path(data_dir, corpus, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with locked(Path(data_dir, f".{corpus}.lock"), folder.parent) as is_locked:
-            if not (reason := rebuild_reason(folder, source, stories)):
+            if not (reason := rebuild_reason(folder, source, stories, split)):
                 print(f"{folder} is ready")
                 return folder
+            if not source and not known.generate:
+                source, earlier_split = earlier_source(folder, known.hub_id, given)
+                split = sources.split_rule(source, split or earlier_split)
             if folder.exists():
                 print(f"{folder} is made anew: {reason}", flush=True)
-            source = source or known.hub_id
-            if not source and known.needs_source:
-                raise ValueError(
-                    f"dataset {corpus!r} not found: python prepare.py {corpus} --source PATH "
-                    f"(only {' and '.join(sources.CORPORA)} need no source)"
-                )
             for stale in folder.parent.glob(f".{tokenizer}-*") if is_locked else ():  # of a killed prepare
                 shutil.rmtree(stale, ignore_errors=True)
             folder.parent.mkdir(exist_ok=True)  # another prepare that failed may have removed it
             work = Path(tempfile.mkdtemp(prefix=f".{tokenizer}-", dir=folder.parent))
             try:
                 (work / "new").mkdir()
-                meta = make(work / "new", corpus, tokenizer, source, stories, workers or cpus(), given)
+                workers = workers or cpus()
+                meta = make(work / "new", corpus, tokenizer, source, stories, workers, given, split)
                 if folder.exists():
                     os.rename(folder, work / "old")
                 os.rename(work / "new", folder)  # all files at once
@@ -180,6 +216,9 @@ def prepare(
         f"and {meta['dropped_in_val']:,} training stories that are also in the validation split; repaired "
         f"{meta['repaired_marks']:,} quotation marks"
     )
+    if split:
+        total = meta["train"]["stories"] + meta["val"]["stories"]
+        print(f"{source}: {total:,} stories; {sources.describe_split(split)} (--split changes this)")
     for name in ("train", "val"):
         n = meta[name]
         print(f"{name:>7}: {n['stories']:,} stories, {n['tokens']:,} tokens, {n['bytes'] / 1e6:,.2f} MB")
@@ -198,15 +237,19 @@ def prepare_missing(
     data_dir: str | Path,
     given: Tokenizer | None,
     fallback: str,
-) -> tuple[str, int]:
+) -> str:
     """
-    Prepare a corpus for training unless its folder exists. If it is unreachable, do this for `fallback`. ->
-    the corpus, and how many of its stories to use (0: all).
+    Prepare a corpus for training unless its folder exists. If it is unreachable, do this for `fallback`.
+    Returns the name of the corpus that is prepared.
     """
     try:
-        if not Path(data_dir, corpus, tokenizer, "meta.json").exists():
+        folder = Path(data_dir, corpus, tokenizer)
+        if not (folder / "meta.json").exists():
             prepare(corpus, tokenizer, source or None, stories or None, data_dir=data_dir, given=given)
-        return corpus, stories
+        elif reason := outdated(corpus, prepared(folder.parent).get(tokenizer, {})):
+            note = f"{reason}; {remedy(folder)} (unfinished runs need the data as they are)"
+            print(f"WARNING: {folder} is outdated: {note}", file=sys.stderr)
+        return corpus
     except Unreachable as error:
         if not fallback:
             raise
@@ -216,7 +259,7 @@ def prepare_missing(
             f"--fallback= insists on {corpus}\n{line}",
             file=sys.stderr,
         )
-        return prepare_missing(fallback, tokenizer, "", 0, data_dir, given, "")
+        return prepare_missing(fallback, tokenizer, "", stories, data_dir, given, "")
 
 
 @settings.script
@@ -226,6 +269,12 @@ def main(argv: list[str]) -> None:
     add("corpus", help=f"{', '.join(sources.CORPORA)}, or any name with --source")
     add("--tokenizer", default="bpe4096", help="gpt2, byte or bpeN (default: %(default)s)")
     add("--source", help=".txt, .jsonl, .parquet, a folder of them, or the id of a data set on the Hub")
+    add(
+        "--split",
+        metavar="file|blank|LINE",
+        help="where stories in .txt files end: with the file, at blank lines or at lines LINE (default: at "
+        "lines <|endoftext|>; without these, with the file in a folder of small files, else at blank lines)",
+    )
     limits = ", ".join(f"{n:,} of {name}" for name, c in sources.CORPORA.items() if (n := c.stories))
     add("--stories", type=int, metavar="N", help=f"use only the first N stories (default: all; {limits})")
     add("--workers", type=int, metavar="N", help="threads that encode (default: one per processor)")

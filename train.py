@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 from nanostlm import checkpoint, machine, optim, report, runs, score, settings, sources
 from nanostlm.data import Batches, Data, folder_name, load_data
 from nanostlm.machine import print0
-from nanostlm.tokenizer import Tokenizer
+from nanostlm.tokenizer import Tokenizer, from_state
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings
@@ -37,7 +37,7 @@ class TrainConfig:
     # -- everyday
     dataset: str = "tinystories"  # a folder under data_dir, made by prepare.py (or on the spot)
     tokenizer: str = "bpe4096"  # gpt2 | byte | bpeN, N ids in all
-    stories: int = 0  # how many stories of the dataset to use; 0 = all
+    stories: int = 0  # train on the first N training stories of the dataset; 0 = all
     out_dir: str = ""  # where the run is kept; empty = out/RECIPE, then out/RECIPE-2, ...
     max_iters: int = 1000  # updates of the weights; 0 = print the plan and exit
     eval_interval: int = 250  # updates between evaluations
@@ -127,11 +127,11 @@ class TrainConfig:
 
 
 # A resumed run may change these settings and says so; any other would silently make it a different run.
-# dtype and loss_chunk change the rounding; what `stories` changes, the fingerprint of the data notices.
+# dtype and loss_chunk change the rounding.
 MAY_CHANGE = (
     *("max_iters", "eval_interval", "log_interval", "save_interval", "batch_size", "patience", "prompt"),
     *("gradient_accumulation_steps", "device", "dtype", "compile", "threads", "logger", "loss_chunk"),
-    *("out_dir", "data_dir", "source", "fallback", "stories"),
+    *("out_dir", "data_dir", "source", "fallback"),
 )
 FLAGS = {
     "resume": "continue the run in out_dir, or this recipe's newest unfinished one",
@@ -194,6 +194,8 @@ def configure(argv: list[str]) -> Plan:
         weights, tokenizer = load_weights(c)
         folder_of_data = folder_name(c.data_dir, c.dataset, tokenizer)
         c = replace(c, model=weights.config, tokenizer=folder_of_data)
+    elif c.init_from:
+        tokenizer = from_state(state["tokenizer"])
     c, data = find_data(c, tokenizer)
     vocab_size, eot = data.tokenizer.vocab_size, data.tokenizer.eot
     separator = -1 if c.cross_stories else eot
@@ -218,22 +220,19 @@ def find_data(c: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TrainConfig,
     The data of a run, prepared first if they are missing: with `tokenizer`, or the one that c.tokenizer
     names. If the dataset is unreachable and has a fallback, the configuration names that instead.
     """
+    from prepare import prepare_missing
 
-    def prepare() -> tuple[str, int]:
-        from prepare import prepare_missing
-
-        return prepare_missing(c.dataset, c.tokenizer, c.source, c.stories, c.data_dir, tokenizer, c.fallback)
-
-    dataset, stories = machine.from_rank0(prepare)
-    data = load_data(Path(c.data_dir, dataset, c.tokenizer))
-    limit = data.meta["limit"] if stories or not sources.corpus(dataset).generate else None
-    if limit and (not stories or stories > limit):
-        more = f" --stories {stories}" if stories else ""
+    asked = c.dataset, c.tokenizer, c.source, c.stories, c.data_dir
+    dataset = machine.from_rank0(lambda: prepare_missing(*asked, tokenizer, c.fallback))
+    data = load_data(Path(c.data_dir, dataset, c.tokenizer), c.stories)
+    limit = data.meta["limit"] if c.stories or not sources.corpus(dataset).generate else None
+    if limit and (not c.stories or c.stories > limit):
+        more = f" --stories {c.stories}" if c.stories else ""
         raise ValueError(
-            f"{data.folder} holds only the first {limit:,} stories; for {stories or 'all'}: "
+            f"{data.folder} holds only the first {limit:,} stories; for {c.stories or 'all'}: "
             f"python prepare.py {dataset} --tokenizer {c.tokenizer}{more}"
         )
-    return replace(c, dataset=dataset, stories=stories), data
+    return replace(c, dataset=dataset), data
 
 
 def build_model(plan: Plan) -> GPT:

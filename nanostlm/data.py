@@ -2,7 +2,8 @@
 
 train.bin, val.bin   token ids, little-endian uint16 (uint32 above 65,536 ids), with end-of-text after every
                      story, without a header
-meta.json            corpus, source, limit, tokenizer, dtype; stories, tokens and bytes of each split
+meta.json            corpus, source, limit, tokenizer, dtype; split (where stories in .txt files end) or
+                     version (of a built-in corpus); stories, tokens and bytes of train and val
 tokenizer.json       a trained tokenizer
 
 data = load_data("data/tinystories/bpe4096")   # Data(train, val, meta, tokenizer, folder)
@@ -14,6 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,25 +118,38 @@ class Data(NamedTuple):
     folder: Path
 
 
-def load_data(folder: str | Path, tokenizer: Tokenizer | None = None) -> Data:
+def load_data(folder: str | Path, stories: int = 0, tokenizer: Tokenizer | None = None) -> Data:
     """
-    Open and check prepared data, which must have been prepared with `tokenizer` if that is given. ValueError
-    names the damaged file and the command that makes it anew.
+    Open and check prepared data; `train` has the first `stories` of the training split, or all if it is 0.
+    If `tokenizer` is given, the data must have been prepared with it. ValueError names the damaged file and
+    the command that makes it anew.
     """
     folder = Path(folder)
     meta, train, val = open_bins(folder)
-    name = meta["tokenizer"]["name"]
-    if tokenizer is not None:
-        if tokenizer.sha256 != meta["tokenizer"]["sha256"]:
-            raise ValueError(f"{folder} was prepared with another tokenizer ({name}) than the model's")
-        return Data(train, val, meta, tokenizer, folder)
-    trained = folder / "tokenizer.json" if tokenizers.bpe_size(name) else None
-    if trained and not trained.exists():
-        raise ValueError(f"{trained} is missing; {remedy(folder)}")
-    tokenizer = tokenizers.load(trained, name) if trained else tokenizers.get(name)
-    if tokenizer.sha256 != meta["tokenizer"]["sha256"]:
-        raise ValueError(f"{folder} was made with another vocabulary than this {name}; {remedy(folder)}")
+    name, sha256 = meta["tokenizer"]["name"], meta["tokenizer"]["sha256"]
+    if tokenizer is None:
+        trained = folder / "tokenizer.json" if tokenizers.bpe_size(name) else None
+        if trained and not trained.exists():
+            raise ValueError(f"{trained} is missing; {remedy(folder)}")
+        tokenizer = tokenizers.load(trained, name) if trained else tokenizers.get(name)
+        if tokenizer.sha256 != sha256:
+            raise ValueError(f"{folder} was made with another vocabulary than this {name}; {remedy(folder)}")
+    elif tokenizer.sha256 != sha256:
+        raise ValueError(f"{folder} was prepared with another tokenizer ({name}) than the model's")
+    if 0 < stories < meta["train"]["stories"]:
+        train = first_stories(train, tokenizer.eot, stories)
+        meta = meta | {"train": {"stories": stories, "tokens": len(train)}}
     return Data(train, val, meta, tokenizer, folder)
+
+
+def first_stories(ids: np.ndarray, eot: int, n: int, block: int = 1 << 20) -> np.ndarray:
+    """The ids up to the n-th end-of-text, or all if there are fewer."""
+    for start in range(0, len(ids), block):
+        ends = np.flatnonzero(ids[start : start + block] == eot)
+        if n <= len(ends):
+            return ids[: start + ends[n - 1] + 1]
+        n -= len(ends)
+    return ids
 
 
 def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -186,12 +201,34 @@ def highest(ids: np.ndarray, block: int = 1 << 20, most: int = 128) -> int:
 def remedy(folder: Path) -> str:
     """The command that makes this data/CORPUS/TOKENIZER."""
     corpus, data_dir = folder.parent.name, folder.parent.parent
+    if "-" in folder.name:  # see folder_name
+        return f"remove {folder}, and train.py makes it anew"
     source = " --source PATH" if sources.corpus(corpus).needs_source else ""
     where = "" if data_dir == Path("data") else f" --data_dir {data_dir}"
     return f"to make it: python prepare.py {corpus} --tokenizer {folder.name}{source}{where}"
 
 
-def rebuild_reason(folder: Path, source: str | None, stories: int | None) -> str | None:
+def prepared(folder: Path) -> dict[str, dict]:
+    """{TOKENIZER: what meta.json says} of the data in data/CORPUS, the newest first."""
+    files, found = folder.glob("*/meta.json"), {}
+    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(ValueError, TypeError):
+            found[path.parent.name] = dict(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def outdated(corpus: str, meta: dict) -> str | None:
+    """Which version of a built-in corpus data have, if it is not the current one."""
+    version = sources.corpus(corpus).version
+    if not version or meta.get("version") == version():
+        return None
+    found = f"version {meta['version']}" if "version" in meta else "an earlier version"
+    return f"it has {found} of {corpus}, not version {version()}"
+
+
+def rebuild_reason(
+    folder: Path, source: str | None, stories: int | None, split: str | None = None
+) -> str | None:
     """Why the data in `folder` do not satisfy a request for `stories` of `source`; None if they do."""
     try:
         meta = load_data(folder).meta
@@ -200,10 +237,14 @@ def rebuild_reason(folder: Path, source: str | None, stories: int | None) -> str
     except ValueError as error:
         return str(error).split(";")[0]
     made_from, limit = meta.get("source"), meta.get("limit")
+    if reason := outdated(folder.parent.name, meta):
+        return reason
     if source and os.path.abspath(source) != os.path.abspath(made_from or ""):
         return f"it was made from {made_from}"
     if source and os.path.exists(source) and fingerprint_source(source) != meta.get("source_files"):
         return f"{source} has changed"
+    if split and split != meta.get("split"):
+        return f"it was made with --split {meta.get('split', '(not recorded)')}, not {split}"
     if limit and (not stories or stories > limit):
         return f"it has the first {limit:,} stories, not {f'{stories:,}' if stories else 'all'}"
     return None

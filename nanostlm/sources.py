@@ -9,6 +9,7 @@ All of it streams: no corpus is ever in memory as a whole.
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from nanostlm.tokenizer import EOT, Unreachable, within
 
 VAL_SHARE = 100  # one story in this many is for validation, if the source has no validation split
 MAX_STORY = 50_000_000  # characters; a .txt file with a longer story lacks separators
+SMALL = 20_000  # bytes; in a folder of .txt files that are all smaller, each file is one story
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 VAL_NAMES = ("validation", "val", "valid", "dev")
 
@@ -37,6 +39,7 @@ class Corpus:
     stories: int | None = None  # number of stories unless --stories says otherwise; None: all
     repair: bool = False  # restore quotation marks that were decoded as Windows-1252
     check: Callable | None = None  # text -> Verdict(ok, logprob, ...), for a corpus of known entropy
+    version: Callable[[], str] | None = None  # of a built-in corpus
 
     @property
     def needs_source(self) -> bool:
@@ -55,9 +58,17 @@ def check_toystory(text: str):
     return toystories.check(text)
 
 
+def toystories_version() -> str:
+    from nanostlm import toystories
+
+    return toystories.VERSION
+
+
 CORPORA = {
     "tinystories": Corpus(hub_id="roneneldan/TinyStories", repair=True),
-    "toystories": Corpus(generate=generate_toystories, stories=100_000, check=check_toystory),
+    "toystories": Corpus(
+        generate=generate_toystories, stories=100_000, check=check_toystory, version=toystories_version
+    ),
 }
 
 
@@ -69,17 +80,26 @@ def corpus(name: str) -> Corpus:
 # Readers: a file -> its stories; None is a missing text
 
 
-def read_txt(path: str) -> Iterator[str]:
-    """Stories end at lines `<|endoftext|>` if the file has such a line, otherwise at blank lines."""
+def has_line(path: str, wanted: str) -> bool:
     with open(path, "rb") as f:
-        end = EOT if any(line.strip() == EOT.encode() for line in f) else ""
+        return any(line.strip() == wanted.strip().encode() for line in f)
+
+
+def read_txt(path: str, split: str = "auto") -> Iterator[str]:
+    """`split` is the name of a rule in SPLITS, or the line at which stories end."""
+    if split == "auto":
+        split = EOT if has_line(path, EOT) else "blank"
+    end = {"file": None, "blank": ""}.get(split, split.strip())
     lines, size = [], 0
     with open(path, encoding="utf-8-sig") as f:  # -sig skips a byte order mark
-        for line in chain(f, [end]):
-            if line.strip() != end:
+        for line in chain(f, [None]):
+            if line is not None and line.strip() != end:
                 lines.append(line)
                 if (size := size + len(line)) > MAX_STORY:
-                    raise ValueError(f"{path}: a story of over {MAX_STORY:,} characters; blank lines end one")
+                    raise ValueError(
+                        f"{path}: a story of over {MAX_STORY:,} characters; {describe_split(split)} "
+                        "(--split changes this)"
+                    )
             else:
                 if story := "".join(lines).strip("\n"):
                     yield story
@@ -135,10 +155,11 @@ def read_arrow(path: str) -> Iterator[str | None]:
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet, ".arrow": read_arrow}
 
 
-def read_files(paths: list[str]) -> Iterator[str | None]:
+def read_files(paths: list[str], split: str = "auto") -> Iterator[str | None]:
+    readers = READERS | {".txt": partial(read_txt, split=split)}
     for path in paths:
         try:
-            yield from READERS[Path(path).suffix](path)
+            yield from readers[Path(path).suffix](path)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} is not UTF-8 text ({error.reason}); convert it first, as in "
@@ -158,13 +179,16 @@ Source = dict[
 ]  # "train", perhaps "val": a function that reads stories
 
 
-def find(name: str, source: str | None, stories: int | None) -> Source:
-    """The stories of a corpus. ValueError or FileNotFoundError if `source` has none; Unreachable."""
+def find(name: str, source: str | None, stories: int | None, split: str | None = None) -> Source:
+    """The stories of a corpus, those of .txt files by the rule `split`.
+
+    ValueError or FileNotFoundError if `source` has none; Unreachable.
+    """
     if generate := corpus(name).generate:
         return {"train": generate}
     if Path(source).exists():
         files = local_files(Path(source))
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and Path(source).suffix not in SUFFIXES:
+    elif is_hub_id(source):
         files = hub_files(source, stories)
     else:
         raise FileNotFoundError(f"{source}: no such file or folder")
@@ -175,7 +199,12 @@ def find(name: str, source: str | None, stories: int | None) -> Source:
             f"a split train, of {', '.join(SUFFIXES)} files"
         )
     val = next((files[name] for name in VAL_NAMES if name in files), None)
-    return {"train": partial(read_files, files["train"])} | ({"val": partial(read_files, val)} if val else {})
+    read = partial(read_files, split=split or "auto")
+    return {"train": partial(read, files["train"])} | ({"val": partial(read, val)} if val else {})
+
+
+def is_hub_id(source: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and Path(source).suffix not in SUFFIXES
 
 
 def local_files(path: Path) -> dict[str, list[str]]:
@@ -191,6 +220,46 @@ def local_files(path: Path) -> dict[str, list[str]]:
     train = [str(p) for p in files if "train" in words[p]]
     val = [str(p) for p in files if words[p] & set(VAL_NAMES)]
     return {"train": train, "val": val} if train and val else {"train": [str(p) for p in files]}
+
+
+SPLITS = {
+    "file": "one story per file",
+    "blank": "stories end at blank lines",
+    "auto": f"stories end at lines {EOT}, in a file without one at blank lines",
+}
+
+
+def describe_split(split: str) -> str:
+    return SPLITS.get(split, f"stories end at lines {split}")
+
+
+def split_rule(source: str, split: str | None) -> str | None:
+    """Where stories in .txt files end: a rule in SPLITS or a separator line. None without such files.
+
+    `split` decides, if it is given. Otherwise, a folder of several files, all SMALL and without a line
+    `<|endoftext|>`, has one story per file. ValueError if `split` does not fit the files.
+    """
+    path, texts = Path(source), []
+    if path.exists() and not (path.is_dir() and any(path.rglob("*.parquet"))):
+        texts = [[file for file in files if file.endswith(".txt")] for files in local_files(path).values()]
+    files = [*chain(*texts)]
+    if not files:
+        if split and (path.exists() or is_hub_id(source)):
+            raise ValueError(f"--split is for .txt files, and {source} has none")
+        return None
+    if split in ("file", "blank"):
+        return split
+    if split and split != "auto":
+        if not split.strip() or not any(has_line(file, split) for file in files):
+            raise ValueError(
+                f"no line of {source} is {split!r}: --split takes file, blank or a separator line"
+            )
+        return split
+    marked = [has_line(file, EOT) for file in files]
+    if any(marked):
+        return EOT if all(marked) else "auto"
+    small = all(os.path.getsize(file) < SMALL for file in files)
+    return "file" if small and min(map(len, texts)) > 1 else "blank"
 
 
 def ask_datasets(name: str | Path, download: bool = False) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = "4"
+VERSION = "5"
 TEXT = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
 
 # Rules that no story may leave out, and what check() reports when one is missing

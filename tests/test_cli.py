@@ -361,17 +361,48 @@ def test_bins_that_changed_under_a_run_are_refused(here, corpus, tmp_path):
     assert here("run", "--resume", data_dir=place) == 0
 
 
-def test_another_number_of_stories_needs_other_data(here, corpus, tmp_path):
-    """The setting itself makes no other run: it only says what is to be prepared."""
-    made = dict(source=str(corpus.parent / "mini.txt"), data_dir=tmp_path / "few")
-    prepare.prepare("mini", "byte", stories=20, **made)
-    assert here("run", data_dir=tmp_path / "few", stories=20, stop_after=4) == 143
-    assert here("run", "--resume", alone=True, data_dir=tmp_path / "few", stories=19, stop_after=6) == 143
-    assert "changed for the rest of the run: stories: 20 -> 19" in here.said
-    refused(here, "only the first 20", "run", "--resume", alone=True, data_dir=tmp_path / "few", stories=30)
-    prepare.prepare("mini", "byte", stories=30, **made)
+def test_the_first_stories_of_more_that_are_prepared(here, corpus, tmp_path):
+    """A run on them equals a run where no others are prepared, and it can be resumed when others are."""
+    texts = (corpus.parent / "mini.txt").read_text().split("\n\n")
+    for name, part in (("train", texts[:30]), ("validation", texts[30:])):
+        (tmp_path / "source").mkdir(exist_ok=True)
+        (tmp_path / "source" / f"{name}.txt").write_text("\n\n".join(part))
+    made = dict(source=str(tmp_path / "source"), data_dir=tmp_path / "data")
+    prepare.prepare("mini", "byte", stories=10, **made)
+    assert here("few", data_dir=tmp_path / "data", stories=10) == 0
+    assert here("run", data_dir=tmp_path / "data", stories=10, stop_after=4) == 143
+    prepare.prepare("mini", "byte", **made)
+    assert here("run", "--resume", alone=True, data_dir=tmp_path / "data") == 0
+    assert here("many", data_dir=tmp_path / "data", stories=10) == 0 and ": 10 stories, " in here.said
+    for other in ("run", "many"):
+        assert lines("few") == lines(other) and same(kept("few"), kept(other))
+    assert here("all", data_dir=tmp_path / "data") == 0 and ": 30 stories, " in here.said
+    assert lines("all") != lines("few")
+
+
+def test_the_number_of_stories_cannot_change_on_resume(here, corpus, tmp_path):
+    assert here("run", stories=10, stop_after=4) == 143
+    for n in (9, 30, 0):
+        said = f"cannot change on resume: stories: 10 -> {n}"
+        refused(here, said, "run", "--resume", alone=True, stories=n)
+    refused(here, "not those that this run", "run", "--resume", "--override", alone=True, stories=9)
+
+
+def test_the_fallback_has_as_many_stories(here, tmp_path):
+    """HF_HUB_OFFLINE is set in all tests."""
+    offline = dict(dataset="tinystories", fallback="toystories", data_dir="data")
+    assert here("run", **offline, stories=50, stop_after=4) == 143
+    assert "TRAINING ON TOYSTORIES INSTEAD" in here.said
+    config = checkpoint.read("run/latest.pt")["train_config"]
+    assert (config["dataset"], config["stories"]) == ("toystories", 50)
+    assert here("run", "--resume", alone=True, stories=50) == 0
+    assert here("fewer", **offline, stories=20, max_iters=1) == 0 and ": 20 stories, " in here.said
     refused(
-        here, "not those that this run", "run", "--resume", alone=True, data_dir=made["data_dir"], stories=30
+        here,
+        r"only the first 50 .*python prepare.py toystories .*--stories 60",
+        "more",
+        **offline,
+        stories=60,
     )
 
 

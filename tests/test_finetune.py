@@ -1,10 +1,16 @@
 """init_from: a new run from the weights and the tokenizer of another."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
+import prepare
 from nanostlm import checkpoint, runs
+from nanostlm.data import load_data
 from nanostlm.formats import hf
+from nanostlm.tokenizer import from_state
 
 
 @pytest.fixture
@@ -47,3 +53,32 @@ def test_from_a_hugging_face_folder(here, origin, tmp_path):
     assert here("third", init_from="first", max_iters=1) == 0
     first = [runs.read_metrics(tmp_path / run)[0]["loss"] for run in ("second", "third")]
     assert first[0] == pytest.approx(first[1], rel=1e-6)
+
+
+def test_on_a_corpus_that_is_prepared_with_another_tokenizer(here, corpus):
+    """It is prepared with the run's tokenizer, from the source that prepare.py was given."""
+    source, places = str(corpus.parent / "mini.txt"), dict(dataset="other", data_dir="data", max_iters=1)
+    prepare.prepare("mini", "bpe270", source, data_dir="data")
+    assert here("first", dataset="mini", tokenizer="bpe270", data_dir="data", max_iters=3) == 0
+    texts = (f"{i} {words}" for i, words in enumerate((corpus.parent / "mini.txt").read_text().split("\n\n")))
+    Path("other.txt").write_text("\n\n".join(texts))
+    prepare.prepare("other", "bpe270", "other.txt", data_dir="data")
+    assert here("second", init_from="first", **places) == 0
+    tokenizer = checkpoint.read("second/latest.pt")["tokenizer"]
+    assert tokenizer == checkpoint.read("first/latest.pt")["tokenizer"]
+    name = f"bpe270-{from_state(tokenizer).sha256[:8]}"
+    assert checkpoint.read("second/latest.pt")["train_config"]["tokenizer"] == name
+    assert load_data(Path("data", "other", name)).train.size > 100
+    shutil.rmtree(Path("data", "other", name))  # a resumed run makes the same data
+    assert here("second", "--resume", alone=True, max_iters=2, data_dir="data") == 0
+
+
+def test_on_a_corpus_whose_source_is_gone(here, origin, corpus):
+    Path("other.txt").write_text((corpus.parent / "mini.txt").read_text())
+    prepare.prepare("other", "bpe270", "other.txt", data_dir="data")
+    Path("other.txt").unlink()
+    assert here("second", init_from="first", dataset="other", data_dir="data") == 2
+    assert (
+        "prepared with bpe270, not with this model's tokenizer" in here.said
+        and "add --source=PATH" in here.said
+    )

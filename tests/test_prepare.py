@@ -25,7 +25,7 @@ from filelock import FileLock
 import prepare
 from nanostlm import sources, toystories
 from nanostlm import tokenizer as tokenizers
-from nanostlm.data import Bin, Data, highest, load_data
+from nanostlm.data import Bin, Data, first_stories, highest, load_data
 from nanostlm.tokenizer import EOT, Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -174,11 +174,51 @@ def test_the_built_in_corpus(tmp_path):
     assert data.meta["source"] is None and not sources.corpus("toystories").needs_source
 
 
+def test_another_version_of_a_built_in_corpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toystories, "VERSION", "1")
+    data = made(tmp_path, None, corpus="toystories", stories=200)
+    assert data.meta["version"] == "1"
+    made(tmp_path, None, corpus="toystories", stories=200)
+    assert "is ready" in capsys.readouterr().out
+    monkeypatch.setattr(toystories, "VERSION", "2")
+    before = (data.folder / "meta.json").stat().st_mtime_ns
+
+    def missing():
+        return prepare.prepare_missing("toystories", "byte", "", 200, tmp_path / "data", None, "")
+
+    for found in ("version 1", "an earlier version"):  # what training does: it warns and keeps the data
+        assert missing() == "toystories" and (data.folder / "meta.json").stat().st_mtime_ns == before
+        said = capsys.readouterr().err
+        assert f"WARNING: {data.folder} is outdated: it has {found} of toystories, not version 2" in said
+        assert "python prepare.py toystories --tokenizer byte" in said
+        edit(data.folder / "meta.json", lambda b: b.replace(b'"version": "1",', b""))
+        before = (data.folder / "meta.json").stat().st_mtime_ns
+    assert made(tmp_path, None, corpus="toystories", stories=200).meta["version"] == "2"
+    assert "is made anew: it has an earlier version" in capsys.readouterr().out
+    missing()
+    assert "WARNING" not in capsys.readouterr().err
+
+
 def test_the_table_of_corpora():
     mine = sources.corpus("mine")
     assert mine.needs_source and not (mine.stories or mine.repair or mine.check)
     assert sources.corpus("tinystories").hub_id == "roneneldan/TinyStories"
     assert not sources.corpus("tinystories").needs_source
+
+
+def test_the_first_stories_of_prepared_data(tmp_path):
+    data = made(tmp_path, txt(tmp_path / "mine.txt", stories(300)))
+    texts = texts_of(data, "train")
+    for n in (1, 7, len(texts) - 1, len(texts), 10_000):
+        first = load_data(data.folder, n)
+        assert texts_of(first, "train") == texts[:n] and texts_of(first, "val") == texts_of(data, "val")
+        assert first.meta["train"]["stories"] == min(n, len(texts))
+        assert first.meta["train"]["tokens"] == len(first.train)
+    eot = data.tokenizer.eot
+    for n in (1, 7, len(texts)):  # in small blocks, too
+        assert (
+            first_stories(data.train, eot, n, block=50).tolist() == load_data(data.folder, n).train.tolist()
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -194,6 +234,72 @@ def test_text_files(tmp_path):
     assert read(f"one\n\ntwo\n{EOT}\n{EOT}\nthree {EOT} four\n{EOT}\n") == ["one\n\ntwo", f"three {EOT} four"]
     assert read("\ufeffone\n\nдва 😀") == ["one", "два 😀"]
     assert read("") == read("\n\n") == read(f"{EOT}\n\n{EOT}\n\n") == []
+
+
+def folder_of_texts(folder: Path, texts: list[str]) -> str:
+    for i, text in enumerate(texts):
+        write(folder / f"{i:03}.txt", text)
+    return str(folder)
+
+
+def test_a_folder_of_small_files_has_one_story_per_file(tmp_path, capsys):
+    texts = [f"{text}\n\nand so on" for text in stories(61)]
+    source = folder_of_texts(tmp_path / "tales", texts)
+    data = made(tmp_path, source)
+    assert all_texts(data) == sorted(texts) and data.meta["split"] == "file"
+    assert f"{source}: 61 stories; one story per file (--split changes this)" in capsys.readouterr().out
+    write(tmp_path / "tales" / "large.txt", "x" * sources.SMALL)
+    assert len(all_texts(made(tmp_path, source))) == 2 * 61 + 1  # which is no longer a folder of small files
+    out = capsys.readouterr().out
+    assert "tales has changed" in out and "123 stories; stories end at blank lines" in out
+
+
+@pytest.mark.parametrize("texts, split, expected", [
+    (["a\n\nb", "c\n\nd"], None, "file"),
+    (["a\n\nb"], None, "blank"),  # a single file
+    (["a\n\nb", f"c\n{EOT}\nd\n\ne"], None, "auto"),
+    ([f"a\n{EOT}\nb", f"c\n{EOT}\nd\n\ne"], None, EOT),
+    (["a\n\nb", "c\n\nd"], "blank", "blank"),
+    (["a\n\nb", f"c\n{EOT}\nd"], "file", "file"),
+    (["a\n* *\nb", "c\n\nd"], "* *", "* *"),
+])  # fmt: skip
+def test_where_stories_end(tmp_path, texts, split, expected):
+    source = folder_of_texts(tmp_path / "tales", texts)
+    data = made(tmp_path, source, split=split)
+    ends = {"file": r"$^", "blank": r"\n\n", EOT: rf"\n{re.escape(EOT)}\n", "* *": r"\n\* \*\n"}
+    ends["auto"] = ends[EOT]
+    parts = [re.split(ends["blank" if expected == "auto" and EOT not in t else expected], t) for t in texts]
+    assert all_texts(data) == sorted(story for part in parts for story in part)
+    assert data.meta["split"] == expected
+
+
+def test_another_split_makes_the_data_anew(tmp_path, capsys):
+    source = folder_of_texts(tmp_path / "tales", [f"{text}\n---\n\nend" for text in stories(9)])
+    assert len(all_texts(made(tmp_path, source))) == 9
+    capsys.readouterr()
+    for split, n in (("blank", 18), ("---", 18), ("file", 9)):
+        assert len(all_texts(made(tmp_path, None, split=split))) == n  # the source is known
+        assert f"not {split}" in capsys.readouterr().out
+    made(tmp_path, source)
+    made(tmp_path, None)
+    assert capsys.readouterr().out.count("is ready") == 2
+    made(tmp_path, None, split="blank")
+    assert len(all_texts(made(tmp_path, None, "bpe300"))) == 18  # another tokenizer has the same stories
+    assert len(all_texts(made(tmp_path, source))) == 9  # without --split, the default rule again
+
+
+def test_bad_splits(tmp_path, monkeypatch, capsys):
+    source, jsonl = txt(tmp_path / "a.txt", stories(9)), write(tmp_path / "a.jsonl", '{"text": "a"}\n')
+    for name, place, split, words in (
+        ("mine", source, "###", "no line of .*a.txt is '###': --split takes file, blank or a separator line"),
+        ("mine", source, " ", "--split takes file, blank or a separator line"),
+        ("mine", jsonl, "file", "--split is for .txt files, and .*a.jsonl has none"),
+        ("mine", "someone/Stories", "file", "--split is for .txt files"),
+        ("toystories", None, "file", "takes no --source and no --split"),
+    ):
+        given = ["--source", place] if place else []
+        status, err = run(monkeypatch, capsys, tmp_path, name, *given, f"--split={split}")
+        assert status == 2 and re.search(words, err) and err.count("\n") == 1, err
 
 
 def test_every_format_gives_the_same_stories(tmp_path):
@@ -525,6 +631,46 @@ def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(Bin, "write", fail)
         assert run(monkeypatch, capsys, tmp_path, "mine", "--source", source)[0] == status
         assert not (tmp_path / "data" / "mine").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The source of earlier data
+
+
+def test_another_tokenizer_uses_the_source_of_earlier_data(tmp_path, monkeypatch, capsys):
+    texts = stories(60)
+    txt(tmp_path / "mine.txt", texts)
+    monkeypatch.chdir(tmp_path)
+    made(tmp_path, "mine.txt")
+    monkeypatch.chdir("/")
+    data = made(tmp_path, None, "bpe300")
+    assert all_texts(data) == sorted(texts) and data.meta["source"] == str(tmp_path / "mine.txt")
+    assert (
+        f"is prepared with byte, not with bpe300: reading {tmp_path / 'mine.txt'} again"
+        in capsys.readouterr().out
+    )
+    (data.folder / "train.bin").unlink()
+    assert all_texts(made(tmp_path, None, "bpe300")) == sorted(texts)  # also to make the same folder anew
+
+
+def test_a_local_copy_of_a_hub_data_set_is_used_again(tmp_path):
+    parquet(tmp_path / "s" / "train-00000-of-00001.parquet", stories(30))
+    made(tmp_path, str(tmp_path / "s"), corpus="tinystories")
+    assert all_texts(made(tmp_path, None, "bpe300", corpus="tinystories")) == sorted(stories(30))
+
+
+def test_a_source_that_is_gone(tmp_path, monkeypatch, capsys):
+    source = Path(txt(tmp_path / "mine.txt", stories(60)))
+    folder = made(tmp_path, source).folder
+    source.unlink()
+    status, err = run(monkeypatch, capsys, tmp_path, "mine", "--tokenizer", "bpe300")
+    assert status == 2 and f"is prepared with byte, not with bpe300, and its source {source} is gone" in err
+    assert "python prepare.py mine --source PATH --tokenizer bpe300" in err
+    with pytest.raises(ValueError, match="not with this model's tokenizer.* is gone: add --source=PATH"):
+        made(tmp_path, None, "bpe300-12345678", given=tokenizers.train_bpe(stories(60), 300))
+    (folder / "train.bin").unlink()
+    status, err = run(monkeypatch, capsys, tmp_path, "mine", "--tokenizer", "byte")
+    assert status == 2 and "'mine' must be made anew, and its source" in err
 
 
 # ------------------------------------------------------------------------------------------------------------
