@@ -851,8 +851,16 @@ def test_compiling_that_fails_is_loud_and_the_run_goes_on(here, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     assert here("run", compile="True", dropout=0.1) == 0
     warning = next(line for line in here.said.splitlines() if "WARNING" in line)
-    assert "torch.compile failed" in warning and "no compiler found" in warning
+    assert warning == "WARNING: this run is not compiled, and slower: RuntimeError: no compiler found"
     monkeypatch.undo()
+
+
+def test_training_without_a_cpp_compiler_says_so(here, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
+    assert here("run", compile="True", max_iters=2) == 0
+    (warning,) = [line for line in here.said.splitlines() if "WARNING" in line]
+    assert "no C++ compiler found; install g++" in warning and len(warning) < 140
 
 
 def test_compiling_changes_no_weights_and_no_losses(here, monkeypatch):
