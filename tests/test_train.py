@@ -165,8 +165,9 @@ def test_points_make_triangle_linear_and_constant():
             optim.points("dropout_schedule", wrong)
 
 
-def test_dropout_follows_its_points_in_every_layer(monkeypatch):
-    t, seen = trainer(dropout_schedule="0:0.0, 4:0.4", position="shaw"), []
+@pytest.mark.parametrize("dropout", [0.0, 0])
+def test_dropout_follows_its_points_in_every_layer(monkeypatch, dropout):
+    t, seen = trainer(dropout_schedule="0:0.0, 4:0.4", position="shaw", dropout=dropout), []
     forward = t.model.forward
 
     def spy(*args, **kwargs):
