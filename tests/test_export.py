@@ -339,6 +339,13 @@ def test_an_import_that_would_compute_something_else_is_refused(name, settings, 
         from_hf(tmp_path)
 
 
+def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
+    hf = others(tmp_path, llama())
+    edit_json(tmp_path / "config.json", [], tie_word_embeddings=True)
+    model, _ = check_import(tmp_path, open_model(tmp_path), hf)
+    assert not model.config.tied
+
+
 def test_begin_and_end_may_differ(tmp_path):
     theirs = llama(bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
     hf = others(tmp_path, theirs, special=("<unk>", "<s>", "</s>"))

@@ -315,8 +315,9 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
     prefix = family.blocks.split(".")[0] + "."  # missing in the files of gpt2 itself
     tensors = {n if n.startswith((prefix, "lm_head.")) else prefix + n: x for n, x in tensors.items()}
     tokens, head = family.outer["embedder.tokens"] + ".weight", "lm_head.weight"
-    if c.tied:
-        tensors[head] = tensors.get(tokens)
+    weight = tensors.get(tokens)
+    if c.tied and weight is not None and not torch.equal(tensors.setdefault(head, weight), weight):
+        c = replace(c, tied=False)  # like transformers, which does not tie two different tensors
     model = GPT(replace(c, vocab_size=tokenizer.vocab_size, tied=c.tied and begin == end)).eval()
     for name, view in views(model, family):
         value = tensors.pop(name, torch.empty(0))
