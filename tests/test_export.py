@@ -91,7 +91,9 @@ CASES = {  # name: (class of transformers, settings)
     "shared layers": ("Llama", dict(share="layers", tied=False)),
     "lora": ("Llama", dict(share="lora", n_kv_head=1, bias=True)),
     "window": ("Mistral", dict(window=5)),
+    "shortest window": ("Mistral", dict(window=2)),
     "qk_norm": ("Qwen3", dict(qk_norm=True, n_kv_head=2)),
+    "qk_norm shortest window": ("Qwen3", dict(qk_norm=True, window=2)),
     "qk_norm window": ("Qwen3", dict(qk_norm=True, window=5, tied=False)),
     "plain": ("Arcee", dict(mlp="relu2", bias=True)),
     "plain qk_norm": ("Apertus", dict(mlp="relu2", qk_norm=True, tied=False, rope_theta=100.0)),
@@ -179,6 +181,8 @@ def test_refused_by_name(bpe, tmp_path):
         (dict(NANOCHAT, embed_norm=False, softcap=5.0), "embed_norm=False has no equivalent in NanoChat"),
         (dict(GPT2, window=8, n_kv_head=1), "window=8, n_kv_head=1 have no equivalent in GPT2LMHeadModel"),
         (dict(GPT2, mlp="swiglu"), "mlp=swiglu has no"),
+        (dict(window=1), "window=1 has no equivalent in MistralForCausalLM with a cache"),
+        (dict(window=1, qk_norm=True), "window=1 has no equivalent in Qwen3ForCausalLM with a cache"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             to_hf(model_of(bpe, **settings), bpe, tmp_path / "no")

@@ -226,6 +226,8 @@ def to_hf(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     folder, eot = Path(folder), tokenizer.eot
     family = min(FAMILIES, key=lambda family: len(unsupported(model.config, family.supported)))
     refuse(unsupported(model.config, family.supported), f"{family.name}, the nearest class of transformers")
+    if model.config.window == 1 < model.config.block_size:  # its logits are right without a cache only
+        refuse(["window=1"], f"{family.name} with a cache of keys and values")
     model = plain(model, **family.explicit)
     c, tensors = model.config, {}
     for name, view in views(model, family):
