@@ -157,7 +157,10 @@ def main(argv: list[str]) -> None:
         began = time.perf_counter()
         step = compile_step(model)
         ids = [tokenizer.encode(prompt)] * options.num_samples
-        generate(model, ids, 2, eot=tokenizer.eot, step=step)
+        try:
+            generate(model, ids, 2, eot=tokenizer.eot, step=step)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RuntimeError(f"--compile failed: {machine.compile_failure(error)}") from error
         print(f"compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     elif dtype != torch.int8:
         column_major(model)

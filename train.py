@@ -383,8 +383,7 @@ class Trainer:
             self.forward = compiled
             print0(f"compiled in {time.perf_counter() - began:.0f} s")
         except Exception as error:  # compilers raise all kinds; the run continues without one
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print0(f"WARNING: torch.compile failed, so this run continues without it, slower. {reason}")
+            print0(f"WARNING: this run is not compiled, and slower: {machine.compile_failure(error)}")
         self.model.zero_grad(set_to_none=True)
 
     # -- evaluation

@@ -187,7 +187,8 @@ class StaticKVCache(Columns):
 
     def write(self, store: Tensor, new: Tensor) -> Tensor:
         columns = (self.seen + torch.arange(new.shape[-2], device=new.device)) % self.size
-        return store.index_copy_(-2, columns, new.to(store.dtype))
+        store.index_copy_(-2, columns, new.to(store.dtype))
+        return store.to(new.dtype)  # on a CPU, a compiled step computes in float32 over a 16-bit cache
 
     def advance(self, T: int) -> None:
         self.seen += T

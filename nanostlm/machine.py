@@ -71,6 +71,14 @@ def inference_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def compile_failure(error: Exception) -> str:
+    """Say in one line why torch.compile failed."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if re.search(r"InvalidCxxCompiler|Compiler: \S+ is not found", reason):  # the latter on Windows
+        return "no C++ compiler found; install g++ or clang++, or set CXX to one"
+    return reason
+
+
 class Machine(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of matrix products in training

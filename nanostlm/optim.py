@@ -138,5 +138,5 @@ def set_dropout(model: nn.Module, p: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = p
-        elif isinstance(getattr(module, "dropout", None), float):
+        elif type(getattr(module, "dropout", None)) in (int, float):
             module.dropout = p

@@ -91,7 +91,9 @@ CASES = {  # name: (class of transformers, settings)
     "shared layers": ("Llama", dict(share="layers", tied=False)),
     "lora": ("Llama", dict(share="lora", n_kv_head=1, bias=True)),
     "window": ("Mistral", dict(window=5)),
+    "shortest window": ("Mistral", dict(window=2)),
     "qk_norm": ("Qwen3", dict(qk_norm=True, n_kv_head=2)),
+    "qk_norm shortest window": ("Qwen3", dict(qk_norm=True, window=2)),
     "qk_norm window": ("Qwen3", dict(qk_norm=True, window=5, tied=False)),
     "plain": ("Arcee", dict(mlp="relu2", bias=True)),
     "plain qk_norm": ("Apertus", dict(mlp="relu2", qk_norm=True, tied=False, rope_theta=100.0)),
@@ -106,11 +108,21 @@ CASES = {  # name: (class of transformers, settings)
 }
 
 
-def open_hf(folder):
+def open_model(folder):
     transformers = pytest.importorskip("transformers")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info  # nothing missing, nothing left over
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    return model.eval()
+
+
+def open_hf(folder):
+    model = open_model(folder)
+    return model, pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+
+
+def edit_json(path: Path, missing: list[str], **changes) -> None:
+    data = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in data.items() if key not in missing}))
 
 
 def hf_greedy(model, tokenizer, text: str, n: int) -> list[int]:
@@ -169,6 +181,8 @@ def test_refused_by_name(bpe, tmp_path):
         (dict(NANOCHAT, embed_norm=False, softcap=5.0), "embed_norm=False has no equivalent in NanoChat"),
         (dict(GPT2, window=8, n_kv_head=1), "window=8, n_kv_head=1 have no equivalent in GPT2LMHeadModel"),
         (dict(GPT2, mlp="swiglu"), "mlp=swiglu has no"),
+        (dict(window=1), "window=1 has no equivalent in MistralForCausalLM with a cache"),
+        (dict(window=1, qk_norm=True), "window=1 has no equivalent in Qwen3ForCausalLM with a cache"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             to_hf(model_of(bpe, **settings), bpe, tmp_path / "no")
@@ -229,13 +243,15 @@ def others(folder, model, tokens=STORIES, special=("<|endoftext|>",), edit=lambd
     return hf
 
 
-def llama(**settings):
+def llama(name="Llama", **settings):
+    """A random model of a class of transformers."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(vocab_size=310, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=48,
                  bos_token_id=0, eos_token_id=0)  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | settings)).eval()
+    config = getattr(transformers, f"{name}Config")(**sizes | settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2 if p.ndim == 2 else 1 + torch.randn_like(p) * 0.3)
@@ -271,6 +287,67 @@ def test_llama_of_others(tmp_path):
     check_import(tmp_path / "shards", theirs, hf)
     hf = others(tmp_path / "bf16", theirs.bfloat16())
     check_import(tmp_path / "bf16", type(theirs).from_pretrained(tmp_path / "bf16", dtype="float32"), hf)
+
+
+QWEN3 = dict(head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=0)
+SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
+MIXED = ["sliding_attention", "full_attention"]
+INCOMPLETE = {  # class, its settings, keys left out of config.json, our settings
+    "window of qwen3": ("Qwen3", QWEN3, ["layer_types"], dict(window=5)),
+    "use_sliding_window": ("Qwen3", QWEN3, ["layer_types", "use_sliding_window"], dict(window=0)),
+    "max_window_layers": ("Qwen3", QWEN3, ["layer_types", "max_window_layers"], dict(window=0)),
+    "all full": ("Qwen3", QWEN3 | dict(layer_types=FULL), [], dict(window=0)),
+    "all sliding": ("Qwen3", QWEN3 | dict(layer_types=SLIDING), ["max_window_layers"], dict(window=5)),
+    "window of mistral": ("Mistral", {}, ["sliding_window"], dict(window=4096)),
+    "no window": ("Mistral", dict(sliding_window=None), [], dict(window=0)),
+    "mistral has no use_sliding_window": (
+        "Mistral",
+        dict(sliding_window=5, use_sliding_window=False),
+        [],
+        dict(window=5),
+    ),
+    "softcap": ("NanoChat", {}, ["final_logit_softcapping"], dict(softcap=15.0)),
+    "no softcap": ("NanoChat", dict(final_logit_softcapping=None), [], dict(softcap=0.0)),
+    "biases": ("Llama", {}, ["attention_bias", "mlp_bias"], dict(bias=False)),
+    "rope of llama": ("Llama", {}, ["rope_parameters"], dict(rope_theta=10000.0)),
+    "key/value heads": ("Llama", dict(num_key_value_heads=4), ["num_key_value_heads"], dict(n_kv_head=0)),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_missing_keys_have_the_defaults_of_transformers(case, tmp_path):
+    name, settings, missing, wanted = INCOMPLETE[case]
+    hf = others(tmp_path, llama(name, **settings))
+    edit_json(tmp_path / "config.json", missing)
+    theirs = open_model(tmp_path)
+    model, _ = check_import(tmp_path, theirs, hf)
+    assert {key: getattr(model.config, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "name, settings, missing, words",
+    [
+        ("Qwen3", QWEN3 | dict(layer_types=MIXED), [], "layer_types=full_attention and sliding_attention"),
+        ("Qwen3", QWEN3 | dict(max_window_layers=1), ["layer_types"], "max_window_layers=1"),
+        ("Qwen3", dict(head_dim=8, layer_types=SLIDING), [], "layer_types=sliding_attention"),
+        ("Qwen3", QWEN3, ["head_dim"], "head_dim=128"),
+        ("Apertus", dict(hidden_act="relu2"), ["rope_parameters"], "rope_type=llama3"),
+        ("Llama", dict(attention_bias=True, mlp_bias=True), ["mlp_bias"], "mlp_bias=False"),
+        ("Llama", dict(partial_rotary_factor=0.5), [], "partial_rotary_factor=0.5"),
+    ],
+)  # fmt: skip
+def test_an_import_that_would_compute_something_else_is_refused(name, settings, missing, words, tmp_path):
+    others(tmp_path, llama(name, **settings))
+    edit_json(tmp_path / "config.json", missing)
+    with pytest.raises(ValueError, match=f"{words} has no equivalent in model.py"):
+        from_hf(tmp_path)
+
+
+def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
+    hf = others(tmp_path, llama())
+    edit_json(tmp_path / "config.json", [], tie_word_embeddings=True)
+    model, _ = check_import(tmp_path, open_model(tmp_path), hf)
+    assert not model.config.tied
 
 
 def test_begin_and_end_may_differ(tmp_path):

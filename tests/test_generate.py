@@ -108,10 +108,19 @@ def test_one_compiled_step_serves_every_token(kind):
     assert len(graphs) == (model.config.block_size > 1)  # with block_size 1, every token is a prompt
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_compiled_step_of_one_row_computes_in_float32(dtype):
+LOW_PRECISION = {
+    "grouped": dict(bias=True, norm="layernorm", n_kv_head=2),
+    "pointer": dict(pointer=True),
+    "shaw": dict(position="shaw", shaw_values=True, shaw_clip=3),
+    "masked": dict(separator=EOT, pointer=True, n_kv_head=1),
+}
+
+
+@pytest.mark.parametrize("kind", LOW_PRECISION)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_compiled_step_of_one_row_computes_in_float32(dtype, kind):
     torch._dynamo.reset()
-    model = tiny(tied=True, bias=True, norm="layernorm", n_kv_head=2).to(getattr(torch, dtype))
+    model = tiny(tied=True, **LOW_PRECISION[kind]).to(getattr(torch, dtype))
     for part in model.modules():
         if getattr(part, "bias", None) is not None:
             torch.nn.init.normal_(part.bias)

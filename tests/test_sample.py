@@ -140,6 +140,14 @@ def test_int8_needs_a_cpu():
         machine.inference_dtype("int8", torch.device("meta"))
 
 
+def test_compiling_without_a_cpp_compiler_says_so(runs):
+    line = command("--prompt", "Once", "--compile")
+    done = subprocess.run(line, cwd=runs, capture_output=True, text=True, env=os.environ | {"CXX": "/none"})
+    assert done.returncode == 1 and done.stdout == ""
+    want = "error: --compile failed: no C++ compiler found; install g++ or clang++, or set CXX to one"
+    assert done.stderr.splitlines()[1:] == [want]
+
+
 def test_no_run_at_all(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = main("--prompt", "Once")

@@ -166,8 +166,9 @@ def test_points_make_triangle_linear_and_constant():
             optim.points("dropout_schedule", wrong)
 
 
-def test_dropout_follows_its_points_in_every_layer(monkeypatch):
-    t, seen = trainer(dropout_schedule="0:0.0, 4:0.4", position="shaw"), []
+@pytest.mark.parametrize("dropout", [0.0, 0])
+def test_dropout_follows_its_points_in_every_layer(monkeypatch, dropout):
+    t, seen = trainer(dropout_schedule="0:0.0, 4:0.4", position="shaw", dropout=dropout), []
     forward = t.model.forward
 
     def spy(*args, **kwargs):
@@ -881,8 +882,16 @@ def test_compiling_that_fails_is_loud_and_the_run_goes_on(here, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     assert here("run", compile="True", dropout=0.1) == 0
     warning = next(line for line in here.said.splitlines() if "WARNING" in line)
-    assert "torch.compile failed" in warning and "no compiler found" in warning
+    assert warning == "WARNING: this run is not compiled, and slower: RuntimeError: no compiler found"
     monkeypatch.undo()
+
+
+def test_training_without_a_cpp_compiler_says_so(here, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
+    assert here("run", compile="True", max_iters=2) == 0
+    (warning,) = [line for line in here.said.splitlines() if "WARNING" in line]
+    assert "no C++ compiler found; install g++" in warning and len(warning) < 140
 
 
 def test_compiling_changes_no_weights_and_no_losses(here, monkeypatch):

@@ -96,6 +96,17 @@ ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}  
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of GPT-2's vocabulary
 
 
+NO_BIAS = dict(attention_bias=False, mlp_bias=False)
+QWEN3_DEFAULTS = dict(
+    num_key_value_heads=32,
+    head_dim=128,
+    use_sliding_window=False,
+    sliding_window=4096,
+    max_window_layers=28,
+    layer_types=None,
+)
+
+
 class Family(NamedTuple):
     """A class of transformers that some of our models are equal to."""
 
@@ -110,19 +121,34 @@ class Family(NamedTuple):
     explicit: dict = dict(
         norm_weight=True
     )  # our settings for a model with a parameter for each of their tensors
+    defaults: dict = {}  # keys that may be missing in config.json -> what transformers takes for them
 
 
 FAMILIES = [
-    Family("LlamaForCausalLM", "llama", LLAMA, KEYS | BIAS_KEYS),
-    Family("MistralForCausalLM", "mistral", LLAMA | dict(bias=[False], window=ANY), KEYS | WINDOW_KEYS),
+    Family("LlamaForCausalLM", "llama", LLAMA, KEYS | BIAS_KEYS, defaults=NO_BIAS),
+    Family(
+        "MistralForCausalLM",
+        "mistral",
+        LLAMA | dict(bias=[False], window=ANY),
+        KEYS | WINDOW_KEYS,
+        defaults=dict(num_key_value_heads=8, sliding_window=4096),
+    ),
     Family(
         "Qwen3ForCausalLM",
         "qwen3",
         LLAMA | dict(bias=[False], window=ANY, qk_norm=[True]),
         KEYS | WINDOW_KEYS,
         fixed=dict(attention_bias=False, max_window_layers=0),
+        defaults=QWEN3_DEFAULTS,
     ),
-    Family("ArceeForCausalLM", "arcee", LLAMA | dict(mlp=UNGATED), KEYS | BIAS_KEYS, block=UNGATED_BLOCK),
+    Family(
+        "ArceeForCausalLM",
+        "arcee",
+        LLAMA | dict(mlp=UNGATED),
+        KEYS | BIAS_KEYS,
+        block=UNGATED_BLOCK,
+        defaults=NO_BIAS,
+    ),
     Family(
         "NanoChatForCausalLM",
         "nanochat",
@@ -134,6 +160,7 @@ FAMILIES = [
         fixed=dict(attention_bias=False),
         block=UNGATED_BLOCK | {"mlp.fc": "mlp.fc1", "mlp.proj": "mlp.fc2"},
         explicit={},
+        defaults=dict(final_logit_softcapping=15.0),
     ),
     Family(
         "ApertusForCausalLM",
@@ -141,6 +168,7 @@ FAMILIES = [
         LLAMA | dict(mlp=UNGATED, bias=[False], qk_norm=[True]),
         fixed=dict(attention_bias=False),
         block=UNGATED_BLOCK | {"norm1": "attention_layernorm", "norm2": "feedforward_layernorm"},
+        defaults=dict(rope_parameters={"rope_type": "llama3"}),
     ),
     Family(
         "GPT2LMHeadModel",
@@ -198,6 +226,8 @@ def to_hf(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     folder, eot = Path(folder), tokenizer.eot
     family = min(FAMILIES, key=lambda family: len(unsupported(model.config, family.supported)))
     refuse(unsupported(model.config, family.supported), f"{family.name}, the nearest class of transformers")
+    if model.config.window == 1 < model.config.block_size:  # its logits are right without a cache only
+        refuse(["window=1"], f"{family.name} with a cache of keys and values")
     model = plain(model, **family.explicit)
     c, tensors = model.config, {}
     for name, view in views(model, family):
@@ -287,8 +317,9 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
     prefix = family.blocks.split(".")[0] + "."  # missing in the files of gpt2 itself
     tensors = {n if n.startswith((prefix, "lm_head.")) else prefix + n: x for n, x in tensors.items()}
     tokens, head = family.outer["embedder.tokens"] + ".weight", "lm_head.weight"
-    if c.tied:
-        tensors[head] = tensors.get(tokens)
+    weight = tensors.get(tokens)
+    if c.tied and weight is not None and not torch.equal(tensors.setdefault(head, weight), weight):
+        c = replace(c, tied=False)  # like transformers, which does not tie two different tensors
     model = GPT(replace(c, vocab_size=tokenizer.vocab_size, tied=c.tied and begin == end)).eval()
     for name, view in views(model, family):
         value = tensors.pop(name, torch.empty(0))
@@ -325,22 +356,42 @@ def local_folder(source: str | Path) -> Path:
         ) from None
 
 
+def uniform_window(config: dict) -> tuple[dict, dict]:
+    """
+    Return a complete configuration of Qwen3 in which sliding_window holds for all layers, and the key, with
+    its value, that makes it hold for some of them only.
+    """
+    window = config["sliding_window"] if config["use_sliding_window"] else None
+    kinds = set(config["layer_types"] or [])
+    key, value = "layer_types", " and ".join(sorted(kinds))
+    if not kinds:
+        key, value = "max_window_layers", config["max_window_layers"]
+        layers = range(config["num_hidden_layers"])
+        kinds = {"sliding_attention" if window and i >= value else "full_attention" for i in layers}
+    everywhere = bool(window) and kinds == {"sliding_attention"}
+    odd = {} if everywhere or kinds == {"full_attention"} else {key: value}
+    return config | {"sliding_window": window if everywhere else None, "max_window_layers": None}, odd
+
+
 def read_config(config: dict, tied: bool) -> tuple[Family, GPTConfig]:
     """Return the family and our configuration, with their vocab_size. `tied` is the default for that key."""
     family = next((family for family in FAMILIES if family.model_type == config["model_type"]), None)
     if family is None:
         known = ", ".join(family.model_type for family in FAMILIES)
         raise ValueError(f"model_type={config['model_type']} has no equivalent here; there are {known}")
-    if not config.get("use_sliding_window", True):
-        config = config | {"sliding_window": None, "max_window_layers": None}
-    found, odd = {}, {}
+    config, found, odd = family.defaults | config, {}, {}
+    if family.model_type == "qwen3":
+        config, odd = uniform_window(config)
     for theirs, ours in family.keys.items():
         value = config.get(theirs)
         if value is None and ours not in OPTIONAL:
             raise KeyError(theirs)
         if value is not None and found.setdefault(ours, value) != value:
             odd[theirs] = value  # two of their keys are one setting here, and differ
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = {
+        key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None
+    }
+    rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
     activation = config["activation_function" if family.model_type == "gpt2" else "hidden_act"]
     mlps = [mlp for mlp in family.supported["mlp"] if activation in ACTIVATIONS[mlp]]
     fixed = family.fixed | {"head_dim": found["n_embd"] // found["n_head"]}
@@ -349,7 +400,7 @@ def read_config(config: dict, tied: bool) -> tuple[Family, GPTConfig]:
     odd |= {} if mlps else {"hidden_act": activation}
     refuse([f"{key}={value}" for key, value in odd.items()], "model.py")
     implied = {name: values[0] for name, values in family.supported.items() if values is not ANY}
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = float(rope.get("rope_theta", 10000.0))
     settings = implied | family.explicit | {"mlp": mlps[0], "rope_theta": theta, "tied": tied} | found
     c = GPTConfig(**settings)
     c.validate()
