@@ -454,6 +454,18 @@ def test_an_earlier_version_s_run_resumes(earlier, capsys):
     assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-5)
 
 
+def test_an_earlier_version_s_progress_and_separator_are_taken_over():
+    """The separator is end-of-text, the last id of the tokenizer, whatever its size."""
+    tok = tokenizer.Tokenizer("bpe258", [bytes([b]) for b in range(256)] + [b"ab"])
+    progress = dict(step=7, best=1.5, evaluated=6, skipped=2, elapsed=3.25)
+    old = state(format=1, tokenizer=tok.state(), optimizers=[], waited=4, **progress)
+    del old["model_config"]["separator"]
+    for cross_stories, separator in ((False, tok.eot), (True, -1)):
+        found = checkpoint.upgrade(old | {"train_config": {"cross_stories": cross_stories}})
+        assert found["model_config"]["separator"] == separator and found["format"] == checkpoint.FORMAT
+        assert runs.Progress(**found["progress"]) == runs.Progress(**progress, evals_since_best=4)
+
+
 def test_an_earlier_version_s_average_of_weights_loads_but_does_not_resume(earlier, capsys):
     state = torch.load("run/latest.pt", weights_only=True)
     state["train_config"]["ema"] = 0.9

@@ -286,6 +286,8 @@ def test_a_warmup_longer_than_the_run_is_cut_with_a_note(here):
     assert here("run", warmup_iters=100, max_iters=10, log_interval=1) == 0
     assert "warmup_iters=100 is cut to 5" in here.said
     assert max(line["lr"] for line in lines("run", "train")) == pytest.approx(0.01)
+    assert here("", warmup_iters=10, max_iters=10) == 0 and "warmup_iters=10 is cut to 5" in here.said
+    assert here("", warmup_iters=9, max_iters=10) == 0 and "is cut" not in here.said
 
 
 # ----------------------------------------------------------------------------------------------------------

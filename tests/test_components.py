@@ -320,6 +320,8 @@ def test_what_a_cache_can_drop():
     window = tiny(block_size=8, window=8)
     got = model(idx[:, 16:18], cache=cache)[0]
     assert error(got, window(idx[:, :18])[0][:, 16:]) < 1e-5
+    with pytest.raises(ValueError, match="cannot drop"):  # the columns that tokens 18 and 19 took are lost
+        cache.drop(3)
     for bad in (-1, 19):
         with pytest.raises(ValueError, match="cannot drop"):
             cache.drop(bad)
@@ -602,6 +604,14 @@ def test_bigram_init_is_the_bigram_model_of_the_text():
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
+def test_bigram_init_needs_a_head_of_its_own():
+    model = GPT(GPTConfig(vocab_size=V, n_layer=1, n_head=2, n_embd=16, tied=True, init="zero"))
+    before = model.head.linear.weight.clone()
+    with pytest.raises(ValueError, match="tied=False"):
+        bigram_init(model, torch.arange(20))
+    assert torch.equal(model.head.linear.weight, before)
+
+
 @pytest.mark.parametrize("name", [name for name in PLACES if name != "none"])
 @torch.no_grad()
 def test_order_matters_with_positions(name):
@@ -638,7 +648,7 @@ def with_mask(model: GPT, idx, mask) -> AttnInputs:
 
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [0, 1, 4, 12, 40])
+@pytest.mark.parametrize("window", [0, 1, 4, 11, 12, 40])
 @pytest.mark.parametrize("name", PLACES)
 @torch.no_grad()
 def test_window_and_segments_are_a_mask(name, window, causal, segmented):
@@ -679,6 +689,16 @@ def test_a_separator_begins_a_segment(name, settings):
         masked(idx, segments=torch.zeros_like(idx))[0], model(idx, segments=torch.zeros_like(idx))[0]
     )
     assert not torch.equal(masked(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("separator", [0, V - 1])
+@torch.no_grad()
+def test_any_id_can_be_the_separator(separator):
+    model, masked = (tiny(separator=i) for i in (-1, separator))
+    idx = tokens(1, 12)
+    idx[0, 6] = separator
+    segments = (idx == separator).cumsum(dim=1)
+    assert torch.equal(masked(idx)[0], model(idx, segments=segments)[0])
 
 
 @pytest.mark.parametrize("name", PLACES)

@@ -1,9 +1,11 @@
 """evaluate.py and nanostlm/tasks.py against simple formulas."""
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ import prepare
 from model import GPT, GPTConfig
 from nanostlm import checkpoint, tasks, tokenizer, toystories
 from nanostlm import data as datasets
+from nanostlm.generate import quantize
 
 BYTE = tokenizer.get("byte")
 EOT = BYTE.eot
@@ -100,6 +103,13 @@ def test_the_distance_to_the_entropy(model, data, block_size, monkeypatch):
     assert line.endswith(f"{bpb / entropy - 1:.1%} above it")
 
 
+def test_whole_stories_fit_into_the_context_and_are_not_empty(data):
+    stories = [[*b"four", EOT], [EOT], [*b"three", EOT], [*b"a", EOT]]
+    val = np.array([i for story in stories for i in story] + list(b"cut"), dtype=data.val.dtype)
+    found = tasks.whole_stories(data._replace(val=val), block_size=5)
+    assert [story.tolist() for story in found] == [stories[0], stories[3]]
+
+
 def test_the_share_of_valid_stories(model, data, monkeypatch):
     valid = BYTE.decode(stories_of(data)[0][:-1])
     texts = [valid, valid + " Nonsense.", "Nonsense.", valid]
@@ -125,6 +135,9 @@ def test_the_newest_run_on_its_own_data(run, model, data, capsys):
     )
     assert evaluate.main(["--out_dir", str(run), "--data", str(data.folder), "--rows=3", "--dtype=int8"]) == 0
     int8 = float(capsys.readouterr().out.split(" nats")[0].split()[-1])
+    quantized = copy.deepcopy(model)
+    quantize(quantized)
+    assert int8 == pytest.approx(tasks.validation_loss(quantized, data, 3)[0], abs=1e-4) != round(nats, 4)
     assert int8 == pytest.approx(nats, rel=0.02)
 
 

@@ -350,6 +350,16 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
     assert not model.config.tied
 
 
+def test_rope_theta_is_read_where_older_files_have_it(bpe, tmp_path):
+    model = model_of(bpe, rope_theta=99.0)
+    to_hf(model, bpe, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    idx = torch.randint(0, bpe.vocab_size, (1, 48))
+    torch.testing.assert_close(from_hf(tmp_path)[0](idx)[0], model(idx)[0])
+
+
 def test_begin_and_end_may_differ(tmp_path):
     theirs = llama(bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
     hf = others(tmp_path, theirs, special=("<unk>", "<s>", "</s>"))
@@ -590,6 +600,16 @@ def test_llama2c_vocabularies(bpe, tmp_path):
             assert [theirs.tokens[i] for i in theirs.encode(prompt)[1:]] == ours
 
 
+def test_text_never_becomes_end_of_text_in_llama2c(tmp_path):
+    """Although this vocabulary has all but the last character of it as one token."""
+    start = b"<|endoftext|"
+    merged = [start[:n] for n in range(2, len(start) + 1)]
+    tokenizer = tokenizers.Tokenizer("bpe268", [bytes([b]) for b in range(256)] + merged)
+    to_llama2c(model_of(tokenizer, n_embd=8, n_layer=1), tokenizer, tmp_path / "m.bin")
+    theirs = RunC(tmp_path / "m.bin")
+    assert [theirs.tokens[i] for i in theirs.encode("<|endoftext|>")[1:]] == [b" ", start, b">"]
+
+
 def test_llama2c_refuses_by_name(bpe, tmp_path):
     for settings in (
         dict(norm_eps=1e-6), dict(rope_theta=500.0), dict(mlp="geglu"), dict(mlp="gelu"),
@@ -666,6 +686,8 @@ def test_command_line(trained, tmp_path, monkeypatch, capsys):
         code, said = status("--to", to, dest)
         assert code == 2 and "exists already" in said
         assert status("--to", to, dest, "--overwrite", "--out_dir", trained / "best.pt")[0] == 0
+    code, said = status("--to", "llama2c", file.with_name("other.bin"))  # would replace m.bin's vocabulary
+    assert code == 2 and "tokenizer.bin exists already" in said and not file.with_name("other.bin").exists()
     code, said = status("--to", "onnx", hf)
     assert code == 2 and "invalid choice: 'onnx'" in said
     assert status("--to", "hf")[0] == status(hf)[0] == status("--to", "hf", hf, "--nonsense")[0] == 2

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count, islice
 from pathlib import Path
@@ -621,6 +622,13 @@ def test_a_story_without_end(tmp_path, monkeypatch, capsys):
     assert status == 2 and "blank lines" in err
 
 
+def test_many_stories_are_longer_together_than_one_may_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_STORY", 1000)
+    texts = stories(100)
+    assert sum(map(len, texts)) > 5000
+    assert all_texts(made(tmp_path, txt(tmp_path / "x.txt", texts))) == sorted(texts)
+
+
 def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
     source = txt(tmp_path / "x.txt", stories(9))
     for error, status in ((OSError(28, "full"), 1), (RuntimeError("broken"), 1), (KeyboardInterrupt, 130)):
@@ -700,6 +708,23 @@ def test_the_hub_out_of_reach(tmp_path, kind):
     assert status == 1 and seconds < 5 and err.startswith("error: ") and err.count("\n") == 1
     assert all(way in err for way in ("--source", "python prepare.py toystories", "HF_ENDPOINT"))
     assert not list((tmp_path / "data").rglob("*"))
+
+
+def test_training_falls_back_on_another_corpus(tmp_path, capsys):
+    """All of it, whatever number of stories was asked of the one that is out of reach."""
+    small = sources.CORPORA["toystories"]
+    arguments = dict(source="", stories=3, data_dir=tmp_path / "data", given=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path))
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        patch.setitem(sources.CORPORA, "toystories", replace(small, stories=60))
+        with pytest.raises(tokenizers.Unreachable):
+            prepare.prepare_missing("tinystories", "byte", fallback="", **arguments)
+        found = prepare.prepare_missing("tinystories", "byte", fallback="toystories", **arguments)
+    assert found == ("toystories", 0)
+    meta = load_data(tmp_path / "data" / "toystories" / "byte").meta
+    assert meta["train"]["stories"] + meta["val"]["stories"] == 60
+    assert "TRAINING ON TOYSTORIES INSTEAD" in capsys.readouterr().err
 
 
 def test_out_of_reach_is_an_exception_of_its_own():

@@ -101,6 +101,31 @@ def test_prompts_and_runs_from_different_places(main, runs, tmp_path, monkeypatc
     assert main("--max_new_tokens", 30, "--stop", "never", "--stop", char)[1] == want + "\n"
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_dtype_is_that_of_the_weights(main, monkeypatch, name):
+    found = set()
+
+    def write(model, *_, **__):
+        found.update(p.dtype for p in model.parameters())
+        return iter([(0, "")])
+
+    monkeypatch.setattr(sample, "write", write)
+    assert main("--dtype", name)[0] == 0 and found == {getattr(torch, name)}
+
+
+def test_a_prompt_from_a_file_loses_one_final_line_break_only(main, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"  One\n\n")
+    assert main("--prompt", f"FILE:{tmp_path / 'prompt.txt'}", "--max_new_tokens", 1)[1].startswith("  One\n")
+
+
+def test_every_prompt_of_a_conversation_has_its_own_seed(main, monkeypatch):
+    """The first is --seed; the same prompt again gives another story."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once\nOnce\n"))
+    status, out, _ = main("--interactive", "--max_new_tokens", 20, "--seed", 7)
+    one, two = (main("--prompt", "Once", "--max_new_tokens", 20, "--seed", seed)[1] for seed in (7, 8))
+    assert status == 0 and out == one + two and one != two
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,21 @@ def test_windows_grow_by_stages():
     for wrong in ("0:0.25", "0.1:1", "0:0.3,0.5:1", "0:0,0.5:1", "0:0.75,0.5:1", "0:64,0.5:256", "x"):
         with pytest.raises(ValueError, match="context_schedule"):
             config(context_schedule=wrong).validate()
+
+
+def test_stages_begin_at_the_nearest_update():
+    assert optim.window_stages("0:0.5, 0.29:1", 100, 16) == [(0, 8), (29, 16)]  # 0.29 * 100 < 29
+
+
+def test_a_story_window_ends_with_its_last_target():
+    """A story that ends with the file makes a window if, and only if, its last token has a next one."""
+    eot, T = 256, 16
+    ids = np.zeros(64, dtype=np.uint16)
+    for last in (len(ids) - T - 1, len(ids) - T):  # begins of windows: the last that fits, one too late
+        ids[[3, last]] = eot
+        made = datasets.Batches(ids, eot, block_size=T, batch_size=2, align=True)
+        assert made.stages[0].starts.tolist() == [3, len(ids) - T - 1]
+        assert [window.shape for window in made(0)] == [(2, T + 1)]
 
 
 def test_processes_that_divide_nothing_are_refused():
@@ -323,6 +339,8 @@ def test_the_machine_is_chosen_by_what_it_can_do(name, monkeypatch):
     assert chosen.compile == device.startswith("cuda"), "compile where it pays"
     assert str(dtype).removeprefix("torch.") in chosen.description
     assert name in chosen.description or "cuda" not in device
+    for iters, pays in ((machine.MIN_ITERS_TO_COMPILE, True), (machine.MIN_ITERS_TO_COMPILE - 1, False)):
+        assert machine.choose(max_iters=iters).compile == (pays and device.startswith("cuda"))
     short = machine.choose(device="auto", dtype="auto", compile="auto", max_iters=20)
     assert not short.compile, "a short run does not win the compiling back"
     asked = machine.choose(device="cpu", dtype="float16", compile="True")
@@ -363,6 +381,20 @@ def test_torchrun_gives_each_process_its_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="only 2 CUDA GPUs found"):
         machine.choose(device="auto")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_signals_are_handled_as_before_after_a_run():
+    numbers_of = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before, requests = [signal.getsignal(number) for number in numbers_of], machine.Requests()
+    with pytest.raises(ZeroDivisionError), machine.exit_on_signals():
+        with requests.handle():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.save and requests.stop == signal.SIGTERM
+        assert [signal.getsignal(number) for number in numbers_of] != before
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in numbers_of] == before
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -771,6 +803,38 @@ def test_elapsed_goes_on_over_a_resume(here):
     checkpoint.save("run/latest.pt", state)
     assert here("run", "--resume") == 0
     assert 1000 < json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["elapsed_s"] < 1100
+
+
+def test_the_plan_in_numbers():
+    """Epochs are those of the whole run; memory is that of one micro-batch."""
+    data, machine_of = numbers(), cpu()
+    data = data._replace(meta={"train": {"stories": 70}})
+
+    def plan(**changes) -> str:
+        return report.plan(config(**changes), data, machine_of, iters=350)
+
+    shape = dict(batch_size=4, gradient_accumulation_steps=3, n_embd=128, block_size=64)
+    said = plan(**shape)
+    assert "12 rows x 64 = 768 tokens a step; 350 steps = 0.3M tokens = 384.00 epochs" in said
+    assert "70 stories" in said and "not compiled" in said
+    c = config(**shape).model
+    for rows in (4, 400):
+        memory = c.memory(rows * 64, 4) / 2**20
+        assert f"about {memory:,.0f} MB of memory" in plan(**shape | dict(batch_size=rows))
+
+
+def test_lines_on_the_console_where_there_is_no_terminal(capsys):
+    """The first update and every tenth logged one, with the time that is left; every evaluation."""
+    with report.Console(max_iters=100, first=0, tokens_per_step=50, log_interval=2) as console:
+        for step in (1, *range(2, 42, 2)):
+            console.advance()
+            console.show({"step": step, "split": "train", "loss": 2.5, "tokens_per_s": 100})
+        console.show({"step": 41, "split": "val", "loss": 2.25, "bpb": 1.125})
+    first, second, third, val = capsys.readouterr().err.splitlines()
+    assert first.split() == "step 1 loss 2.5000 100 tokens/s 50 s left".split()
+    assert second.split()[1] == "20" and second.endswith(" 40 s left")
+    assert third.split()[1] == "40" and third.endswith(" 30 s left")
+    assert val.split() == "step 41 val loss 2.2500 1.1250 bits per byte".split()
 
 
 def test_the_curve_and_the_report(tmp_path, monkeypatch, corpus, capsys):
