@@ -1,12 +1,15 @@
 """init_from: a new run from the weights and the tokenizer of another."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import config
 
 import prepare
+from model import GPT, GPTConfig
 from nanostlm import checkpoint, runs
 from nanostlm.data import load_data
 from nanostlm.formats import hf
@@ -36,6 +39,19 @@ def test_begins_from_the_weights_with_a_fresh_optimizer(here, origin):
 def test_another_model_is_refused_by_name(here, origin):
     assert here("second", init_from="first", n_layer=3) == 2
     assert "n_layer=3" in here.said and not (origin.parent / "second").exists()
+
+
+def test_settings_on_which_no_weight_depends_may_change():
+    """The others keep their values; learned positions are cut to a shorter context and never made up."""
+    idx = torch.randint(0, 256, (1, 8))
+    for position in ("rope", "learned"):
+        own = config(position=position, block_size=16, separator=256, softcap=5.0).model
+        model = GPT(own).eval()
+        found = checkpoint.adapt(model, GPTConfig(block_size=8, dropout=0.5), "first").eval()
+        assert found.config == replace(own, block_size=8, dropout=0.5, separator=-1)
+        assert torch.equal(found(idx)[0], model(idx)[0])
+    with pytest.raises(ValueError, match="block_size=32, but first has learned only 16 positions"):
+        checkpoint.adapt(model, GPTConfig(block_size=32), "first")
 
 
 def test_no_such_checkpoint(here):

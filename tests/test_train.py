@@ -21,7 +21,7 @@ import evaluate
 import prepare
 import train
 from model import GPT
-from nanostlm import checkpoint, machine, optim, report, tokenizer
+from nanostlm import checkpoint, generate, machine, optim, report, tokenizer
 from nanostlm import data as datasets
 from train import Diverged, TrainConfig, Trainer
 
@@ -669,6 +669,19 @@ def test_the_intervals_change_no_training_loss(here):
     assert lines("d", "train") != a, "no empty claim"
 
 
+def test_learning_rates_come_from_the_settings_and_moments_from_the_checkpoint(tmp_path):
+    t = trainer(out_dir=tmp_path)
+    t.train_step(0)
+    t.save_checkpoint(1)
+    again = trainer(out_dir=tmp_path, learning_rate=1e-9)
+    assert again.load_checkpoint(checkpoint.read(tmp_path / "latest.pt")) == 1
+    before = [p.clone() for p in again.model.parameters()]
+    assert again.train_step(1)["lr"] < 1e-9
+    assert 0 < apart(before, list(again.model.parameters())) < 1e-6
+    moments = again.optimizers[0].state_dict()["state"]
+    assert {int(moment["step"]) for moment in moments.values()} == {2}
+
+
 def test_resuming_on_another_split_of_the_batch(here):
     """The split between accumulation and batch_size may change: the same batch, nearly the same numbers."""
     changes = dict(batch_size=6, gradient_accumulation_steps=2, log_interval=1)
@@ -803,6 +816,18 @@ def test_elapsed_goes_on_over_a_resume(here):
     checkpoint.save("run/latest.pt", state)
     assert here("run", "--resume") == 0
     assert 1000 < json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["elapsed_s"] < 1100
+
+
+def test_the_floor_of_the_curve_is_in_nats_per_token(tmp_path, monkeypatch):
+    """Like the losses beside it. End-of-text counts as one byte."""
+    monkeypatch.chdir(tmp_path)
+    val, floors = dict(bytes=80, stories=10, tokens=45), []
+    monkeypatch.setattr(report, "plot", lambda metrics, floor: floors.append(floor))
+    monkeypatch.setattr(generate, "stories", lambda *args, **sampling: [])
+    for known in ({"floor_bpb": 0.5}, {}):
+        data = numbers()._replace(meta={"corpus": "numbers", "val": val, **known})
+        report.final(trainer(data, out_dir="run", prompt="Tom"), "run")
+    assert floors == [pytest.approx(0.5 * math.log(2) * 2), None]
 
 
 def test_the_plan_in_numbers():
