@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -816,6 +817,26 @@ def test_elapsed_goes_on_over_a_resume(here):
     checkpoint.save("run/latest.pt", state)
     assert here("run", "--resume") == 0
     assert 1000 < json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["elapsed_s"] < 1100
+
+
+def test_the_summary_is_of_the_updates_made_and_of_the_best_evaluations(tmp_path, monkeypatch, capsys):
+    """Beside this run, the newest earlier one of the same recipe."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "plot", lambda *args: None)
+    monkeypatch.setattr(generate, "stories", lambda *args, **sampling: [])
+    data = numbers()._replace(meta={"corpus": "numbers", "val": dict(bytes=80, stories=10, tokens=90)})
+    for age, name in ((200, "run"), (100, "run-2"), (0, "run-3")):
+        t = trainer(data, out_dir=Path("out", name), max_iters=100)
+        for step, loss in ((1, 3.0), (2, 2.0 + age / 1000), (3, 2.5)):
+            t.log(step, {"loss": loss, "bpb": loss / 2}, split="val")
+        os.utime(Path("out", name), (time.time() - age,) * 2)
+    t.progress.step = 35
+    report.final(t, "run")
+    said = capsys.readouterr().err
+    assert "35 updates, 0.00M tokens = 3.20 epochs" in said  # 35 * 4 * 16 / 700
+    assert "best val loss 2.0000 nats a token, 1.0000 bits per byte (step 2) in out/run-3\n" in said
+    assert "best val loss 2.1000 nats a token, 1.0500 bits per byte (step 2) in out/run-2\n" in said
+    assert said.count("best val loss") == 2
 
 
 def test_the_floor_of_the_curve_is_in_nats_per_token(tmp_path, monkeypatch):
