@@ -236,14 +236,10 @@ class Copies(NamedTuple):
         """Log-probabilities from logits (B, T', vocab_size) of the last T' positions."""
         score = self.score[:, -logits.shape[1] :]
         log_z = torch.logaddexp(score.logsumexp(dim=-1, keepdim=True), self.sentinel)
-        # a logsumexp of the scores of each id: subtract the largest of them, so that no exp underflows
-        ids, tiny = self.ids[:, None].expand(score.shape), torch.finfo(score.dtype).tiny
-        top = torch.full_like(logits, MASKED, dtype=score.dtype)
-        top = top.scatter_reduce(-1, ids, score.detach(), "amax")  # (B, T', vocab_size)
-        copied = torch.zeros_like(top).scatter_add(-1, ids, (score - top.gather(-1, ids)).exp())
-        copied = top + copied.clamp(min=tiny).log()
-        generated = F.log_softmax(logits.to(score.dtype), -1) + self.sentinel
-        return torch.logaddexp(generated, copied) - log_z
+        tiny, copied = torch.finfo(score.dtype).tiny, torch.zeros_like(logits, dtype=score.dtype)
+        copied = copied.scatter_add(-1, self.ids[:, None].expand(score.shape), (score - log_z).exp())
+        generated = F.log_softmax(logits.to(score.dtype), -1) + self.sentinel - log_z
+        return torch.logaddexp(generated, copied.clamp(min=tiny).log())
 
     def mixed_with(self, head: nn.Module) -> "Mixture":
         return Mixture(head, self)
