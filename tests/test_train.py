@@ -829,6 +829,7 @@ def test_the_summary_is_of_the_updates_made_and_of_the_best_evaluations(tmp_path
         t = trainer(data, out_dir=Path("out", name), max_iters=100)
         for step, loss in ((1, 3.0), (2, 2.0 + age / 1000), (3, 2.5)):
             t.log(step, {"loss": loss, "bpb": loss / 2}, split="val")
+        t.directory.write_config({"data": t.fingerprint})
         os.utime(Path("out", name), (time.time() - age,) * 2)
     t.progress.step = 35
     report.final(t, "run")
@@ -871,13 +872,12 @@ def test_the_plan_in_numbers():
 
 def test_lines_on_the_console_where_there_is_no_terminal(capsys):
     """The first update and every tenth logged one, with the time that is left; every evaluation."""
-    with report.Console(max_iters=100, first=0, tokens_per_step=50, log_interval=2) as console:
+    with report.Console(trainer(max_iters=100, log_interval=2)) as console:
         for step in (1, *range(2, 42, 2)):
-            console.advance()
-            console.show({"step": step, "split": "train", "loss": 2.5, "tokens_per_s": 100})
+            console.show({"step": step, "split": "train", "loss": 2.5, "lr": 0.01, "tokens_per_s": 128})
         console.show({"step": 41, "split": "val", "loss": 2.25, "bpb": 1.125})
     first, second, third, val = capsys.readouterr().err.splitlines()
-    assert first.split() == "step 1 loss 2.5000 100 tokens/s 50 s left".split()
+    assert first.split() == "step 1 loss 2.5000 lr 0.01 128 tokens/s 50 s left".split()
     assert second.split()[1] == "20" and second.endswith(" 40 s left")
     assert third.split()[1] == "40" and third.endswith(" 30 s left")
     assert val.split() == "step 41 val loss 2.2500 1.1250 bits per byte".split()
