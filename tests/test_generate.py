@@ -304,6 +304,15 @@ def test_rows_are_quantized_to_within_half_a_step():
     assert ((rows * scale[:, None].float() - weight).abs() <= 0.51 * scale[:, None]).all()
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17])  # with the int8 kernel up to 16
+def test_an_int8_layer_adds_its_bias(rows):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(32, 16), torch.randn(rows, 32)
+    torch.nn.init.normal_(linear.bias)
+    want = linear(x)
+    assert (Int8Linear(linear)(x) - want).norm() < 0.03 * want.norm()
+
+
 def test_int8_of_a_row_of_zeros():
     linear = torch.nn.Linear(16, 2, bias=False)
     linear.weight.data[0] = 0
