@@ -364,6 +364,18 @@ def test_the_static_cache_is_the_cache(settings):
 
 
 @torch.no_grad()
+def test_a_static_cache_shares_nothing_with_its_origin():
+    model, idx = tiny(pointer=True, separator=5), tokens(2, 20) % 7
+    cache = KVCache(model.config, 2)
+    model(idx[:, :9], cache=cache)
+    static = cache.static()
+    for i in range(9, 20):
+        model((idx[:, i : i + 1] + 1) % 7, cache=static)
+    got = torch.cat([model(idx[:, i : i + 1], cache=cache)[0] for i in range(9, 16)], dim=1)
+    assert error(got, model(idx[:, :16])[0][:, 9:]) < 1e-5
+
+
+@torch.no_grad()
 def test_rows_of_a_cache_can_be_selected():
     model, idx = tiny(separator=5, pointer=True), tokens(3, 12) % 7
     cache = KVCache(model.config, 3)
