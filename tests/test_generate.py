@@ -210,6 +210,18 @@ def test_finished_rows_leave_the_batch_without_affecting_others(position):
     assert size == [8] * 10 + [4] * 11 + [2] * 7 + [1] * 8
 
 
+def test_a_compiled_step_keeps_the_rows_of_its_batch():
+    """A finished row stays in the batch, so that the step is not compiled anew, and yields nothing more."""
+    torch._dynamo.reset()
+    model, prompts = tiny(), [[1], [2], [3]]
+    want = [ids[:n] for ids, n in zip(generate(model, prompts, 9, [no_end], eot=EOT), (9, 2, 1), strict=True)]
+    lengths = {ids[0]: len(ids) for ids in want}
+    assert len(lengths) == 3
+    stops = [lambda ids: len(ids) == lengths[ids[0]]]
+    step = compile_step(model, backend="eager")
+    assert generate(model, prompts, 9, [no_end], eot=EOT, stops=stops, step=step) == want
+
+
 def test_end_of_text_ends_a_row_and_is_not_yielded():
     forced = iter([7, EOT])
 

@@ -145,10 +145,13 @@ def test_dropout_in_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-@pytest.mark.parametrize("settings", [{}, dict(position="shaw"), dict(position="shaw", shaw_values=True)])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(position="shaw"), dict(position="shaw", shaw_values=True), dict(n_embd=256)],  # wide heads
+)
 def test_dropout_of_attention_weights(settings):
-    c = GPTConfig(**TINY, dropout=0.5, **settings)
-    attention, x = Block(c).attn, torch.randn(2, 9, 16)
+    c = GPTConfig(**TINY | settings, dropout=0.5)
+    attention, x = Block(c).attn, torch.randn(2, 9, c.n_embd)
     attn = attn_inputs(c, tokens(2, 9))[1]
     assert not torch.equal(attention(x, attn), attention(x, attn))
     attention.eval()

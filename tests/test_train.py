@@ -199,6 +199,27 @@ def test_dropout_follows_its_points_in_every_layer(monkeypatch, dropout):
     assert [round(p, 6) for ps in seen for p in ps] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.4]
 
 
+def test_dropout_differs_between_updates_micro_batches_and_processes():
+    """And is the same when the same update is made again."""
+
+    def losses(step: int, rank: int = 0) -> list[float]:
+        t, found = trainer(dropout=0.5, gradient_accumulation_steps=2), []
+        batch, forward = next(t.micro_batches(0)), t.forward
+        t.machine, t.micro_batches = cpu(rank=rank), lambda step: [batch, batch]
+
+        def record(*args):
+            logits, loss = forward(*args)
+            found.append(loss.item())
+            return logits, loss
+
+        t.forward = record
+        t.train_step(step)
+        return found
+
+    assert losses(0) == losses(0)
+    assert len({*losses(0), *losses(1), *losses(0, rank=1)}) == 6
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_decay_and_learning_rates_by_group(name):
     t = trainer(optimizer=name, tied=False, bias=True, norm="layernorm", position="learned", embedding_lr=0.3,
@@ -656,6 +677,14 @@ def test_a_closing_evaluation_keeps_the_best_weights_but_uses_up_no_patience(tmp
     state = checkpoint.read(tmp_path / "latest.pt")["progress"]
     found = state["best"], state["evals_since_best"], state["evaluated"]
     assert found == (4.0, 0, 5), "as where it did not end"
+
+
+def test_a_requested_checkpoint_is_saved_once(tmp_path):
+    t, saved = trainer(out_dir=tmp_path, max_iters=6, save_interval=100, eval_interval=100), []
+    t.directory.save = lambda name, state, previous="": saved.append((name, state["step"]))
+    t.requests.save = True
+    train.train(t)
+    assert [step for name, step in saved if name == "latest.pt"] == [0, 6]
 
 
 def test_the_intervals_change_no_training_loss(here):
