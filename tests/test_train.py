@@ -881,6 +881,13 @@ def test_the_floor_of_the_curve_is_in_nats_per_token(tmp_path, monkeypatch):
     assert floors == [pytest.approx(0.5 * math.log(2) * 2), None]
 
 
+def test_a_checkpoint_holds_the_seconds_of_all_its_runs(tmp_path):
+    t = trainer(out_dir=tmp_path)
+    t.progress.elapsed, t.began = 1000.0, t.began - 1e6  # of the runs before; as if this one began long ago
+    t.save_checkpoint(0)
+    assert checkpoint.read(tmp_path / "latest.pt")["progress"]["elapsed"] > 1_001_000
+
+
 def test_the_plan_in_numbers():
     """Epochs are those of the whole run; memory is that of one micro-batch."""
     data, machine_of = numbers(), cpu()
