@@ -106,12 +106,12 @@ class GPTConfig:
         """Counts of parameters and, per token, of FLOPs and activations."""
         return count_config(self)
 
-    def memory(self, tokens: int, bytes_per_activation: int) -> int:
-        """Bytes that training on `tokens` tokens at a time holds, roughly."""
-        logits, counts = (self.loss_chunk or tokens) * self.padded_vocab, self.estimate()
-        activations = tokens * counts["activations_per_token"] + logits
-        # float32: weights, gradients and two optimizer states; logits and probabilities of one chunk
-        return 16 * counts["parameters"] + bytes_per_activation * activations + 8 * logits
+    def memory(self, tokens: int, itemsize: int) -> int:
+        """Bytes that training on `tokens` tokens at a time holds, roughly, in a dtype of `itemsize` bytes."""
+        counts, logits = self.estimate(), (self.loss_chunk or tokens) * self.padded_vocab
+        states = 16 + 2 * itemsize * (itemsize < 4)  # float32: weights, gradients, optimizer; copies in dtype
+        kept = (itemsize + 2) * counts["activations_per_token"]  # some stay float32, freed blocks leave gaps
+        return states * counts["parameters"] + kept * tokens + (8 + itemsize) * logits
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def count_config(c: GPTConfig) -> dict[str, int]:
     per weight of a matrix and 12 * block_size * n_embd per layer; numbers that a token leaves for the
     backward pass, roughly.
     """
-    C, d, L, pointer = c.n_embd, c.head_dim, c.n_layer, c.pointer
+    C, d, L, pointer, masked = c.n_embd, c.head_dim, c.n_layer, c.pointer, c.separator >= 0
     norm = C * c.norm_weight * {"rmsnorm": 1, "layernorm": 1 + c.bias, "none": 0}[c.norm]
     qkv, fc = (c.n_head + 2 * c.kv_heads) * d, c.hidden * (2 if c.mlp in GATES else 1)  # rows
     attn, mlp = C * qkv + C * C, C * fc + c.hidden * C  # weights
@@ -464,7 +464,7 @@ def count_config(c: GPTConfig) -> dict[str, int]:
         "parameters": embedding + core + pointer * (3 * C * C + 2),
         "embedding_parameters": embedding,
         "flops_per_token": 6 * matrices + 6 * (2 * L + pointer) * c.block_size * C,
-        "activations_per_token": L * (14 * C + 3 * c.hidden),
+        "activations_per_token": L * (14 * C + 3 * c.hidden) + (12 * pointer + 5 * masked) * c.block_size,
     }
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MIN_ITERS_TO_COMPILE = 500  # updates after which compiling, about a minute on a GPU, has paid off
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LATER_LIBRARIES = 60 * 2**20  # bytes that PyTorch's kernels and matplotlib add after the plan is printed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 # ----------------------------------------------------------------------------------------------------------
@@ -124,6 +125,18 @@ class Machine(NamedTuple):
             (a @ a)[0, 0].item()  # waits for the device
             best = min(best, time.perf_counter() - began)
         return 2 * size**3 / best
+
+    def base_memory(self) -> int:
+        """Bytes that a run holds besides its model: on a CPU, this process now and the libraries to come."""
+        if self.device.type == "cuda":
+            return 0
+        try:
+            with open("/proc/self/statm") as file:
+                resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:  # not Linux
+            peak = self.peak_memory()
+            resident = 0 if math.isnan(peak) else int(peak * 2**20)
+        return resident + LATER_LIBRARIES
 
     def peak_memory(self) -> float:
         """Peak memory so far in MB: allocated on the GPU, else resident in this process."""

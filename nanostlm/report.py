@@ -25,7 +25,7 @@ def plan(c, data, machine: Machine, iters: int) -> str:
     total, share = sizes["parameters"], sizes["embedding_parameters"] / sizes["parameters"]
     rows, stories = c.batch_size * c.gradient_accumulation_steps, data.meta["train"]["stories"]
     tokens = rows * m.block_size
-    memory = m.memory(c.batch_size * m.block_size, 4)
+    memory = m.memory(c.batch_size * m.block_size, machine.dtype.itemsize) + machine.base_memory()
     return (
         f"model    {total / 1e6:.2f}M parameters, {share:.0%} of them embeddings; "
         f"{m.n_layer} layers, {m.n_embd} wide, context {m.block_size}\n"

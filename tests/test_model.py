@@ -829,9 +829,9 @@ def test_memory_by_hand():
     c = GPTConfig(n_layer=3, n_head=4, n_embd=32, vocab_size=100, mlp_hidden=48, loss_chunk=10)
     parameters, kept = c.estimate()["parameters"], 3 * (14 * 32 + 3 * 48)
     assert c.estimate()["activations_per_token"] == kept
-    assert c.memory(50, 4) == 16 * parameters + 4 * 50 * kept + 12 * 10 * 128
-    assert c.memory(50, 2) == 16 * parameters + 2 * 50 * kept + 10 * 10 * 128
-    assert replace(c, loss_chunk=0).memory(50, 4) == 16 * parameters + 4 * 50 * kept + 12 * 50 * 128
+    assert c.memory(50, 4) == 16 * parameters + 6 * 50 * kept + 12 * 10 * 128
+    assert c.memory(50, 2) == 20 * parameters + 4 * 50 * kept + 10 * 10 * 128
+    assert replace(c, loss_chunk=0).memory(50, 4) == 16 * parameters + 6 * 50 * kept + 12 * 50 * 128
 
 
 # ----------------------------------------------------------------------------------------------------------

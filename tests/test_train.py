@@ -16,7 +16,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MICRO, ROOT, apart, batches, config, cpu, gradients, kept, lines, numbers, same, trainer
+from helpers import (
+    MICRO,
+    ROOT,
+    apart,
+    batches,
+    config,
+    cpu,
+    gradients,
+    kept,
+    lines,
+    numbers,
+    same,
+    trainer,
+    typed,
+)
 
 import evaluate
 import prepare
@@ -888,8 +902,9 @@ def test_a_checkpoint_holds_the_seconds_of_all_its_runs(tmp_path):
     assert checkpoint.read(tmp_path / "latest.pt")["progress"]["elapsed"] > 1_001_000
 
 
-def test_the_plan_in_numbers():
+def test_the_plan_in_numbers(monkeypatch):
     """Epochs are those of the whole run; memory is that of one micro-batch."""
+    monkeypatch.setattr(machine.Machine, "base_memory", lambda self: 0)
     data, machine_of = numbers(), cpu()
     data = data._replace(meta={"train": {"stories": 70}})
 
@@ -917,6 +932,17 @@ def test_lines_on_the_console_where_there_is_no_terminal(capsys):
     assert second.split()[1] == "20" and second.endswith(" 40 s left")
     assert third.split()[1] == "40" and third.endswith(" 30 s left")
     assert val.split() == "step 41 val loss 2.2500 1.1250 bits per byte".split()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its memory from /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_says_how_much_memory_the_run_takes(dtype, tmp_path, corpus):
+    shape = dict(n_layer=4, n_embd=192, n_head=4, block_size=128, batch_size=8, max_iters=3, dtype=dtype)
+    argv = [f"--{key}={value}" for key, value in (MICRO | shape | {"data_dir": corpus}).items()]
+    said = typed(ROOT / "train.py", *argv, "--out_dir=run", cwd=tmp_path).stderr
+    planned = int(re.search(r"about ([\d,]+) MB of memory", said)[1].replace(",", ""))
+    peak = int(re.search(r"peak memory ([\d,]+) MB", said)[1].replace(",", ""))
+    assert planned == pytest.approx(peak, rel=0.2)
 
 
 def test_the_curve_and_the_report(tmp_path, monkeypatch, corpus, capsys):
