@@ -147,8 +147,8 @@ class KVCache(Columns):
 
     def drop(self, n: int) -> None:
         """
-        Forget the last n tokens: as many as max_draft, counted from the furthest token so far, or more as long
-        as every position that a later token needs is still stored. Else ValueError.
+        Forget the last n tokens: as many as max_draft, counted from the furthest token so far, or more as
+        long as every position that a later token needs is still stored. Else ValueError.
         """
         kept = self.seen - n
         needed = max(0, kept - max(1, self.config.window - 1))  # the oldest position that is needed

@@ -116,15 +116,18 @@ class Machine(NamedTuple):
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def matmul_rate(self, size: int = 1024) -> float:
-        """Operations per second of a square matrix product in this precision, the best of three (10 ms)."""
-        a = torch.ones(size, size, dtype=self.dtype, device=self.device)
-        best = math.inf
-        for _ in range(3):
-            began = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the device
-            best = min(best, time.perf_counter() - began)
-        return 2 * size**3 / best
+    def matmul_rate(self) -> float:
+        """Operations per second of a square matrix product in this precision, measured in a few ms."""
+        for size in (256, 512, 1024, 2048, 4096):  # as large as it takes to measure the device at work
+            a = torch.ones(size, size, dtype=self.dtype, device=self.device)
+            times = []
+            for _ in range(2):
+                began = time.perf_counter()
+                (a @ a)[0, 0].item()  # waits for the device
+                times.append(time.perf_counter() - began)
+            if min(times) > 0.002:
+                break
+        return 2 * size**3 / min(times)
 
     def base_memory(self) -> int:
         """Bytes that a run holds besides its model: on a CPU, this process now and the libraries to come."""
