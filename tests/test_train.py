@@ -934,6 +934,7 @@ def test_lines_on_the_console_where_there_is_no_terminal(capsys):
     assert val.split() == "step 41 val loss 2.2500 1.1250 bits per byte".split()
 
 
+@pytest.mark.slow  # measures memory, which other programs on the machine influence
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its memory from /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_plan_says_how_much_memory_the_run_takes(dtype, tmp_path, corpus):
