@@ -203,8 +203,11 @@ def provenance() -> dict[str, str]:
     try:
         made["commit"] = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--match=-"],
-            capture_output=True, text=True, check=True, timeout=5,
-        ).stdout.strip()  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=5,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         made["commit"] = "unknown"
     for name in CODE:

@@ -26,10 +26,25 @@ from train import TrainConfig, Trainer
 ROOT = Path(__file__).resolve().parent.parent
 CLOCKS = ("elapsed_s", "tokens_per_s")
 MICRO = dict(
-    dataset="mini", tokenizer="byte", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
-    learning_rate=0.01, warmup_iters=2, max_iters=24, eval_interval=6, save_interval=5, log_interval=2,
-    eval_tokens=100, device="cpu", dtype="float32", compile="False", threads=1,
-)  # fmt: skip
+    dataset="mini",
+    tokenizer="byte",
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    block_size=16,
+    batch_size=4,
+    learning_rate=0.01,
+    warmup_iters=2,
+    max_iters=24,
+    eval_interval=6,
+    save_interval=5,
+    log_interval=2,
+    eval_tokens=100,
+    device="cpu",
+    dtype="float32",
+    compile="False",
+    threads=1,
+)
 
 # ----------------------------------------------------------------------------------------------------------
 # Configurations, data, trainers
@@ -61,9 +76,14 @@ def trainer(data: datasets.Data | None = None, out_dir=None, weights=torch.float
 def batches(c: TrainConfig, data: datasets.Data, rank: int = 0, world_size: int = 1, **changes):
     """The training windows that a trainer of this configuration reads."""
     values = dict(
-        block_size=c.model.block_size, batch_size=c.batch_size, seed=c.seed, align=c.story_windows,
-        gradient_accumulation_steps=c.gradient_accumulation_steps, rank=rank, world_size=world_size,
-    )  # fmt: skip
+        block_size=c.model.block_size,
+        batch_size=c.batch_size,
+        seed=c.seed,
+        align=c.story_windows,
+        gradient_accumulation_steps=c.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+    )
     return datasets.Batches(data.train, data.tokenizer.eot, **values | changes)
 
 

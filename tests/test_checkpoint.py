@@ -72,9 +72,17 @@ def test_torch_opens_every_checkpoint_of_a_run_with_weights_only(here):
     assert kept("run")["optimizers"] and "optimizers" not in torch.load("run/best.pt")
 
 
-@pytest.mark.parametrize("changes", [
-    dict(tied=True), dict(tied=False), dict(share="layers"), dict(share="mlp"), dict(share="lora", tied=True)
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tied=True),
+        dict(tied=False),
+        dict(share="layers"),
+        dict(share="mlp"),
+        dict(share="lora", tied=True),
+    ],
+    ids=str,
+)
 def test_tied_and_shared_weights_survive(changes, tmp_path):
     t = trainer(out_dir=tmp_path, **changes)
     t.train_step(0)
@@ -205,8 +213,12 @@ def test_the_checksum_is_the_comment_of_the_zip(good):
 
 def failing(monkeypatch, where: str, error: Exception, times: int = 10**9) -> list[int]:
     """Make the next `times` calls of os.fsync, os.replace, torch.save or of a file's writing raise."""
-    module, name = {"fsync": (os, "fsync"), "replace": (os, "replace"), "save": (torch, "save"),
-                    "open": (checkpoint, "open")}[where]  # fmt: skip
+    module, name = {
+        "fsync": (os, "fsync"),
+        "replace": (os, "replace"),
+        "save": (torch, "save"),
+        "open": (checkpoint, "open"),
+    }[where]
     real, calls = getattr(module, name, open), []
 
     def broken(*args, **kwargs):

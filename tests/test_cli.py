@@ -296,8 +296,18 @@ def test_a_warmup_longer_than_the_run_is_cut_with_a_note(here):
 
 def test_free_settings_are_taken_and_listed(here):
     assert here("run", stop_after=4) == 143
-    free = dict(max_iters=20, eval_interval=3, save_interval=4, log_interval=5, patience=9, threads=1,
-                batch_size=2, gradient_accumulation_steps=2, prompt="Mia", loss_chunk=8)  # fmt: skip
+    free = dict(
+        max_iters=20,
+        eval_interval=3,
+        save_interval=4,
+        log_interval=5,
+        patience=9,
+        threads=1,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        prompt="Mia",
+        loss_chunk=8,
+    )
     assert here("run", "--resume", alone=True, **free) == 0
     for name in free.keys() - {"threads"}:
         assert f"changed for the rest of the run: {name}: " in here.said
@@ -306,10 +316,23 @@ def test_free_settings_are_taken_and_listed(here):
     assert all((config | config["model"])[name] == value for name, value in free.items())
 
 
-@pytest.mark.parametrize("name, value", dict(
-    learning_rate=0.02, schedule="linear", seed=2, weight_decay=0.0, optimizer="muon", dropout=0.1,
-    n_embd=32, block_size=8, story_windows=True, warmup_iters=3, grad_clip=0.5, batch_size=8,
-).items())  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    dict(
+        learning_rate=0.02,
+        schedule="linear",
+        seed=2,
+        weight_decay=0.0,
+        optimizer="muon",
+        dropout=0.1,
+        n_embd=32,
+        block_size=8,
+        story_windows=True,
+        warmup_iters=3,
+        grad_clip=0.5,
+        batch_size=8,
+    ).items(),
+)
 def test_settings_that_make_another_run_are_refused_by_name(name, value, here):
     assert here("run", stop_after=4) == 143
     refused(
@@ -555,8 +578,10 @@ def free_port() -> int:
 def ranks(world: int, argv: list[str], folder, hooks: dict | None = None) -> list[Program]:
     """The processes that torchrun would start."""
     env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [Program(argv, folder, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, (hooks or {}).get(r, ()))
-            for r in range(world)]  # fmt: skip
+    return [
+        Program(argv, folder, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, (hooks or {}).get(r, ()))
+        for r in range(world)
+    ]
 
 
 def keep_gradients(file: str) -> None:
@@ -660,8 +685,16 @@ def test_torchrun(tmp_path, corpus):
     """The real torchrun: two processes to the end, and a SIGTERM on the way that saves."""
 
     def torchrun(*extra, **changes):
-        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                str(ROOT / "train.py"), *words(corpus, **changes), *extra]  # fmt: skip
+        argv = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(ROOT / "train.py"),
+            *words(corpus, **changes),
+            *extra,
+        ]
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         return subprocess.Popen(argv, cwd=tmp_path, **quiet)
 

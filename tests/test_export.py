@@ -183,7 +183,7 @@ def test_refused_by_name(bpe, tmp_path):
         (dict(GPT2, mlp="swiglu"), "mlp=swiglu has no"),
         (dict(window=1), "window=1 has no equivalent in MistralForCausalLM with a cache"),
         (dict(window=1, qk_norm=True), "window=1 has no equivalent in Qwen3ForCausalLM with a cache"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ValueError, match=words):
             to_hf(model_of(bpe, **settings), bpe, tmp_path / "no")
         assert not (tmp_path / "no").exists()
@@ -231,8 +231,12 @@ def others(folder, model, tokens=STORIES, special=("<|endoftext|>",), edit=lambd
     """Write a folder as transformers does; Hugging Face's tokenizer is trained, the special ids first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[*special], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[*special],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     hf = Tokenizer(models.BPE())
     hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     hf.train_from_iterator(tokens, trainer)
@@ -246,9 +250,17 @@ def others(folder, model, tokens=STORIES, special=("<|endoftext|>",), edit=lambd
 def llama(name="Llama", **settings):
     """A random model of a class of transformers."""
     transformers = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=310, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=48,
-                 bos_token_id=0, eos_token_id=0)  # fmt: skip
+    sizes = dict(
+        vocab_size=310,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=48,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**sizes | settings)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -276,8 +288,14 @@ def check_import(folder, theirs, hf, begin=0, end=0, atol=1e-5):
 
 def test_llama_of_others(tmp_path):
     rope = {"rope_type": "default", "rope_theta": 99.0}
-    for i, settings in enumerate([dict(), dict(tie_word_embeddings=True), dict(rope_parameters=rope),
-                                  dict(attention_bias=True, mlp_bias=True)]):  # fmt: skip
+    for i, settings in enumerate(
+        [
+            dict(),
+            dict(tie_word_embeddings=True),
+            dict(rope_parameters=rope),
+            dict(attention_bias=True, mlp_bias=True),
+        ]
+    ):
         theirs = llama(**settings)
         hf = others(tmp_path / str(i), theirs)
         model, tokenizer = check_import(tmp_path / str(i), theirs, hf)
@@ -335,7 +353,7 @@ def test_missing_keys_have_the_defaults_of_transformers(case, tmp_path):
         ("Llama", dict(attention_bias=True, mlp_bias=True), ["mlp_bias"], "mlp_bias=False"),
         ("Llama", dict(partial_rotary_factor=0.5), [], "partial_rotary_factor=0.5"),
     ],
-)  # fmt: skip
+)
 def test_an_import_that_would_compute_something_else_is_refused(name, settings, missing, words, tmp_path):
     others(tmp_path, llama(name, **settings))
     edit_json(tmp_path / "config.json", missing)
@@ -370,8 +388,16 @@ def test_begin_and_end_may_differ(tmp_path):
 
 def test_gpt2_of_others(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=48,
-                                     bos_token_id=0, eos_token_id=0, initializer_range=0.2)  # fmt: skip
+    config = transformers.GPT2Config(
+        vocab_size=300,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=48,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,
+    )
     theirs = transformers.GPT2LMHeadModel(config).eval()
     hf = others(tmp_path, theirs)
     model, _ = check_import(tmp_path, theirs, hf)
@@ -568,10 +594,17 @@ def our_text(model: GPT, tokenizer, prompt: str) -> str:
 PROMPTS = ["", "Once upon a time", "The dog", 'Tom had a red ball, didn\'t he? "12 birds!"']
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(tied=False, n_kv_head=2), dict(share="lora", n_kv_head=1),
-    dict(norm_weight=False, mlp_hidden=37), dict(share="layers", window=48),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(tied=False, n_kv_head=2),
+        dict(share="lora", n_kv_head=1),
+        dict(norm_weight=False, mlp_hidden=37),
+        dict(share="layers", window=48),
+    ],
+    ids=str,
+)
 def test_llama2c_computes_the_same(settings, bpe, tmp_path):
     model = model_of(bpe, **settings)
     assert to_llama2c(model, bpe, tmp_path / "new" / "m.bin") == tmp_path / "new" / "tokenizer.bin"
@@ -612,12 +645,21 @@ def test_text_never_becomes_end_of_text_in_llama2c(tmp_path):
 
 def test_llama2c_refuses_by_name(bpe, tmp_path):
     for settings in (
-        dict(norm_eps=1e-6), dict(rope_theta=500.0), dict(mlp="geglu"), dict(mlp="gelu"),
-        dict(norm="layernorm"), dict(norm="none"), dict(position="learned"),
-        dict(bias=True), dict(window=8), dict(softcap=9.0),
-        dict(qk_norm=True), dict(embed_norm=True), dict(causal=False),
+        dict(norm_eps=1e-6),
+        dict(rope_theta=500.0),
+        dict(mlp="geglu"),
+        dict(mlp="gelu"),
+        dict(norm="layernorm"),
+        dict(norm="none"),
+        dict(position="learned"),
+        dict(bias=True),
+        dict(window=8),
+        dict(softcap=9.0),
+        dict(qk_norm=True),
+        dict(embed_norm=True),
+        dict(causal=False),
         dict(pointer=True),
-    ):  # fmt: skip
+    ):
         name, value = *settings, *settings.values()
         with pytest.raises(ValueError, match=f"^{name}={value} has no equivalent in llama2.c's run.c$"):
             to_llama2c(model_of(bpe, **settings), bpe, tmp_path / "m.bin")

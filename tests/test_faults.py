@@ -25,9 +25,19 @@ from nanostlm import checkpoint, runs, score
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 
 INTERVAL = 4  # updates between checkpoints
-RUN = dict(max_iters=30, save_interval=INTERVAL, eval_interval=3, log_interval=1, dropout=0.1,
-           gradient_accumulation_steps=2, optimizer="muon", dtype="float16", schedule="wsd", patience=100,
-           out_dir="run")  # fmt: skip
+RUN = dict(
+    max_iters=30,
+    save_interval=INTERVAL,
+    eval_interval=3,
+    log_interval=1,
+    dropout=0.1,
+    gradient_accumulation_steps=2,
+    optimizer="muon",
+    dtype="float16",
+    schedule="wsd",
+    patience=100,
+    out_dir="run",
+)
 
 STAGES = {  # where kill -9 strikes: at a call of what is named here, from the 1st to the n-th in that process
     "setting up": 1,

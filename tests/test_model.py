@@ -329,23 +329,39 @@ def hugging_face(model: GPT) -> nn.Module:
     if c.position == "learned":
         kind, weights = transformers.GPT2LMHeadModel, to_gpt2(model)
         config = transformers.GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-            n_head=c.n_head, activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.mlp],
-            layer_norm_epsilon=c.norm_eps, n_inner=c.hidden, tie_word_embeddings=c.tied,
-            bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
+            vocab_size=c.vocab_size,
+            n_positions=c.block_size,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.mlp],
+            layer_norm_epsilon=c.norm_eps,
+            n_inner=c.hidden,
+            tie_word_embeddings=c.tied,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
     else:
         kind, weights = transformers.LlamaForCausalLM, to_llama(model)
         config = transformers.LlamaConfig
         if c.qk_norm:
             kind, config = transformers.Qwen3ForCausalLM, transformers.Qwen3Config
         config = config(
-            vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd,
-            intermediate_size=c.hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-            num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
+            vocab_size=c.vocab_size,
+            max_position_embeddings=c.block_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.hidden,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            rms_norm_eps=c.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            tie_word_embeddings=c.tied, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
+            tie_word_embeddings=c.tied,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
     theirs = kind(config)
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
@@ -705,10 +721,20 @@ RECIPES = {
     "tiny": dict(n_layer=2, n_head=2, n_embd=64, vocab_size=512),
     "gpt2": dict(GPT2, n_layer=2, n_head=2, n_embd=64, vocab_size=512),
     "modern": dict(
-        n_layer=2, n_head=4, n_kv_head=2, n_embd=64, vocab_size=512, qk_norm=True, norm_weight=False,
-        mlp="relu2", tied=False, init="zero", softcap=15.0, embed_norm=True,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=64,
+        vocab_size=512,
+        qk_norm=True,
+        norm_weight=False,
+        mlp="relu2",
+        tied=False,
+        init="zero",
+        softcap=15.0,
+        embed_norm=True,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -873,20 +899,63 @@ def test_the_default_model_imports_nothing_of_ours():
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("n_layer", 0), ("n_layer", -1), ("n_layer", 2.5), ("n_layer", "6"), ("n_layer", None),
-        ("n_layer", True), ("n_head", 0), ("n_head", 5), ("n_embd", 0), ("n_embd", float("nan")),
-        ("block_size", 0), ("vocab_size", 0), ("vocab_size", 64.0), ("n_kv_head", 3), ("n_kv_head", 8),
-        ("n_kv_head", -1), ("dropout", 1.0), ("dropout", -0.1), ("dropout", float("nan")), ("dropout", "0.1"),
-        ("label_smoothing", 1.0), ("label_smoothing", -0.1), ("norm", "batchnorm"), ("norm", 1),
-        ("norm", None), ("norm_eps", -1e-5), ("norm_eps", float("inf")), ("position", "xpos"),
-        ("rope_theta", 0.0), ("rope_theta", float("nan")), ("rope_theta", -1.0), ("shaw_clip", 0),
-        ("causal", 1), ("causal", "False"), ("tied", None), ("window", -1), ("window", 2.5), ("mlp", "swish"),
-        ("mlp_ratio", -1.0), ("mlp_ratio", 0.0), ("mlp_ratio", float("inf")), ("mlp_hidden", -1),
-        ("mlp_hidden", 3.5), ("share", "all"), ("lora_rank", 0), ("init", "xavier"), ("softcap", -1.0),
-        ("softcap", float("inf")), ("z_loss", -1.0), ("z_loss", float("nan")), ("loss_chunk", -1),
-        ("loss_chunk", 1.5), ("separator", -2), ("separator", V), ("separator", 1.0),
+        ("n_layer", 0),
+        ("n_layer", -1),
+        ("n_layer", 2.5),
+        ("n_layer", "6"),
+        ("n_layer", None),
+        ("n_layer", True),
+        ("n_head", 0),
+        ("n_head", 5),
+        ("n_embd", 0),
+        ("n_embd", float("nan")),
+        ("block_size", 0),
+        ("vocab_size", 0),
+        ("vocab_size", 64.0),
+        ("n_kv_head", 3),
+        ("n_kv_head", 8),
+        ("n_kv_head", -1),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("dropout", float("nan")),
+        ("dropout", "0.1"),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
+        ("norm", "batchnorm"),
+        ("norm", 1),
+        ("norm", None),
+        ("norm_eps", -1e-5),
+        ("norm_eps", float("inf")),
+        ("position", "xpos"),
+        ("rope_theta", 0.0),
+        ("rope_theta", float("nan")),
+        ("rope_theta", -1.0),
+        ("shaw_clip", 0),
+        ("causal", 1),
+        ("causal", "False"),
+        ("tied", None),
+        ("window", -1),
+        ("window", 2.5),
+        ("mlp", "swish"),
+        ("mlp_ratio", -1.0),
+        ("mlp_ratio", 0.0),
+        ("mlp_ratio", float("inf")),
+        ("mlp_hidden", -1),
+        ("mlp_hidden", 3.5),
+        ("share", "all"),
+        ("lora_rank", 0),
+        ("init", "xavier"),
+        ("softcap", -1.0),
+        ("softcap", float("inf")),
+        ("z_loss", -1.0),
+        ("z_loss", float("nan")),
+        ("loss_chunk", -1),
+        ("loss_chunk", 1.5),
+        ("separator", -2),
+        ("separator", V),
+        ("separator", 1.0),
     ],
-)  # fmt: skip
+)
 def test_a_bad_setting_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field) as caught:
         GPT(GPTConfig(**{**TINY, field: value}))

@@ -255,15 +255,18 @@ def test_a_folder_of_small_files_has_one_story_per_file(tmp_path, capsys):
     assert "tales has changed" in out and "123 stories; stories end at blank lines" in out
 
 
-@pytest.mark.parametrize("texts, split, expected", [
-    (["a\n\nb", "c\n\nd"], None, "file"),
-    (["a\n\nb"], None, "blank"),  # a single file
-    (["a\n\nb", f"c\n{EOT}\nd\n\ne"], None, "auto"),
-    ([f"a\n{EOT}\nb", f"c\n{EOT}\nd\n\ne"], None, EOT),
-    (["a\n\nb", "c\n\nd"], "blank", "blank"),
-    (["a\n\nb", f"c\n{EOT}\nd"], "file", "file"),
-    (["a\n* *\nb", "c\n\nd"], "* *", "* *"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "texts, split, expected",
+    [
+        (["a\n\nb", "c\n\nd"], None, "file"),
+        (["a\n\nb"], None, "blank"),  # a single file
+        (["a\n\nb", f"c\n{EOT}\nd\n\ne"], None, "auto"),
+        ([f"a\n{EOT}\nb", f"c\n{EOT}\nd\n\ne"], None, EOT),
+        (["a\n\nb", "c\n\nd"], "blank", "blank"),
+        (["a\n\nb", f"c\n{EOT}\nd"], "file", "file"),
+        (["a\n* *\nb", "c\n\nd"], "* *", "* *"),
+    ],
+)
 def test_where_stories_end(tmp_path, texts, split, expected):
     source = folder_of_texts(tmp_path / "tales", texts)
     data = made(tmp_path, source, split=split)
@@ -307,11 +310,12 @@ def test_every_format_gives_the_same_stories(tmp_path):
     texts = stories(50)
     jsonl = "".join(json.dumps({"id": 1, "text": t}) + "\n" for t in texts)
     sources = {
-        "txt": txt(tmp_path / "a.txt", texts), "jsonl": write(tmp_path / "a.jsonl", jsonl + "\n"),
+        "txt": txt(tmp_path / "a.txt", texts),
+        "jsonl": write(tmp_path / "a.jsonl", jsonl + "\n"),
         "parquet": parquet(tmp_path / "a.parquet", texts),
         "folder": os.path.dirname(txt(tmp_path / "f" / "a.txt", texts[:20])),
         "parquets": os.path.dirname(parquet(tmp_path / "g" / "a.parquet", texts[:30])),
-    }  # fmt: skip
+    }
     write(tmp_path / "f" / "deeper" / "b.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts[20:]))
     parquet(tmp_path / "g" / "b.parquet", texts[30:])
     for kind, source in sources.items():
@@ -515,20 +519,26 @@ def edit(path: Path, change) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
-@pytest.mark.parametrize("harm,words", [
-    (lambda f: edit(f / "train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes, not"),
-    (lambda f: edit(f / "val.bin", lambda b: b[:-2]), "val.bin has [0-9,]+ bytes, not"),
-    (lambda f: edit(f / "val.bin", lambda b: b + b"ab"), "val.bin has [0-9,]+ bytes, not"),
-    (lambda f: edit(f / "train.bin", lambda b: b"\x2c\x01" + b[2:]), "train.bin has an id 300"),
-    (lambda f: (f / "val.bin").unlink(), "val.bin has 0 bytes"),
-    (lambda f: (f / "meta.json").unlink(), "no meta.json"),
-    (lambda f: (f / "meta.json").write_text("{"), "meta.json is damaged"),
-    (lambda f: (f / "meta.json").write_text("{}"), "meta.json is damaged"),
-    (lambda f: (f / "meta.json").write_text("[]"), "meta.json is damaged"),
-    (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-    (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is not a byte-level BPE"),
-    (lambda f: tokenizers.train_bpe(["other text"], 260).save(f / "tokenizer.json"), "another vocabulary"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "harm,words",
+    [
+        (lambda f: edit(f / "train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes, not"),
+        (lambda f: edit(f / "val.bin", lambda b: b[:-2]), "val.bin has [0-9,]+ bytes, not"),
+        (lambda f: edit(f / "val.bin", lambda b: b + b"ab"), "val.bin has [0-9,]+ bytes, not"),
+        (lambda f: edit(f / "train.bin", lambda b: b"\x2c\x01" + b[2:]), "train.bin has an id 300"),
+        (lambda f: (f / "val.bin").unlink(), "val.bin has 0 bytes"),
+        (lambda f: (f / "meta.json").unlink(), "no meta.json"),
+        (lambda f: (f / "meta.json").write_text("{"), "meta.json is damaged"),
+        (lambda f: (f / "meta.json").write_text("{}"), "meta.json is damaged"),
+        (lambda f: (f / "meta.json").write_text("[]"), "meta.json is damaged"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is not a byte-level BPE"),
+        (
+            lambda f: tokenizers.train_bpe(["other text"], 260).save(f / "tokenizer.json"),
+            "another vocabulary",
+        ),
+    ],
+)
 def test_damaged_data_are_refused(tmp_path, harm, words):
     source = txt(tmp_path / "mine.txt", stories(30))
     folder = made(tmp_path, source, "bpe300").folder
@@ -564,22 +574,25 @@ def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
     return status, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name,content,words", [
-    ("x.txt", "", "too few stories"),
-    ("x.txt", "\n \n\n", "too few stories"),
-    ("x.txt", "only one story", "too few stories"),
-    ("x.txt", "the same\n\nthe same\n\nthe same", "too few stories"),
-    ("x.txt", b"caf\xe9 au lait\n\nand more", "x.txt is not UTF-8 text"),
-    ("x.jsonl", b'{"text": "caf\xe9"}\n', "x.jsonl is not UTF-8 text"),
-    ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-    ("x.jsonl", '{"text": "a"}\n{"story": "b"}\n', 'line 2: no field "text"'),
-    ("x.jsonl", '{"text": 0}\n', 'line 1: no field "text" that holds a string'),
-    ("x.jsonl", '[1]\n', 'line 1: no field "text"'),
-    ("x.jsonl", '{"text": "\\ud83d"}\n', "line 1: half a surrogate pair"),
-    ("x.parquet", "no parquet", "x.parquet is not a Parquet file"),
-    ("x.csv", "text\na\n", "x.csv.*[.]txt, .jsonl, .parquet"),
-    ("folder/x.csv", "text\na\n", "folder holds no .txt, .jsonl, .parquet file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,content,words",
+    [
+        ("x.txt", "", "too few stories"),
+        ("x.txt", "\n \n\n", "too few stories"),
+        ("x.txt", "only one story", "too few stories"),
+        ("x.txt", "the same\n\nthe same\n\nthe same", "too few stories"),
+        ("x.txt", b"caf\xe9 au lait\n\nand more", "x.txt is not UTF-8 text"),
+        ("x.jsonl", b'{"text": "caf\xe9"}\n', "x.jsonl is not UTF-8 text"),
+        ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ("x.jsonl", '{"text": "a"}\n{"story": "b"}\n', 'line 2: no field "text"'),
+        ("x.jsonl", '{"text": 0}\n', 'line 1: no field "text" that holds a string'),
+        ("x.jsonl", "[1]\n", 'line 1: no field "text"'),
+        ("x.jsonl", '{"text": "\\ud83d"}\n', "line 1: half a surrogate pair"),
+        ("x.parquet", "no parquet", "x.parquet is not a Parquet file"),
+        ("x.csv", "text\na\n", "x.csv.*[.]txt, .jsonl, .parquet"),
+        ("folder/x.csv", "text\na\n", "folder holds no .txt, .jsonl, .parquet file"),
+    ],
+)
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe300"])
 def test_bad_sources(tmp_path, monkeypatch, capsys, name, content, words, tokenizer):
     write(tmp_path / name, content)
@@ -597,18 +610,21 @@ def test_bad_parquet(tmp_path, monkeypatch, capsys):
         assert status == 2 and 'no field "text" of strings' in err
 
 
-@pytest.mark.parametrize("args,words", [
-    (["mine"], "--source PATH"),
-    (["mine", "--source", "nowhere.txt"], "nowhere.txt: no such file"),
-    (["mine", "--source", "../no/where"], "no such file"),
-    (["mine.txt"], "python prepare.py NAME --source mine.txt"),
-    (["../mine", "--source", "x.txt"], "no name for a corpus"),
-    (["toystories", "--source", "x.txt"], "takes no --source"),
-    (["toystories", "--stories", "0"], "from 1 on"),
-    (["toystories", "--workers", "-1"], "from 1 on"),
-    (["toystories", "--tokenizer", "bpe200"], "257"),
-    (["toystories", "--tokenizer", "llama"], "gpt2, byte and bpeN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (["mine"], "--source PATH"),
+        (["mine", "--source", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["mine", "--source", "../no/where"], "no such file"),
+        (["mine.txt"], "python prepare.py NAME --source mine.txt"),
+        (["../mine", "--source", "x.txt"], "no name for a corpus"),
+        (["toystories", "--source", "x.txt"], "takes no --source"),
+        (["toystories", "--stories", "0"], "from 1 on"),
+        (["toystories", "--workers", "-1"], "from 1 on"),
+        (["toystories", "--tokenizer", "bpe200"], "257"),
+        (["toystories", "--tokenizer", "llama"], "gpt2, byte and bpeN"),
+    ],
+)
 def test_bad_requests(tmp_path, monkeypatch, capsys, args, words):
     status, err = run(monkeypatch, capsys, tmp_path, *args)
     assert status == 2 and words in err and err.count("\n") == 1

@@ -61,10 +61,20 @@ compile = False
 out_dir = ""
 '''
     assert read(text) == dict(
-        dataset="toystories", n_head=3, n_embd=192, mlp_hidden=399, max_iters=1000, seed=2**40 + 1,
-        learning_rate=3.0, min_lr=0.3, weight_decay=0.5, bias=True, story_windows=False, compile="False",
+        dataset="toystories",
+        n_head=3,
+        n_embd=192,
+        mlp_hidden=399,
+        max_iters=1000,
+        seed=2**40 + 1,
+        learning_rate=3.0,
+        min_lr=0.3,
+        weight_decay=0.5,
+        bias=True,
+        story_windows=False,
+        compile="False",
         out_dir="",
-    )  # fmt: skip
+    )
     kinds = {name: type(value) for name, value in read(text).items()}
     assert kinds["max_iters"] is int and kinds["learning_rate"] is float and kinds["bias"] is bool
     assert read("") == {} and read("n_layer = 2\nn_layer = 3") == {"n_layer": 3}
@@ -143,10 +153,16 @@ def test_the_line_of_a_mistake_further_down(read):
         read("n_layer = 2\nn_head = = 3\n")
 
 
-@pytest.mark.parametrize("text", [
-    "max_iters = 999999 ** 999999", "max_iters = 10**6**10**6", "dataset = 'a' * 10**12",
-    "max_iters = 2**1000000 * 2**1000000", "max_iters = " + "(" * 4 + "10**90" + ")**90" * 4,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_iters = 999999 ** 999999",
+        "max_iters = 10**6**10**6",
+        "dataset = 'a' * 10**12",
+        "max_iters = 2**1000000 * 2**1000000",
+        "max_iters = " + "(" * 4 + "10**90" + ")**90" * 4,
+    ],
+)
 def test_no_recipe_eats_the_machine(text, read):
     began = time.perf_counter()
     with pytest.raises(ValueError, match="line 1"):
@@ -210,8 +226,19 @@ def test_a_shipped_recipe_is_what_it_says(name):
 def test_the_recipes_that_the_project_promises():
     assert {"tiny", "llama", "slm", "stories10m", "stories50m", "stories100m"} <= set(SHIPPED)
     llama = settings.build(TrainConfig, settings.read_recipe(ROOT / "config" / "llama.py", TrainConfig)).model
-    plain = dict(norm="rmsnorm", norm_eps=1e-5, position="rope", rope_theta=10000.0, mlp="swiglu", bias=False,
-                 qk_norm=False, embed_norm=False, share="none", window=0, softcap=0.0)  # fmt: skip
+    plain = dict(
+        norm="rmsnorm",
+        norm_eps=1e-5,
+        position="rope",
+        rope_theta=10000.0,
+        mlp="swiglu",
+        bias=False,
+        qk_norm=False,
+        embed_norm=False,
+        share="none",
+        window=0,
+        softcap=0.0,
+    )
     assert {key: getattr(llama, key) for key in plain} == plain
 
 
@@ -323,13 +350,38 @@ def test_settings_that_the_program_computes_are_refused(tmp_path, capsys):
 
 def test_values_on_the_command_line():
     recipe, file, given, flags = line(
-        "--n_layer=3", "--n_head", "2", "--learning_rate=3", "--min_lr", "1e-4", "--max_iters=1e3",
-        "--bias=True", "--cross_stories", "False", "--prompt", "Once upon a time", "--prompt=",
-        "--compile=False", "--resume", "--seed=1_000", "--dropout=.5",
-    )  # fmt: skip
+        "--n_layer=3",
+        "--n_head",
+        "2",
+        "--learning_rate=3",
+        "--min_lr",
+        "1e-4",
+        "--max_iters=1e3",
+        "--bias=True",
+        "--cross_stories",
+        "False",
+        "--prompt",
+        "Once upon a time",
+        "--prompt=",
+        "--compile=False",
+        "--resume",
+        "--seed=1_000",
+        "--dropout=.5",
+    )
     assert (recipe, file, flags) == ("", {}, {"resume"})
-    assert given == dict(n_layer=3, n_head=2, learning_rate=3.0, min_lr=1e-4, max_iters=1000, bias=True,
-                         cross_stories=False, prompt="", compile="False", seed=1000, dropout=0.5)  # fmt: skip
+    assert given == dict(
+        n_layer=3,
+        n_head=2,
+        learning_rate=3.0,
+        min_lr=1e-4,
+        max_iters=1000,
+        bias=True,
+        cross_stories=False,
+        prompt="",
+        compile="False",
+        seed=1000,
+        dropout=0.5,
+    )
     for form in (["--compile=False"], ["--compile", "False"]):
         assert line(*form)[2] == {"compile": "False"}
     for flag in FLAGS:
@@ -344,25 +396,28 @@ def test_the_command_line_goes_over_the_recipe(tmp_path):
         assert (recipe, file, given) == (str(path), {"n_layer": 3, "n_head": 4}, {"n_layer": 5})
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--n_headd=4"], "no option '--n_headd'; did you mean '--n_head'"),
-    (["--resum"], "did you mean '--resume'"),
-    (["--batchsize", "4"], "did you mean '--batch_size'"),
-    (["--promt=Once upon a time"], "did you mean '--prompt'"),
-    (["--qqqq=1"], "no option '--qqqq'; --help lists all options"),
-    (["--model=1"], "no option '--model'"),
-    (["--n_layer=two"], "n_layer takes a whole number, not 'two'"),
-    (["--n_layer="], "n_layer takes a whole number"),
-    (["--n_layer"], "takes a value"),
-    (["--n_layer=2.5"], "n_layer takes a whole number"),
-    (["--n_layer=inf"], "n_layer takes a whole number"),
-    (["--bias=perhaps"], "bias takes True or False"),
-    (["--bias"], "takes a value"),
-    (["--learning_rate=quick"], "learning_rate takes a number"),
-    (["--resume=True"], "resume"),
-    (["one.py", "two.py"], "two.py"),
-    (["-n", "4"], "-n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--n_headd=4"], "no option '--n_headd'; did you mean '--n_head'"),
+        (["--resum"], "did you mean '--resume'"),
+        (["--batchsize", "4"], "did you mean '--batch_size'"),
+        (["--promt=Once upon a time"], "did you mean '--prompt'"),
+        (["--qqqq=1"], "no option '--qqqq'; --help lists all options"),
+        (["--model=1"], "no option '--model'"),
+        (["--n_layer=two"], "n_layer takes a whole number, not 'two'"),
+        (["--n_layer="], "n_layer takes a whole number"),
+        (["--n_layer"], "takes a value"),
+        (["--n_layer=2.5"], "n_layer takes a whole number"),
+        (["--n_layer=inf"], "n_layer takes a whole number"),
+        (["--bias=perhaps"], "bias takes True or False"),
+        (["--bias"], "takes a value"),
+        (["--learning_rate=quick"], "learning_rate takes a number"),
+        (["--resume=True"], "resume"),
+        (["one.py", "two.py"], "two.py"),
+        (["-n", "4"], "-n"),
+    ],
+)
 def test_slips_of_the_fingers(words, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         line(*words)
@@ -400,18 +455,21 @@ def parser() -> settings.Parser:
     return parser
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--promt", "x"], "there is no option '--promt'; did you mean '--prompt'?"),
-    (["--promt=some words"], "there is no option '--promt'; did you mean '--prompt'?"),
-    (["--top-k=3"], "there is no option '--top-k'; did you mean '--top_k'?"),
-    (["--pro", "x"], "there is no option '--pro'"),  # no abbreviations
-    (["--zzz"], "there is no option '--zzz'; --help lists all options"),
-    (["--top_k=many"], "argument --top_k: invalid int value: 'many'"),
-    (["--top_k"], "--top_k takes a value, as in --top_k=VALUE"),
-    (["--to", "x"], "argument --to: invalid choice: 'x' (choose from "),
-    (["a", "b"], "unrecognized arguments: b"),
-    (["-x"], "unrecognized arguments: -x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--promt", "x"], "there is no option '--promt'; did you mean '--prompt'?"),
+        (["--promt=some words"], "there is no option '--promt'; did you mean '--prompt'?"),
+        (["--top-k=3"], "there is no option '--top-k'; did you mean '--top_k'?"),
+        (["--pro", "x"], "there is no option '--pro'"),  # no abbreviations
+        (["--zzz"], "there is no option '--zzz'; --help lists all options"),
+        (["--top_k=many"], "argument --top_k: invalid int value: 'many'"),
+        (["--top_k"], "--top_k takes a value, as in --top_k=VALUE"),
+        (["--to", "x"], "argument --to: invalid choice: 'x' (choose from "),
+        (["a", "b"], "unrecognized arguments: b"),
+        (["-x"], "unrecognized arguments: -x"),
+    ],
+)
 def test_the_parser_raises_one_line(words, said):
     with pytest.raises(ValueError, match="^" + re.escape(said)) as caught:
         parser().parse_args(words)

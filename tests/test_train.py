@@ -236,8 +236,16 @@ def test_dropout_differs_between_updates_micro_batches_and_processes():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_decay_and_learning_rates_by_group(name):
-    t = trainer(optimizer=name, tied=False, bias=True, norm="layernorm", position="learned", embedding_lr=0.3,
-                head_lr=0.2, muon_lr=0.1)  # fmt: skip
+    t = trainer(
+        optimizer=name,
+        tied=False,
+        bias=True,
+        norm="layernorm",
+        position="learned",
+        embedding_lr=0.3,
+        head_lr=0.2,
+        muon_lr=0.1,
+    )
     names, found = {id(p): n for n, p in t.model.named_parameters()}, {}
     for optimizer in t.optimizers:
         for group in optimizer.param_groups:
@@ -274,8 +282,13 @@ def test_optimizers_do_as_torchs_own(name, monkeypatch):
             a.load_state_dict(b.state_dict())
             b.load_state_dict(state)
     assert all(type(a) is not type(b) for a, b in zip(mine.optimizers, theirs.optimizers, strict=True))
-    assert not any(p.requires_grad for o in mine.optimizers for s in o.state.values()
-                   for p in s.values() if isinstance(p, torch.Tensor))  # fmt: skip
+    assert not any(
+        p.requires_grad
+        for o in mine.optimizers
+        for s in o.state.values()
+        for p in s.values()
+        if isinstance(p, torch.Tensor)
+    )
     for (n, p), q in zip(mine.model.named_parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(p, q), n
 
@@ -433,21 +446,24 @@ def test_signals_are_handled_as_before_after_a_run():
     assert [signal.getsignal(number) for number in numbers_of] == before
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(batch_size=0), "batch_size must be at least 1, not 0"),
-    (dict(max_iters=-1), "max_iters must be at least 0"),
-    (dict(learning_rate=0.0), "learning_rate must be more than 0"),
-    (dict(learning_rate=math.nan), "learning_rate"),
-    (dict(learning_rate=math.inf), "learning_rate"),
-    (dict(min_lr=0.02), "min_lr=0.02 is above learning_rate=0.01"),
-    (dict(beta2=1.0), "must be less than 1"),
-    (dict(muon_momentum=1.0), "must be less than 1"),
-    (dict(n_head=3), "n_head=3 does not divide n_embd=16"),
-    (dict(n_embd=-16), "n_embd must be at least 1"),
-    (dict(dropout=1.0), "dropout must be less than 1"),
-    (dict(dropout_schedule="0:2"), "dropout_schedule must be"),
-    (dict(dropout_schedule="0:0.1", compile="True"), "leave out dropout_schedule"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(batch_size=0), "batch_size must be at least 1, not 0"),
+        (dict(max_iters=-1), "max_iters must be at least 0"),
+        (dict(learning_rate=0.0), "learning_rate must be more than 0"),
+        (dict(learning_rate=math.nan), "learning_rate"),
+        (dict(learning_rate=math.inf), "learning_rate"),
+        (dict(min_lr=0.02), "min_lr=0.02 is above learning_rate=0.01"),
+        (dict(beta2=1.0), "must be less than 1"),
+        (dict(muon_momentum=1.0), "must be less than 1"),
+        (dict(n_head=3), "n_head=3 does not divide n_embd=16"),
+        (dict(n_embd=-16), "n_embd must be at least 1"),
+        (dict(dropout=1.0), "dropout must be less than 1"),
+        (dict(dropout_schedule="0:2"), "dropout_schedule must be"),
+        (dict(dropout_schedule="0:0.1", compile="True"), "leave out dropout_schedule"),
+    ],
+)
 def test_settings_that_make_no_run_are_refused(changes, words):
     with pytest.raises(ValueError, match=words) as caught:
         config(**changes).validate()
@@ -458,13 +474,21 @@ def test_settings_that_make_no_run_are_refused(changes, words):
 # One update
 
 
-@pytest.mark.parametrize("changes, tolerance", [
-    (dict(), 1e-6), (dict(optimizer="muon"), 1e-2), (dict(dtype="bfloat16"), 1e-2),
-    (dict(cross_stories=False, tied=False), 1e-6),
-], ids=["adamw", "muon", "bf16", "stories"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, tolerance",
+    [
+        (dict(), 1e-6),
+        (dict(optimizer="muon"), 1e-2),
+        (dict(dtype="bfloat16"), 1e-2),
+        (dict(cross_stories=False, tied=False), 1e-6),
+    ],
+    ids=["adamw", "muon", "bf16", "stories"],
+)
 def test_accumulation_gives_the_gradient_of_one_large_batch(changes, tolerance):
-    pair = [trainer(batch_size=2, gradient_accumulation_steps=4, grad_clip=0.0, **changes),
-            trainer(batch_size=8, grad_clip=0.0, **changes)]  # fmt: skip
+    pair = [
+        trainer(batch_size=2, gradient_accumulation_steps=4, grad_clip=0.0, **changes),
+        trainer(batch_size=8, grad_clip=0.0, **changes),
+    ]
     first = [gradients(t) for t in pair]
     assert apart(*first) < tolerance and apart(first[0], gradients(pair[0], 1)) > 0.05, "no empty claim"
     if "optimizer" in changes:  # after some updates of its own
@@ -475,8 +499,10 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(changes, tolerance):
 
 
 def test_accumulation_makes_the_same_weights_in_float64():
-    pair = [trainer(weights=torch.float64, batch_size=2, gradient_accumulation_steps=4),
-            trainer(weights=torch.float64, batch_size=8)]  # fmt: skip
+    pair = [
+        trainer(weights=torch.float64, batch_size=2, gradient_accumulation_steps=4),
+        trainer(weights=torch.float64, batch_size=8),
+    ]
     before = [p.detach().clone() for p in pair[0].model.parameters()]
     for step in range(20):
         for t in pair:
@@ -638,11 +664,23 @@ VARIANTS = {
     "stories": dict(story_windows="True", cross_stories="False"),
     "growing": dict(context_schedule="0:0.25,0.2:0.5,0.6:1", tied="False", pair_tokens=300),
     "patience": dict(patience=2, eval_interval=2, learning_rate=0.5),
-    "everything": dict(optimizer="muon", dtype="float16", dropout_schedule="0:0.1,12:0.4",
-                       schedule="wsd", gradient_accumulation_steps=2, story_windows="True", tied="False",
-                       cross_stories="False", norm="layernorm", bias="True", position="learned",
-                       min_lr=0.001, patience=20, pointer="True"),
-}  # fmt: skip
+    "everything": dict(
+        optimizer="muon",
+        dtype="float16",
+        dropout_schedule="0:0.1,12:0.4",
+        schedule="wsd",
+        gradient_accumulation_steps=2,
+        story_windows="True",
+        tied="False",
+        cross_stories="False",
+        norm="layernorm",
+        bias="True",
+        position="learned",
+        min_lr=0.001,
+        patience=20,
+        pointer="True",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -669,8 +707,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(name, here):
 @pytest.mark.parametrize("half", [1, 2, 6, 7, 9, 12])
 def test_n_steps_and_n_more_are_2n_steps(half, here):
     """The literal promise, the length of the run given anew, on the intervals (of 2 and 3) and off them."""
-    same_end = dict(lr_decay_iters=2 * half, eval_interval=3, save_interval=4, dropout=0.1, warmup_iters=0,
-                    patience=3, learning_rate=0.05)  # fmt: skip
+    same_end = dict(
+        lr_decay_iters=2 * half,
+        eval_interval=3,
+        save_interval=4,
+        dropout=0.1,
+        warmup_iters=0,
+        patience=3,
+        learning_rate=0.05,
+    )
     assert here("straight", max_iters=2 * half, **same_end) == 0
     assert here("halves", max_iters=half, **same_end) == 0
     assert [line["step"] for line in lines("halves")[-2:]] == [half, half], "a train line and a val line"
