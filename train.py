@@ -43,6 +43,7 @@ class TrainConfig:
     eval_interval: int = 250  # updates between evaluations
     log_interval: int = 10  # updates between lines in metrics.jsonl
     save_interval: int = 250  # updates between checkpoints
+    sample_interval: int = 0  # updates between short samples of the model; 0 = off
     batch_size: int = 16  # sequences per micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches per update, over all processes
     learning_rate: float = 1e-3  # AdamW's peak learning rate
@@ -129,9 +130,9 @@ class TrainConfig:
 # A resumed run may change these settings and says so; any other would silently make it a different run.
 # dtype and loss_chunk change the rounding.
 MAY_CHANGE = (
-    *("max_iters", "eval_interval", "log_interval", "save_interval", "batch_size", "patience", "prompt"),
-    *("gradient_accumulation_steps", "device", "dtype", "compile", "threads", "logger", "loss_chunk"),
-    *("out_dir", "data_dir", "source", "fallback"),
+    *("max_iters", "eval_interval", "log_interval", "save_interval", "sample_interval", "batch_size"),
+    *("patience", "prompt", "gradient_accumulation_steps", "device", "dtype", "compile", "threads"),
+    *("logger", "loss_chunk", "out_dir", "data_dir", "source", "fallback"),
 )
 FLAGS = {
     "resume": "continue the run in out_dir, or this recipe's newest unfinished one",
@@ -509,6 +510,8 @@ def train(trainer: Trainer) -> None:
                 val = trainer.val_step()
                 console.show(trainer.log(step, val, split="val"))
                 trainer.keep_best(step, val)
+            if c.sample_interval and step % c.sample_interval == 0 and step < c.max_iters:
+                console.sample(trainer)
             done = trainer.stop or progress.finished(c.max_iters, c.patience)
             if done or trainer.requests.save or step % c.save_interval == 0 and step > first:
                 trainer.save_checkpoint(step)

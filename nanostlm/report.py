@@ -2,10 +2,12 @@
 What a run says: the plan before it, the loggers during it, the curve, summary and stories after it.
 """
 
+import contextlib
 import functools
 import math
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +19,17 @@ from nanostlm import checkpoint, runs, sources
 from nanostlm.machine import Machine, print0, rank
 
 CHECKPOINT_BYTES = 44  # disk space per parameter: two full states of 16 bytes, best.pt, one being written
+SAMPLE_TOKENS = 40  # length of a sample during training
+FINAL_TOKENS = 1_000_000  # of the validation file, scored at the end of a run: 15 s on a CPU
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Inside, any failure is only a warning: the run itself does not depend on `what`."""
+    try:
+        yield
+    except Exception as error:
+        print0(f"WARNING: {what} failed: {type(error).__name__}: {error}")
 
 
 def plan(c, data, machine: Machine, iters: int) -> str:
@@ -110,6 +123,19 @@ class Console:
                 f"step {step:6,}  loss {loss:.4f}  lr {line['lr']:.2g}  {speed:,} tokens/s  {left:.0f} s left"
             )
 
+    def sample(self, trainer) -> None:
+        """Show how the model continues the prompt now. Uses none of the run's random numbers."""
+        from nanostlm import generate
+
+        if rank() == 0:
+            with optional("the sample"):
+                prompt, seed = trainer.config.prompt, trainer.config.seed
+                tokenizer = trainer.data.tokenizer
+                [text] = generate.stories(
+                    trainer.model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, seed=seed
+                )
+                print0(f"    {' '.join(text.split())}")
+
 
 def plot(metrics: dict[Path, list[dict]], floor: float | None) -> None:
     """
@@ -135,7 +161,8 @@ def plot(metrics: dict[Path, list[dict]], floor: float | None) -> None:
     if losses:  # the first updates, far above the rest, do not squeeze the end of the run
         low, high = min([*losses, *([floor] if floor else [])]), np.percentile(losses, 95)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    axes.set(ylabel="loss (nats per token)", title=str(folder).replace("$", r"\$"))
+    axes.set(ylabel="loss (nats per token)")
+    axes.set_title(str(folder), parse_math=False)
     axes.legend()
     steps = [line for line in lines if line["split"] == "train"]
     tokens = [line["tokens"] for line in steps]
@@ -202,14 +229,13 @@ def load_best(trainer) -> None:
             print0(f"what follows comes from the best weights, of step {state['step']:,}")
 
 
-def summary(trainer, lines: list[dict]) -> str:
-    """The result of a run as lines of `name: value`, for grep."""
-    val = [line for line in lines if line["split"] == "val"]
-    best = min(val, key=lambda line: line["loss"]) if val else {"bpb": math.nan, "loss": math.nan}
+def summary(trainer, lines: list[dict], val: tuple[float, float, int]) -> str:
+    """The result of a run as lines of `name: value`, for grep. `val`: as tasks.validation_loss returns it."""
     speed = [line["tokens_per_s"] for line in lines if line["split"] == "train"]
     found = {
-        "val_bpb": f"{best['bpb']:.4f}",
-        "val_loss": f"{best['loss']:.4f}",
+        "val_bpb": f"{val[1]:.4f}",
+        "val_loss": f"{val[0]:.4f}",
+        "val_tokens": val[2],
         "steps": trainer.progress.step,
         "tokens": trainer.progress.step * trainer.tokens_per_step,
         "seconds": round(lines[-1]["elapsed_s"]) if lines else 0,
@@ -220,46 +246,60 @@ def summary(trainer, lines: list[dict]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in found.items())
 
 
-def final(trainer, name: str) -> None:
-    """
-    The end of a run: curve, summary next to the recipe's previous run on the same data, stories, the next
-    command.
-    """
-    from nanostlm import generate, tasks
-
-    c, data, progress = trainer.config, trainer.data, trainer.progress
-    folder = trainer.directory.folder
-    earlier = [run for run in runs.folders_of(name) if run != folder and (run / "metrics.jsonl").exists()]
-    earlier = [run for run in earlier if runs.read_config(run).get("data") == trainer.fingerprint]
-    metrics = {run: runs.read_metrics(run) for run in [folder, *earlier[:1]]}
-    val, floor = data.meta["val"], data.meta.get("floor_bpb")
-    bytes_per_token = (val["bytes"] + val["stories"]) / max(1, val["tokens"])
-    plot(metrics, floor and floor * math.log(2) * bytes_per_token)
-    speed = [line["tokens_per_s"] for line in metrics[folder] if line["split"] == "train"]
-    seconds = metrics[folder][-1]["elapsed_s"] if metrics[folder] else 0
-    tokens = progress.step * trainer.tokens_per_step
-    print0(
-        f"\n{progress.step:,} updates, {tokens / 1e6:.2f}M tokens = {tokens / len(data.train):.2f} epochs in "
-        f"{seconds:.0f} s; {np.median(speed) if speed else 0:,.0f} tokens/s; "
+def totals(trainer, metrics: dict[Path, list[dict]]) -> str:
+    """Tokens, time and memory of a run, and the best evaluation of each run in `metrics`."""
+    lines, progress = next(iter(metrics.values())), trainer.progress
+    speed = [line["tokens_per_s"] for line in lines if line["split"] == "train"]
+    tokens, seconds = progress.step * trainer.tokens_per_step, lines[-1]["elapsed_s"] if lines else 0
+    found = [
+        f"\n{progress.step:,} updates, {tokens / 1e6:.2f}M tokens = {tokens / len(trainer.data.train):.2f} "
+        f"epochs in {seconds:.0f} s; {np.median(speed) if speed else 0:,.0f} tokens/s; "
         f"peak memory {trainer.machine.peak_memory():,.0f} MB"
-    )
+    ]
     for run, lines in metrics.items():
-        if found := [line for line in lines if line["split"] == "val"]:
-            best = min(found, key=lambda line: line["loss"])
-            print0(
+        if val := [line for line in lines if line["split"] == "val"]:
+            best = min(val, key=lambda line: line["loss"])
+            found.append(
                 f"best val loss {best['loss']:.4f} nats a token, {best['bpb']:.4f} bits per byte "
                 f"(step {best['step']}) in {run}"
             )
     if progress.skipped:
-        print0(f"{progress.skipped} updates were left out: their loss or gradient was not finite")
-    load_best(trainer)
-    trainer.model.eval()  # in float32: a token at a time, autocast would only cast
+        found.append(f"{progress.skipped} updates were left out: their loss or gradient was not finite")
+    return "\n".join(found)
+
+
+def final(trainer, name: str) -> None:
+    """
+    The end of a run: curve, totals next to the recipe's previous run on the same data, the loss on the
+    validation file, stories, the next command. The run is finished, so each part may fail with a warning.
+    """
+    from nanostlm import generate, tasks
+
+    c, data, model = trainer.config, trainer.data, trainer.model.eval()
+    folder, val = trainer.directory.folder, data.meta["val"]
+    metrics = {folder: runs.read_metrics(folder)}
+    with optional("the comparison with an earlier run"):
+        earlier = [run for run in runs.folders_of(name) if run != folder and (run / "metrics.jsonl").exists()]
+        same = [run for run in earlier if runs.read_config(run).get("data") == trainer.fingerprint]
+        metrics |= {run: runs.read_metrics(run) for run in same[:1]}
+    with optional("loss.png"):
+        floor, bytes_per_token = data.meta.get("floor_bpb"), (val["bytes"] + val["stories"]) / val["tokens"]
+        plot(metrics, floor and floor * math.log(2) * bytes_per_token)
+    with optional("the report"):
+        print0(totals(trainer, metrics))
+        load_best(trainer)
+    scored = math.nan, math.nan, 0
+    with optional("the score"):  # in float32, as in evaluate.py
+        scored = tasks.validation_loss(model, data, c.batch_size, FINAL_TOKENS)
+        print0(
+            f"on {scored[2]:,} tokens of val.bin: {scored[0]:.4f} nats a token, {scored[1]:.4f} bits per byte"
+        )
     if sources.corpus(data.meta["corpus"]).check:
-        for line in tasks.grammar_report(trainer.model, data):
-            print0(line)
-    for text in generate.stories(trainer.model, data.tokenizer, c.prompt, 3, seed=c.seed):
-        print0(f"\n{text}")
-    print0(
-        f'\ncurve: {folder / "loss.png"}\nnext:  python sample.py --out_dir {folder} --prompt "{c.prompt}"'
-    )
-    print(summary(trainer, metrics[folder]), flush=True)
+        with optional("the comparison with the grammar"):
+            print0("\n".join(tasks.grammar_report(model, data)))
+    with optional("the stories"):
+        for text in generate.stories(model, data.tokenizer, c.prompt, 3, seed=c.seed):
+            print0(f"\n{text}")
+    command = shlex.join(["python", "sample.py", "--out_dir", str(folder), "--prompt", c.prompt])
+    print0(f"\ncurve: {folder / 'loss.png'}\nnext:  {command}")
+    print(summary(trainer, metrics[folder], scored), flush=True)

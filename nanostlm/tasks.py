@@ -14,10 +14,14 @@ from nanostlm.data import Data
 from nanostlm.generate import stories
 
 
-def validation_loss(model, data: Data, rows: int = 16) -> tuple[float, float, int]:
-    """Nats per token, bits per byte and number of tokens of the validation file. `rows` windows per batch."""
-    nats, n_tokens = score.total(model, [data.val], data.tokenizer.eot, rows=rows)
-    n_bytes = int(score.token_bytes(data.tokenizer)[data.val].sum())
+def validation_loss(model, data: Data, rows: int = 16, limit: int = 0) -> tuple[float, float, int]:
+    """
+    Nats per token, bits per byte and number of tokens of the validation file, or of its first `limit` tokens.
+    `rows` windows per batch.
+    """
+    ids = data.val[: limit or None]
+    nats, n_tokens = score.total(model, [ids], data.tokenizer.eot, rows=rows)
+    n_bytes = int(score.token_bytes(data.tokenizer)[ids].sum())
     return nats / n_tokens, score.bits_per_byte(nats, n_bytes), n_tokens
 
 
