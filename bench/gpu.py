@@ -12,7 +12,7 @@ Everything that a CUDA GPU must prove, with one command, within ten minutes and 
     ranks       one and two processes agree within rounding, on config/stories10m.py; needs two GPUs
     generation  tokens/s of sample.py with that shape, 1 and 16 stories
     quality     seconds and bits per byte of two recipes on toystories, whose entropy is known; with --nanogpt
-                until the bits per byte that nanoGPT reaches in 60 seconds (bench/time_to_quality.py)
+                until the bits per byte that nanoGPT reaches in 40 seconds (bench/time_to_quality.py)
     speed       every recipe at its own batch shape and longest window, on random ids: tokens/s, MFU against
                 the measured rate of matrix products, peak memory, and the time to compile without a cache
 
@@ -57,7 +57,7 @@ from helpers import kept, lines, same  # noqa: E402  comparisons to the last bit
 CONFIG = common.ROOT / "config"
 MICRO = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=2, gradient_accumulation_steps=2)
 MICRO |= dict(device="cpu")  # with the rest of a recipe, in --dry-run
-SHORT = dict(stories=0, max_iters=60, log_interval=1, eval_interval=20, eval_tokens=16_384, save_interval=10)
+SHORT = dict(stories=0, max_iters=60, log_interval=1, eval_interval=20, eval_tokens=4096, save_interval=10)
 SHORT |= dict(sample_interval=0, warmup_iters=10, fallback="")  # runs that prove something, but learn little
 SAVED = r"^[\d,]+ updates, "  # the first line of train.py's final report: the run is whole and saved
 QUALITY = {  # recipe -> the lengths of our runs, options of time_to_quality.py, further settings of ours
@@ -193,14 +193,16 @@ def quality(options, recipe: str) -> dict:
     data, (lengths, theirs, ours) = corpus(options), QUALITY[recipe]
     floor, words = data.meta["floor_bpb"], ["--recipe", CONFIG / f"{recipe}.py", "--repeats", 1]
     words += ["--dataset", "toystories", "--tokenizer", data.folder.name, "--data_dir", options.data_dir]
+    seconds, tokens = 40, 16_384
     if options.dry_run:
-        lengths, ours = [2], " ".join([*common.words(MICRO), ours])
-        words += ["--eval_tokens", 512]
+        lengths, theirs, ours = [2], "--nanogpt_heads 2", " ".join([*common.words(MICRO), ours])
+        seconds, tokens = 2, 512
     if options.nanogpt:
-        words += ["--nanogpt", options.nanogpt, "--seconds", 5 if options.dry_run else 60, *theirs.split()]
+        words += ["--nanogpt", options.nanogpt, "--seconds", seconds, *theirs.split()]
     else:
         lengths = lengths[-1:]
         words += ["--target", floor]
+    words += ["--eval_tokens", tokens]
     words += ["--ours_iters", *lengths, "--", "--stories=0", *ours.split()]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         time_to_quality.main([str(word) for word in words])
@@ -250,7 +252,7 @@ def jobs() -> dict[str, tuple[int, Callable[..., dict]]]:
     for streams in (1, 16):
         for kind, on in kinds.items():
             found[f"generation/{streams}/{kind}"] = 90, partial(generate, streams=streams, compiled=on)
-    found |= {f"quality/{recipe}": (200, partial(quality, recipe=recipe)) for recipe in QUALITY}
+    found |= {f"quality/{recipe}": (240, partial(quality, recipe=recipe)) for recipe in QUALITY}
     for recipe in common.recipes():  # the largest last: if the time is too short, it is for these
         for kind, on in kinds.items():
             found[f"speed/{recipe}/{kind}"] = 120, partial(speed, recipe=recipe, compiled=on)
@@ -326,13 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__, repeats=0)
     common.nanogpt_option(parser)
     add = parser.add_argument
-    add(
-        "--only",
-        action="append",
-        default=[],
-        metavar="PART",
-        help="tests, speed, speed/tiny, ...; repeatable",
-    )
+    add("--only", action="append", default=[], metavar="PART", help="such as speed or speed/tiny; repeatable")
     add("--minutes", type=float, default=10, help="for everything; default %(default)s")
     add("--data_dir", default="data", help="where toystories is or will be prepared; default %(default)s")
     add("--dry-run", action="store_true", help="micro models on the CPU, in under three minutes")
@@ -351,12 +347,13 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [name for name in known if not parts or name in sum(chosen.values(), [])]
     options.words = sys.argv[1:] if argv is None else argv
     options.end = time.monotonic() + 60 * options.minutes
-    workers = ThreadPoolExecutor(2 if options.dry_run else 1)  # a GPU does one thing at a time
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, workers:
+    workers, slower = (2, 2) if options.dry_run else (1, 1)  # a GPU does one thing at a time
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         options.folder = Path(temporary)
-        made = workers.map(
-            lambda name: run_job(name, known[name][0] * (1 + options.dry_run), options), wanted
-        )
+        made = pool.map(lambda name: run_job(name, slower * known[name][0], options), wanted)
         found = dict(zip(wanted, made, strict=True))
     print("\nDRY RUN: micro models on the CPU, NOTHING WAS MEASURED" if options.dry_run else "")
     keys = ("state", "seconds", "tokens_per_s", "mfu", "peak_mb", "compile_s")
