@@ -181,7 +181,10 @@ def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
 
 
 def check_size(ids: np.ndarray) -> None:
-    """OSError if the file was truncated, since reading past its end is a SIGBUS; a later read may be one."""
+    """
+    OSError if the file of a memory map was truncated: reading past its end is a SIGBUS, which ends the process.
+    Checked at each step and evaluation; a file that is truncated between the check and the read still does.
+    """
     file = getattr(ids, "_mmap", None)  # knows the file even if another one has taken its name since
     if file is not None and file.size() < len(file):
         raise OSError(f"{ids.filename} was truncated during the run, which ends at its last checkpoint")

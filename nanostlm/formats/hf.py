@@ -97,10 +97,7 @@ ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}  
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of GPT-2's vocabulary
 
 THETA = {"rope_theta?": NUMBER}
-CONFIG = {
-    **{"model_type": TEXT, "hidden_act?": TEXT, "activation_function?": TEXT, "layer_types?": [TEXT]},
-    **THETA | {"rope_scaling?": THETA, "rope_parameters?": THETA, "max_window_layers?": WHOLE},
-}
+CONFIG = {"model_type": TEXT, "rope_scaling?": THETA, "rope_parameters?": THETA, **THETA}
 TOKENIZER = {
     "model": {"vocab": {"*": WHOLE}, "merges": []},
     "pre_tokenizer?": {"type": TEXT, "pretokenizers?": [{"type": TEXT}]},
