@@ -182,8 +182,8 @@ def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
 
 def check_size(ids: np.ndarray) -> None:
     """
-    OSError if the file of a memory map was truncated: reading past its end is a SIGBUS, which ends the process.
-    Checked at each step and evaluation; a file that is truncated between the check and the read still does.
+    OSError if a memory-mapped file was truncated: reading past its end is a SIGBUS, the end of the process.
+    Called at each step and evaluation; a file that is truncated after the call still ends it that way.
     """
     file = getattr(ids, "_mmap", None)  # knows the file even if another one has taken its name since
     if file is not None and file.size() < len(file):
