@@ -44,10 +44,10 @@ def check(value, schema: tuple | list | dict, key: str = "") -> None:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Inside, a ValueError names the file, and any failure but an OSError becomes one."""
+    """Inside, a ValueError names the file, and any failure but one of the machine becomes one."""
     try:
         yield
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

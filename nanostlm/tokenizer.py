@@ -232,7 +232,7 @@ def from_state(state: dict) -> Tokenizer:
         if any(line[1:] != [str(i)] for i, line in enumerate(lines)):
             raise ValueError("ranks must list all ids in order")
         tokens = [base64.b64decode(line[0], validate=True) for line in lines]
-        if state["name"] == "byte" and tokens != get("byte").tokens[:-1]:
+        if state["name"] == "byte" and tokens != [bytes([b]) for b in range(256)]:
             raise ValueError("ranks must list the bytes in order")
         return Tokenizer(state["name"], tokens)
 
