@@ -28,6 +28,7 @@ from nanostlm import checkpoint
 from nanostlm.machine import print0
 from nanostlm.schema import COUNT, FINITE, FLAG, NONE, NUMBER, TEXT, TYPES, WHOLE, check, naming, read_json
 
+ANY = "a setting", lambda x: type(x) in TYPES
 LINE = {"step": WHOLE, "loss": NUMBER, "tokens": WHOLE, "elapsed_s": FINITE}
 TRAIN = LINE | {"lr": FINITE, "grad_norm": NUMBER, "tokens_per_s": FINITE}
 METRICS = {"train": TRAIN, "val": LINE | {"bpb": NUMBER}}  # by split
@@ -217,7 +218,7 @@ def last_state(folder: Path, values: dict) -> dict | None:
         try:
             state = checkpoint.read(file) | {"file": file.name}
             with naming(file):
-                check(state, RESUME | {"train_config": config, "recipe": known})
+                check(state, RESUME | {"train_config": config, "recipe": known | {"*": ANY}})
         except ValueError as error:
             if file == files[-1]:
                 raise

@@ -506,6 +506,7 @@ def optimizer(checkpoint: dict, **changes) -> dict:
         lambda s: changed(s, ("progress", "flavour"), -1),
         lambda s: changed(s, ("progress", "best"), None),
         lambda s: changed(s, ("recipe", "max_iters"), "x"),
+        lambda s: changed(s, ("recipe", "flavour"), torch.ones(2)),
         lambda s: s | {"format": 0},
         lambda s: s | {"format": "2"},
         lambda s: s | {"format": 99},
