@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--only", action="append", default=[], metavar="PART", help="such as speed or speed/tiny; repeatable")
     add("--minutes", type=float, default=10, help="for everything; default %(default)s")
     add("--data_dir", default="data", help="where toystories is or will be prepared; default %(default)s")
-    add("--dry-run", action="store_true", help="micro models on the CPU, in under three minutes")
+    add("--dry-run", action="store_true", help="micro models on the CPU; measures nothing")
     add("--job", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     parser.set_defaults(dataset="toystories", tokenizer="bpe4096", source=None)
     options = common.parse(parser, argv)
