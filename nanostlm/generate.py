@@ -32,7 +32,7 @@ Stop = Callable[[list[int]], bool]  # the new ids of a row -> whether the row en
 
 def temperature(t: float) -> Sampler:
     """Divide the logits by t. Below 1e-5: the most likely token (the lowest id among equals)."""
-    check_range("temperature", t, 0 <= t <= 1e6, "between 0 (greedy) and 1e6")
+    check_range("temperature", t, 0 <= t <= 1e6, "0 (greedy) to 1e6")
 
     def sampler(logits: Tensor, history: Tensor) -> Tensor:
         return (logits - logits.amax(-1, keepdim=True)) / t  # subtract the maximum to prevent overflow

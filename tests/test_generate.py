@@ -471,7 +471,7 @@ def test_chain_orders_the_samplers_in_use():
     ],
 )
 def test_samplers_reject(name, value):
-    with pytest.raises(ValueError, match=re.escape(f"not {value}")):
+    with pytest.raises(ValueError, match=f"{name} must be .*, not {re.escape(str(value))}"):
         chain(**{name: value})
 
 

@@ -201,6 +201,7 @@ def test_the_line_of_a_mistake_further_down(read):
         "max_iters = 0x" + "f" * 600_000 + " // 0x" + "f" * 300_000,
         "max_iters = 1" + " " * 10_000_000,
         "# " + "x" * 10_000_000,
+        "max_iters = 1" + " " * 15_000 + "?",
         "max_iters = 1\n" * 1_000_000,
     ],
     ids=lambda text: text[:40],
