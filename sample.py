@@ -10,8 +10,11 @@ A story ends where the model predicts end-of-text. The prompt and its continuati
 else to stderr. From Python, use nanostlm/generate.py.
 """
 
+from nanostlm.entry import script  # first, to handle signals during the other imports
+
 import argparse
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -128,6 +131,7 @@ def converse(writer: Callable, first_seed: int) -> None:
     """Continue each prompt that is typed. The seed grows by 1, so a repeated prompt gives a new story."""
     with suppress(ImportError):
         import readline  # noqa: F401  enables line editing and history in input()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     marker = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     for seed in itertools.count(first_seed):
         try:
@@ -138,7 +142,7 @@ def converse(writer: Callable, first_seed: int) -> None:
             return
 
 
-@settings.script
+@script
 def main(argv: list[str]) -> None:
     options = parse(argv)
     prompt = read_prompt(options.prompt)
