@@ -9,7 +9,6 @@ a corpus whose entropy is known, also the distance to the entropy and the share 
 """
 
 from nanostlm.entry import script  # first, to handle signals during the other imports
-
 import argparse
 import sys
 from pathlib import Path

@@ -11,7 +11,6 @@ LoRA is merged, and the padding of the vocabulary is left out.
 """
 
 from nanostlm.entry import script  # first, to handle signals during the other imports
-
 import shlex
 import sys
 from pathlib import Path

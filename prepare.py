@@ -12,7 +12,6 @@ threads encode them. The folder appears once all files are complete; an interrup
 """
 
 from nanostlm.entry import script  # first, to handle signals during the other imports
-
 import json
 import math
 import os

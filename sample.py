@@ -11,7 +11,6 @@ else to stderr. From Python, use nanostlm/generate.py.
 """
 
 from nanostlm.entry import script  # first, to handle signals during the other imports
-
 import argparse
 import itertools
 import signal

@@ -10,7 +10,6 @@ From a notebook: trainer = Trainer(config, model, data), then trainer.train_step
 """
 
 from nanostlm.entry import Requests, lost, script  # first, to handle signals during the other imports
-
 import contextlib
 import math
 import shlex
@@ -561,8 +560,8 @@ def main(argv: list[str]) -> int:
     if stop:
         words = [word for word in argv if word not in [f"--{flag}" for flag in FLAGS]]
         more = "continue with: " + shlex.join(["python", "train.py", *words, "--resume"])
-        finished = trainer.progress.finished(c.max_iters, c.patience)
-        print0(f"saved at step {step:,}; {'the run is finished' if finished else more}")
+        more = "the run is finished" if trainer.progress.finished(c.max_iters, c.patience) else more
+        print0(f"saved at step {step:,}; {more}")
     elif rank == 0:
         report.final(trainer, plan.name)
     if lost and not trainer.requests.stop:

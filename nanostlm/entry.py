@@ -29,9 +29,8 @@ lost: dict[int, OSError] = {}  # why stdout (1) or stderr (2) could not be writt
 @contextlib.contextmanager
 def on_signals(act: Callable[[int], None], notice: str, save=signal.SIG_IGN):
     """
-    Inside, SIGINT and SIGTERM print `notice` and call act(number), and SIGUSR1 calls save(number, frame). The
-    same signal again ends the process at once, unless it comes within a second: a key that is held down sends
-    many, and torchrun repeats a Ctrl-C.
+    Inside, SIGINT and SIGTERM print `notice` and call act(number), and SIGUSR1 calls save(number, frame). A
+    second one ends the process at once, but not within a second: torchrun and a key held down repeat signals.
     """
 
     def stop(number, frame):
@@ -46,8 +45,8 @@ def on_signals(act: Callable[[int], None], notice: str, save=signal.SIG_IGN):
         if since == 0:
             act(number)
 
-    handlers = {getattr(signal, "SIGUSR1", signal.SIGINT): save} | dict.fromkeys(STOP_SIGNALS, stop)
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    new = {getattr(signal, "SIGUSR1", signal.SIGINT): save} | dict.fromkeys(STOP_SIGNALS, stop)
+    before = {number: signal.signal(number, handler) for number, handler in new.items()}
     try:
         yield
     finally:
@@ -87,10 +86,6 @@ class Output(io.TextIOWrapper):
                 sys.exit()
 
 
-def one_line(message: BaseException | str) -> str:
-    return " ".join(str(message).split()) or type(message).__name__
-
-
 def report(error: BaseException) -> int:
     """
     Print in one line why a script ends. -> its exit status. What neither this code raises nor the system
@@ -100,7 +95,7 @@ def report(error: BaseException) -> int:
 
     if os.environ.get("NANOSTLM_TRACEBACK"):
         traceback.print_exception(error)
-    message, frames = one_line(error), traceback.extract_tb(error.__traceback__)
+    message, frames = " ".join(str(error).split()), traceback.extract_tb(error.__traceback__)
     here = [f for f in frames if os.path.realpath(f.filename).startswith(ROOT + os.sep)]
     ours = [f for f in here if "site-packages" not in f.filename]  # of a virtual environment inside
     raised = ours and ours[-1] is frames[-1] and "raise " in ours[-1].line
@@ -109,15 +104,15 @@ def report(error: BaseException) -> int:
         if isinstance(error, SyntaxError):
             message, file, line = error.msg, error.filename or file, error.lineno or line
         message = f"{type(error).__name__}: {message} ({os.path.relpath(file, ROOT)}:{line})"
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message or type(error).__name__}", file=sys.stderr)
     return 2 if isinstance(error, USER_ERRORS) else 1
 
 
 def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
     """
-    Decorate a script's main(argv), so that it takes sys.argv[1:] by default and returns the exit status: 0
-    for success, 1 if the machine or the run failed, 2 for a user error, 130 after Ctrl-C, 143 after SIGTERM.
-    A stdout whose reader has left, as with `| head`, is no failure; a stdout on a full disk is one.
+    Decorate a script's main(argv), so that it returns the exit status: 0 for success, 1 if the machine or the
+    run failed, 2 for a user error, 130 after Ctrl-C, 143 after SIGTERM. A stdout whose reader has left, as
+    with `| head`, is no failure; a stdout on a full disk is one.
     """
 
     @functools.wraps(main)
@@ -126,10 +121,8 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         try:
             with on_signals(lambda number: sys.exit(128 + number), "ended, with nothing lost"):
                 status = main(sys.argv[1:] if argv is None else argv) or 0
-        except SystemExit as ended:  # --help, or a signal
-            status = ended.code or 0
-        except KeyboardInterrupt:
-            status = 128 + signal.SIGINT
+        except (SystemExit, KeyboardInterrupt) as ended:  # --help, or a signal
+            status = getattr(ended, "code", 128 + signal.SIGINT) or 0
         except Exception as error:
             status = report(error)
         if not status and not isinstance(lost.get(1), BrokenPipeError | None):
@@ -141,11 +134,11 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
 
 def unraisable(info) -> None:
     if isinstance(info.exc_value, SystemExit):  # of a signal, in a destructor or a callback
-        os._exit(info.exc_value.code)
+        os._exit(info.exc_value.code or 0)
     sys.__unraisablehook__(info)
 
 
-if MAIN in SCRIPTS:
+if MAIN in SCRIPTS and "IPython" not in sys.modules:  # whose %run is no process of its own
     for number in STOP_SIGNALS:  # until main() begins and once it has ended
         signal.signal(number, lambda number, frame: os._exit(128 + number))
     # at the very end, Python removes its handlers, and a signal would kill a script that is done
@@ -153,10 +146,11 @@ if MAIN in SCRIPTS:
     for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
         if stream is None:  # closed: else the next file that is opened takes its number
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            lost.update({1: BrokenPipeError("stdout is closed")} if number == 1 else {})
+            if number == 1:
+                lost[1] = BrokenPipeError("stdout is closed")
     sys.stdin = sys.stdin or open(0)
     files = (open(number, "wb", closefd=False) for number in (1, 2))
     sys.stdout, sys.stderr = (Output(file, "utf-8", "replace", line_buffering=True) for file in files)
     sys.excepthook = lambda kind, error, trace: sys.exit(report(error))
     sys.unraisablehook = unraisable
-    warnings.formatwarning = lambda message, *_, **__: f"note: {one_line(message)}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"note: {' '.join(str(message).split())}\n"
