@@ -11,6 +11,7 @@ data = load_data("data/tinystories/bpe4096")   # Data(train, val, meta, tokenize
 
 import functools
 import os
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -206,9 +207,10 @@ def remedy(folder: Path) -> str:
     corpus, data_dir = folder.parent.name, folder.parent.parent
     if "-" in folder.name:  # see folder_name
         return f"remove {folder}, and train.py makes it anew"
-    source = " --source PATH" if sources.corpus(corpus).needs_source else ""
-    where = "" if data_dir == Path("data") else f" --data_dir {data_dir}"
-    return f"to make it: python prepare.py {corpus} --tokenizer {folder.name}{source}{where}"
+    source = ["--source", "PATH"] if sources.corpus(corpus).needs_source else []
+    where = [] if data_dir == Path("data") else ["--data_dir", str(data_dir)]
+    command = ["python", "prepare.py", corpus, "--tokenizer", folder.name, *source, *where]
+    return f"to make it: {shlex.join(command)}"
 
 
 def prepared(folder: Path) -> dict[str, dict]:

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from nanostlm import entry
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MIN_ITERS_TO_COMPILE = 500  # updates after which compiling, about a minute on a GPU, has paid off
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LATER_LIBRARIES = 60 * 2**20  # bytes that PyTorch's kernels and matplotlib add after the plan is printed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -239,66 +240,18 @@ def average_gradients(
 ) -> tuple[float, int]:
     """
     One all-reduce: replace the gradients of `params` by their mean over the processes. -> the mean loss, and
-    the signal that any process got (0 if none).
+    the signal that any process got (0 if none). Output that was lost counts as SIGTERM.
     """
+    signal_number = signal_number or (signal.SIGTERM if entry.lost else 0)
     if world_size() == 1:
         return loss.item(), signal_number
-    votes = loss.new_tensor([float(signal_number == number) for number in STOP_SIGNALS])
+    votes = loss.new_tensor([float(signal_number == number) for number in entry.STOP_SIGNALS])
     flat = torch.cat([p.grad.flatten() for p in params] + [loss[None], votes])
     all_reduce(flat)
-    n = len(STOP_SIGNALS)
+    n = len(entry.STOP_SIGNALS)
     grads, (total, *votes) = flat[: -1 - n], flat[-1 - n :].tolist()
     grads /= world_size()
     for p, grad in zip(params, grads.split([p.numel() for p in params]), strict=True):
         p.grad.copy_(grad.view_as(p))
-    stop = next((int(number) for number, vote in zip(STOP_SIGNALS, votes, strict=True) if vote), 0)
+    stop = next((int(number) for number, vote in zip(entry.STOP_SIGNALS, votes, strict=True) if vote), 0)
     return total / world_size(), stop
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Signals
-
-
-@contextlib.contextmanager
-def handle_signals(stop, save):
-    """Inside, SIGINT and SIGTERM call stop(number, frame), and SIGUSR1 calls save(number, frame)."""
-    handlers = dict.fromkeys(STOP_SIGNALS, stop)
-    if hasattr(signal, "SIGUSR1"):
-        handlers[signal.SIGUSR1] = save
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def exit_on_signals():
-    """Inside, SIGINT and SIGTERM end the process with one line. For times when there is nothing to save."""
-
-    def leave(number, frame):
-        signal.signal(number, signal.SIG_DFL)
-        print0(f"{signal.Signals(number).name}: ended, with no update lost")
-        sys.exit(128 + number)
-
-    return handle_signals(leave, signal.SIG_IGN)
-
-
-class Requests:
-    """What signals ask of a training loop, which looks at it after every step."""
-
-    stop = 0  # the number of a signal that ends the run
-    save = False  # SIGUSR1
-
-    def handle(self):
-        """Inside, signals are only noted; a second SIGINT or SIGTERM ends the process at once."""
-
-        def stop(number, frame):
-            self.stop = number
-            signal.signal(number, signal.SIG_DFL)
-            print0(f"{signal.Signals(number).name}: saving after this step; once more ends at once")
-
-        def save(number, frame):
-            self.save = True
-
-        return handle_signals(stop, save)
