@@ -15,6 +15,7 @@ import functools
 import inspect
 import io
 import operator
+import os
 import re
 import sys
 import textwrap
