@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
+from nanostlm import machine, settings
 from nanostlm import tokenizer as tokenizers
 
 FORMAT = 2  # of the dictionary inside; readers refuse what is newer
@@ -131,9 +132,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, "to
     return build(read(find(path)), device)
 
 
-def find(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the best one in a run's folder."""
-    path = Path(path)
+def find(path: str | Path | None = None) -> Path:
+    """The checkpoint that a path stands for: itself, or the best one in a run's folder (None: the newest)."""
+    settings.check_path("a run", path)
+    path = newest_run() if path is None else Path(path)
     if path.is_dir():
         found = [path / name for name in ("best.pt", "latest.pt", "previous.pt") if (path / name).is_file()]
         if not found:
@@ -150,8 +152,13 @@ def build(state: dict, device: str | torch.device = "cpu") -> tuple[GPT, "tokeni
     unknown = sorted(set(state["model_config"]) - known)
     if unknown:
         raise ValueError(f"this checkpoint's model has settings unknown here: {', '.join(unknown)}")
-    model = GPT(GPTConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
+    config = GPTConfig(**state["model_config"])
+    machine.check_size(config, device)
+    model = GPT(config)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ValueError(f"the weights of this checkpoint do not fit its configuration: {error}") from error
     return model.to(device).eval(), tokenizers.from_state(state["tokenizer"])
 
 

@@ -12,12 +12,14 @@ The parser is argparse because it starts fast.
 import argparse
 import ast
 import difflib
+import errno
 import functools
 import inspect
 import io
 import operator
 import os
 import re
+import stat
 import sys
 import textwrap
 import tokenize
@@ -231,7 +233,7 @@ def command_line(
     """
     table = settings_of(cls)
     parser = Parser(description=about, usage=argparse.SUPPRESS)
-    parser.add_argument("recipe", nargs="?", default="", help="a file of settings such as config/tiny.py")
+    parser.add_argument("recipe", nargs="?", help="a file of settings such as config/tiny.py")
     for name, help in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=help)
     groups: dict[str, Any] = {}
@@ -248,17 +250,37 @@ def command_line(
     given = vars(parser.parse_args(argv))
     recipe, chosen = given.pop("recipe"), {name for name in flags if given.pop(name)}
     given = {name: convert(name, table[name].type, value) for name, value in given.items()}
-    values = read_recipe(recipe, cls) if recipe else {}
+    values = {} if recipe is None else read_recipe(recipe, cls)
     for name, reason in resolved.items():
         if name in values | given:
             raise ValueError(f"{name} {reason}")
-    return recipe, values, given, chosen
+    return recipe or "", values, given, chosen
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Scripts
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+USER_ERRORS = (ValueError, FileNotFoundError)
+USER_ERRNOS = [  # of an OSError: a path is at fault
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENODEV, errno.ENXIO),
+]
+
+
+def check_path(name: str, path: str | Path | None, kinds: str = "file or folder") -> None:
+    """ValueError unless a path that the user gives is one of `kinds`, or nothing yet. None: none is given."""
+    if path is None:
+        return
+    try:
+        mode = os.stat(path).st_mode
+        kind = "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "device"
+        wrong = "" if kind in kinds else f"is a {kind}"
+    except FileNotFoundError:
+        wrong = "" if str(path) else "is empty"
+    except (OSError, ValueError) as error:  # inside a file, too long, not readable, with a null character
+        wrong = f"is none ({getattr(error, 'strerror', None) or error})"
+    if wrong:
+        raise ValueError(f"{name} must be a {kinds}, and {str(path)!r:.60} {wrong}")
 
 
 def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
@@ -284,10 +306,9 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
             return 0
         except KeyboardInterrupt:
             return 130
-        except USER_ERRORS as error:
-            status, message = 2, one_line(error)
-        except (OSError, RuntimeError, MemoryError, ImportError) as error:
-            status, message = 1, one_line(error)
+        except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+            user = isinstance(error, USER_ERRORS) or getattr(error, "errno", None) in USER_ERRNOS
+            status, message = 2 if user else 1, one_line(error)
         finally:
             warnings.formatwarning = formatwarning
         print(f"error: {message}", file=sys.stderr)
@@ -297,4 +318,4 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
 
 
 def one_line(message: Exception) -> str:
-    return " ".join(str(message).split()) or type(message).__name__
+    return " ".join(str(message).split())[:1000] or type(message).__name__
