@@ -115,7 +115,7 @@ class GPTConfig:
 
     def memory(self, tokens: int, itemsize: int) -> int:
         """Bytes that training on `tokens` tokens at a time holds, roughly, in a dtype of `itemsize` bytes."""
-        counts, logits = self.estimate(), (self.loss_chunk or tokens) * self.padded_vocab
+        counts, logits = self.estimate(), (min(self.loss_chunk, tokens) or tokens) * self.padded_vocab
         states = 16 + 2 * itemsize * (itemsize < 4)  # float32: weights, gradients, optimizer; copies in dtype
         kept = (itemsize + 2) * counts["activations_per_token"]  # some stay float32, freed blocks leave gaps
         return states * counts["parameters"] + kept * tokens + (8 + itemsize) * logits
@@ -460,7 +460,8 @@ def count_config(c: GPTConfig) -> dict[str, int]:
     norm = C * c.norm_weight * {"rmsnorm": 1, "layernorm": 1 + c.bias, "none": 0}[c.norm]
     qkv, fc = (c.n_head + 2 * c.kv_heads) * d, c.hidden * (2 if c.mlp in GATES else 1)  # rows
     attn, mlp = C * qkv + C * C, C * fc + c.hidden * C  # weights
-    shaw = (c.position == "shaw") * (1 + c.shaw_values) * (2 * c.shaw_clip + 1) * d
+    distances = (c.position == "shaw") * (2 * c.shaw_clip + 1)
+    shaw, of_layer = distances * (1 + c.shaw_values) * d, 14 * C + 3 * c.hidden + c.n_head * distances
     lora = (c.share == "lora") * c.lora_rank * (5 * C + qkv + fc + c.hidden)
     rest = 2 * norm + 2 * d * c.qk_norm * c.norm_weight + shaw + lora  # of a layer
     # how many layers have an attention, an MLP and a rest of their own
@@ -473,7 +474,7 @@ def count_config(c: GPTConfig) -> dict[str, int]:
         "parameters": embedding + core + pointer * (3 * C * C + 2),
         "embedding_parameters": embedding,
         "flops_per_token": 6 * matrices + 6 * (2 * L + pointer) * c.block_size * C,
-        "activations_per_token": L * (14 * C + 3 * c.hidden) + (12 * pointer + 5 * masked) * c.block_size,
+        "activations_per_token": L * of_layer + (12 * pointer + 5 * masked) * c.block_size,
     }
 
 

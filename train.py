@@ -110,7 +110,7 @@ RANGES = {  # the lowest and the highest value of the settings that are numbers;
     "learning_rate": (1e-12, 10**6),
     "decay_share": (0, 1),
     "seed": (0, 2**63 - 1),
-    "threads": (0, 1024),
+    "threads": (0, 512),
 }
 CHOICES = {
     "dtype": ["auto", *machine.DTYPES],

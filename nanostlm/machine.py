@@ -18,7 +18,6 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -204,8 +203,8 @@ def total_memory(device: torch.device) -> int:
     with contextlib.suppress(AttributeError, OSError, ValueError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups, version 2 and 1
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as file:
+            found.append(int(file.read()))  # or "max"
     return min(found)
 
 

@@ -260,11 +260,8 @@ def command_line(
 # ----------------------------------------------------------------------------------------------------------
 # Scripts
 
-USER_ERRORS = (ValueError, FileNotFoundError)
-USER_ERRNOS = [  # of an OSError: a path is at fault
-    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENODEV, errno.ENXIO),
-]
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+PATH_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # too
 
 
 def check_path(name: str, path: str | Path | None, kinds: str = "file or folder") -> None:
@@ -307,7 +304,7 @@ def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         except KeyboardInterrupt:
             return 130
         except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
-            user = isinstance(error, USER_ERRORS) or getattr(error, "errno", None) in USER_ERRNOS
+            user = isinstance(error, USER_ERRORS) or getattr(error, "errno", None) in PATH_ERRNOS
             status, message = 2 if user else 1, one_line(error)
         finally:
             warnings.formatwarning = formatwarning
