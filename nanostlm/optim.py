@@ -25,10 +25,11 @@ class Plain:
 
 class AdamW(Plain, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    kept = {"step": False, "exp_avg": True, "exp_avg_sq": True}  # of a parameter: True is a tensor like it
 
 
 class Muon(Plain, torch.optim.Muon):
-    pass
+    kept = {"momentum_buffer": True}
 
 
 def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer]:
