@@ -33,8 +33,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--dtype", default="float32", choices=dtypes, help="of the weights (default: %(default)s)")
     add("--plot", metavar="FILE", help="draw the runs' loss curves, against tokens and against seconds")
     options = parser.parse_args(argv)
-    check_range("rows", options.rows, options.rows >= 1, "1 or more")
-    options.runs += [options.out_dir] if options.out_dir else []
+    check_range("rows", options.rows, 1 <= options.rows <= 4096, "between 1 and 4,096")
+    options.runs += [] if options.out_dir is None else [options.out_dir]
+    settings.check_path("--data", options.data, "folder")
+    settings.check_path("--plot", options.plot, "file")
     options.tasks = options.tasks.split(",") if options.tasks else None
     if unknown := set(options.tasks or ()) - {"bpb", "grammar"}:
         parser.error(f"there is no task {', '.join(sorted(unknown))}: there are bpb and grammar")
@@ -63,7 +65,7 @@ def load(path: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, Data
 def main(argv: list[str]) -> None:
     options = parse(argv)
     rows = []
-    for path in map(checkpoint.find, options.runs or [checkpoint.newest_run()]):
+    for path in map(checkpoint.find, options.runs or [None]):
         model, data, state = load(path, options)
         grammar = sources.corpus(data.meta["corpus"]).check
         if options.tasks is None or "bpb" in options.tasks:

@@ -38,12 +38,13 @@ def main(argv: list[str]) -> None:
     if options.run and options.out_dir:
         parser.error("RUN and --out_dir are the same option: leave one out")
 
+    settings.check_path("DEST", options.dest, "folder" if options.to == "hf" else "file")
     dest = Path(options.dest)
     files = [dest / "config.json"] if options.to == "hf" else [dest, dest.with_name("tokenizer.bin")]
     existing = [str(file) for file in files if file.exists()]
     if existing and not options.overwrite:
         raise ValueError(f"{existing[0]} exists already; --overwrite replaces it")
-    source = checkpoint.find(options.run or options.out_dir or checkpoint.newest_run())
+    source = checkpoint.find(options.out_dir if options.run is None else options.run)
     model, tokenizer = checkpoint.load(source)
     print(f"{source}: {model.config.estimate()['parameters'] / 1e6:.1f}M parameters, {tokenizer.name}")
     if options.to == "hf":

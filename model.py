@@ -15,8 +15,8 @@ are in nanostlm/variants.py. The fast paths at the end compute the same as the p
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ class GPTConfig:
 
     def memory(self, tokens: int, itemsize: int) -> int:
         """Bytes that training on `tokens` tokens at a time holds, roughly, in a dtype of `itemsize` bytes."""
-        counts, logits = self.estimate(), (self.loss_chunk or tokens) * self.padded_vocab
+        counts, logits = self.estimate(), (min(self.loss_chunk, tokens) or tokens) * self.padded_vocab
         states = 16 + 2 * itemsize * (itemsize < 4)  # float32: weights, gradients, optimizer; copies in dtype
         kept = (itemsize + 2) * counts["activations_per_token"]  # some stay float32, freed blocks leave gaps
         return states * counts["parameters"] + kept * tokens + (8 + itemsize) * logits
@@ -446,25 +446,34 @@ CHOICES = {  # the settings that select a component by name
     "share": ("none", "mlp", "layers", "lora"),
     "init": ("gpt2", "zero", "fan_in"),
 }
+RANGES = {  # the lowest and the highest value of the settings that are numbers; of others 0 and 10**9
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), (1, 10**9)),
+    **dict.fromkeys(("shaw_clip", "lora_rank"), (1, 10**9)),
+    **dict.fromkeys(("dropout", "label_smoothing"), (0, 0.999)),
+    "rope_theta": (1, 10**12),
+    "separator": (-1, 10**9),
+}
+
+
+def check_settings(config: Any, ranges: dict[str, tuple], choices: dict[str, Any]) -> None:
+    """ValueError unless the fields of a dataclass have the types of their defaults, and valid values."""
+    for field in fields(config):
+        name, value, kind = field.name, getattr(config, field.name), type(field.default)
+        low, high = ranges.get(name, (0, 10**9))
+        if kind in (bool, int, float, str) and type(value) not in (kind, int if kind is float else kind):
+            raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r:.60}")
+        if kind in (int, float) and not low <= value <= high:  # also refuses nan
+            raise ValueError(f"{name} must be between {low:,} and {high:,}, not {value!r:.60}")
+        if name in choices and value not in choices[name]:
+            one_of = ", ".join(filter(None, choices[name]))
+            raise ValueError(f"{name} must be one of {one_of}; not {value!r:.60}")
 
 
 def check_config(c: GPTConfig) -> None:
-    lowest = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "shaw_clip"), 1)
-    lowest |= {"lora_rank": 1, "separator": -1}  # of the others: 0
-    for name, value in asdict(c).items():
-        kind, low = type(getattr(GPTConfig, name)), lowest.get(name, 0)
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
-        if kind is not str and not low <= value < math.inf:  # also refuses nan
-            raise ValueError(f"{name} must be at least {low}, not {value}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}; not {value!r}")
+    check_settings(c, RANGES, CHOICES)
     odd = c.position == "rope" and c.head_dim % 2
     mixed = c.pointer and (c.label_smoothing or c.z_loss or not c.causal)
     wrong = {
-        f"dropout must be less than 1, not {c.dropout}": c.dropout >= 1,
-        f"label_smoothing must be less than 1, not {c.label_smoothing}": c.label_smoothing >= 1,
-        f"rope_theta must be more than 0, not {c.rope_theta}": c.rope_theta <= 0,
         f"n_head={c.n_head} does not divide n_embd={c.n_embd}": c.n_embd % c.n_head,
         f"n_kv_head={c.n_kv_head} does not divide n_head={c.n_head}": c.n_head % c.kv_heads,
         f"rope needs an even head width, and n_embd / n_head is {c.head_dim}": odd,
@@ -487,7 +496,8 @@ def count_config(c: GPTConfig) -> dict[str, int]:
     norm = C * c.norm_weight * {"rmsnorm": 1, "layernorm": 1 + c.bias, "none": 0}[c.norm]
     qkv, fc = (c.n_head + 2 * c.kv_heads) * d, c.hidden * (2 if c.mlp in GATES else 1)  # rows
     attn, mlp = C * qkv + C * C, C * fc + c.hidden * C  # weights
-    shaw = (c.position == "shaw") * (1 + c.shaw_values) * (2 * c.shaw_clip + 1) * d
+    distances = (c.position == "shaw") * (2 * c.shaw_clip + 1)
+    shaw, of_layer = distances * (1 + c.shaw_values) * d, 14 * C + 3 * c.hidden + c.n_head * distances
     lora = (c.share == "lora") * c.lora_rank * (5 * C + qkv + fc + c.hidden)
     rest = 2 * norm + 2 * d * c.qk_norm * c.norm_weight + shaw + lora  # of a layer
     # how many layers have an attention, an MLP and a rest of their own
@@ -500,7 +510,7 @@ def count_config(c: GPTConfig) -> dict[str, int]:
         "parameters": embedding + core + pointer * (3 * C * C + 2),
         "embedding_parameters": embedding,
         "flops_per_token": 6 * matrices + 6 * (2 * L + pointer) * c.block_size * C,
-        "activations_per_token": L * (14 * C + 3 * c.hidden) + (12 * pointer + 5 * masked) * c.block_size,
+        "activations_per_token": L * of_layer + (12 * pointer + 5 * masked) * c.block_size,
     }
 
 

@@ -176,13 +176,16 @@ def prepare(
     if not re.fullmatch(r"\w[\w.-]*", corpus) or Path(corpus).suffix in sources.SUFFIXES:
         command = shlex.join(["python", "prepare.py", "NAME", "--source", corpus])
         raise ValueError(f"{corpus} is no name for a corpus: {command}")
-    if min(stories or 1, workers or 1) < 1 or stories == 0:
-        raise ValueError("--stories and --workers are whole numbers from 1 on")
+    for name, value, most in (("stories", stories, 10**9), ("workers", workers, 1024)):
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name} must be between 1 and {most:,}, not {value!r:.60}")
+    settings.check_path("data_dir", data_dir, "folder")
     if (source or split) and known.generate:
         raise ValueError(f"{corpus} is built in and takes no --source and no --split")
     stories = stories or known.stories
     if given is None:
         tokenizers.bpe_size(tokenizer)
+    settings.check_path("source", source)
     if source:
         source = os.path.abspath(source) if os.path.exists(source) else str(source)
         split = sources.split_rule(source, split)

@@ -16,9 +16,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -35,6 +34,7 @@ from nanostlm.generate import (
     write,
 )
 
+MAX_PROMPT = 10_000_000  # bytes
 SEPARATOR = "---------------"  # the line between samples
 
 
@@ -85,8 +85,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.run and options.out_dir:
         parser.error("RUN and --out_dir are the same option: leave one out")
-    for name in ("num_samples", "max_new_tokens"):
-        check_range(name, getattr(options, name), getattr(options, name) >= 1, "1 or more")
+    for name, most in (("num_samples", 100_000), ("max_new_tokens", 1_000_000)):
+        n = getattr(options, name)
+        check_range(name, n, 1 <= n <= most, f"between 1 and {most:,}")
     options.sampling = {name: getattr(options, name) for name in SAMPLERS}
     chain(**options.sampling)  # rejects invalid values before the model is loaded
     if options.interactive and (options.prompt or options.num_samples > 1):
@@ -98,16 +99,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def read_prompt(prompt: str) -> str:
     """The text that --prompt stands for."""
+    if prompt != "-" and not prompt.startswith("FILE:"):
+        return prompt
+    path = prompt.removeprefix("FILE:")
     try:
-        if prompt == "-":
-            return sys.stdin.buffer.read().decode().removesuffix("\n")
-        if prompt.startswith("FILE:"):
-            return Path(prompt.removeprefix("FILE:")).read_bytes().decode().removesuffix("\n")
-    except OSError as error:
-        raise ValueError(f"the prompt cannot be read from {prompt}: {error.strerror}") from error
+        if prompt != "-":
+            settings.check_path("the prompt's file", path, "file")
+        with nullcontext(sys.stdin.buffer) if prompt == "-" else open(path, "rb") as file:
+            text = file.read(MAX_PROMPT + 1)
+        if len(text) > MAX_PROMPT:
+            raise ValueError(f"the prompt from {prompt} has more than {MAX_PROMPT:,} bytes")
+        return text.decode().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt from {prompt} is not UTF-8") from error
-    return prompt
 
 
 def print_samples(writer: Callable, prompts: list[str], seed: int) -> None:
@@ -171,13 +175,15 @@ def converse(writer: Callable, seed: int) -> None:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     prompt = read_prompt(options.prompt)
-    path = checkpoint.find(options.run or options.out_dir or checkpoint.newest_run())
+    path = checkpoint.find(options.out_dir if options.run is None else options.run)
     device = machine.choose_device(options.device)
     dtype = machine.inference_dtype(options.dtype, device)
     model, tokenizer = checkpoint.load(path, device)
     size, kind = model.config.estimate()["parameters"] / 1e6, str(dtype).removeprefix("torch.")
     print(f"{path}: {size:.1f}M parameters, {tokenizer.name}, {kind} on {device}", file=sys.stderr)
-    step = None
+    c, step = model.config, None
+    cache = 2 * c.n_layer * c.kv_heads * c.head_dim * c.block_size * dtype.itemsize  # bytes of a sample's
+    machine.check_size(c, device, options.num_samples * cache)
     if dtype == torch.int8:
         quantize(model)
     else:

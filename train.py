@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, check_settings
 from nanostlm import checkpoint, machine, optim, report, runs, score, settings, sources
 from nanostlm.data import Batches, Data, check_size, folder_name, load_data
 from nanostlm.machine import print0
@@ -77,9 +77,7 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
-    dropout_schedule: str = (
-        ""  # dropout by update, linear between points: "0:0.0, 500:0.1"; empty = `dropout`
-    )
+    dropout_schedule: str = ""  # dropout by update, linear between points: "0:0.0, 500:0.1"; empty = dropout
     # -- run
     patience: int = 0  # stop after this many evaluations without a new best; 0 = never
     init_from: str = ""  # weights and tokenizer to start from: a checkpoint, or hf:FOLDER_OR_ID
@@ -90,36 +88,13 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise a ValueError with one clear line if these settings make no run."""
-        positive = ("eval_interval", "log_interval", "save_interval", "batch_size")
-        positive += ("gradient_accumulation_steps",)
-        for name, value in asdict(self).items():
-            if isinstance(value, int | float) and not (name in positive) <= value < math.inf:  # also nan
-                raise ValueError(f"{name} must be at least {int(name in positive)}, not {value}")
-        choices = {
-            "dtype": ["auto", *machine.DTYPES],
-            "compile": ["auto", "True", "False"],
-            "schedule": optim.SCHEDULES,
-            "optimizer": ["adamw", "muon"],
-            "logger": ["", "tensorboard", "wandb"],
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                one_of = ", ".join(filter(None, known))
-                raise ValueError(f"{name} must be one of {one_of}; not {getattr(self, name)!r}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be less than 2**63, not {self.seed}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be more than 0, not {self.learning_rate}")
+        check_settings(self, RANGES, CHOICES)
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
-        if max(self.beta1, self.beta2, self.muon_momentum) >= 1 or self.decay_share > 1:
-            raise ValueError("beta1, beta2 and muon_momentum must be less than 1, decay_share at most 1")
         if self.dropout_schedule:
             optim.points("dropout_schedule", self.dropout_schedule)
             if self.compile == "True":
-                raise ValueError(
-                    "compile=True would compile anew for each dropout: leave out dropout_schedule"
-                )
+                raise ValueError("leave out dropout_schedule: compile=True would compile for each dropout")
         self.model.validate()
         self.stages()
 
@@ -128,6 +103,24 @@ class TrainConfig:
         iters = self.lr_decay_iters or self.max_iters
         return optim.window_stages(self.context_schedule, iters, self.model.block_size)
 
+
+RANGES = {  # the lowest and the highest value of the settings that are numbers; of others 0 and 10**9
+    **dict.fromkeys(("eval_interval", "log_interval", "save_interval"), (1, 10**9)),
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps"), (1, 10**9)),
+    **dict.fromkeys(("muon_lr", "embedding_lr", "head_lr", "min_lr"), (0, 10**6)),
+    **dict.fromkeys(("beta1", "beta2", "muon_momentum"), (0, 0.999999)),
+    "learning_rate": (1e-12, 10**6),
+    "decay_share": (0, 1),
+    "seed": (0, 2**63 - 1),
+    "threads": (0, 512),
+}
+CHOICES = {
+    "dtype": ["auto", *machine.DTYPES],
+    "compile": ["auto", "True", "False"],
+    "schedule": optim.SCHEDULES,
+    "optimizer": ["adamw", "muon"],
+    "logger": ["", "tensorboard", "wandb"],
+}
 
 # A resumed run may change these settings and says so; any other would silently make it a different run.
 # dtype and loss_chunk change the rounding.
@@ -183,6 +176,8 @@ def configure(argv: list[str]) -> Plan:
         values = runs.resumed_settings(state, defaults | recipe, before, given, MAY_CHANGE, override)
     c = settings.build(TrainConfig, values)
     c.validate()
+    settings.check_path("data_dir", c.data_dir, "folder")
+    settings.check_path("out_dir", c.out_dir or None, "folder")
     if 0 < c.max_iters <= c.warmup_iters:
         print0(f"warmup_iters={c.warmup_iters} is cut to {c.max_iters // 2}, half of the run")
         c = replace(c, warmup_iters=c.max_iters // 2)
@@ -311,10 +306,8 @@ class Trainer:
         self.logger = report.logger(c, self.directory.folder) if out_dir and not self.machine.rank else None
         self.token_bytes = score.token_bytes(data.tokenizer)
         self.fingerprint, self.provenance = runs.fingerprint(data.train, data.val), checkpoint.provenance()
-        self.began, self.timed = (
-            time.perf_counter(),
-            [0, 0.0],
-        )  # tokens and seconds since the last logged step
+        self.began = time.perf_counter()
+        self.timed = [0, 0.0]  # tokens and seconds since the last logged step
 
     # -- one update
 
@@ -543,10 +536,14 @@ def main(argv: list[str]) -> int:
     print0(report.plan(c, plan.data, plan.machine, iters))
     if not c.max_iters:
         return 0
+    parameters, rows = c.model.estimate()["parameters"], c.batch_size * c.gradient_accumulation_steps
+    # what is certain: weights and optimizer state, the numbers of the rows, a part of the estimate
+    need = max(12 * parameters, 48 * rows, plan.machine.run_memory(c) // 4)
+    machine.check_size(c.model, plan.machine.device, need)
     trainer = Trainer(c, build_model(plan), plan.data, plan.folder, plan.machine, plan.recipe)
     if plan.state:
         trainer.load_checkpoint(plan.state)
-    disk, claim = report.disk(c.model.estimate()["parameters"]), contextlib.nullcontext()
+    disk, claim = report.CHECKPOINT_BYTES * parameters, contextlib.nullcontext()
     if rank == 0:  # only now, because it discards what an earlier run left
         claim = trainer.directory.claim(disk, plan.state, c.max_iters)
     with claim:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
+from nanostlm import machine, settings
 from nanostlm import tokenizer as tokenizers
 from nanostlm.schema import COUNT, NAME, NONE, TEXT, TYPES, WHOLE, check, naming
 
@@ -138,9 +139,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, "to
     return build(find(path), device)[:2]
 
 
-def find(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the best one in a run's folder."""
-    path = Path(path)
+def find(path: str | Path | None = None) -> Path:
+    """The checkpoint that a path stands for: itself, or the best one in a run's folder (None: the newest)."""
+    settings.check_path("a run", path)
+    path = newest_run() if path is None else Path(path)
     if path.is_dir():
         found = [path / name for name in ("best.pt", "latest.pt", "previous.pt") if (path / name).is_file()]
         if not found:
@@ -155,7 +157,9 @@ def build(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, "tokeniz
     """A checkpoint file -> (model in eval mode, tokenizer, what `read` returns)."""
     state = read(path)
     with naming(path):
-        model, tokenizer = GPT(GPTConfig(**state["model_config"])), tokenizers.from_state(state["tokenizer"])
+        config = GPTConfig(**state["model_config"])
+        machine.check_size(config, device)
+        model, tokenizer = GPT(config), tokenizers.from_state(state["tokenizer"])
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"model_config.vocab_size must be the tokenizer's {tokenizer.vocab_size}")
         fit(state["model"], model.state_dict())

@@ -7,6 +7,7 @@ The scripts import this module first, so that it holds while PyTorch is imported
 
 import atexit
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -22,6 +23,7 @@ FILTERS = ("sample.py", "evaluate.py", "nanostlm/toystories.py")  # they end whe
 SCRIPTS = ("train.py", "prepare.py", "export.py", *FILTERS)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+PATH_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # too
 received: dict[int, float] = {}  # the stop signals since main() began, and when each came first
 lost: dict[int, OSError] = {}  # why stdout (1) or stderr (2) could not be written
 
@@ -105,7 +107,7 @@ def report(error: BaseException) -> int:
             message, file, line = error.msg, error.filename or file, error.lineno or line
         message = f"{type(error).__name__}: {message} ({os.path.relpath(file, ROOT)}:{line})"
     print(f"error: {message or type(error).__name__}", file=sys.stderr)
-    return 2 if isinstance(error, USER_ERRORS) else 1
+    return 2 if isinstance(error, USER_ERRORS) or getattr(error, "errno", None) in PATH_ERRNOS else 1
 
 
 def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from nanostlm import entry
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MAX_LAYERS = 10_000  # constructing so many layers of any width takes several seconds
 MIN_ITERS_TO_COMPILE = 500  # updates after which compiling, about a minute on a GPU, has paid off
 LATER_LIBRARIES = 60 * 2**20  # bytes that PyTorch's kernels and matplotlib add after the plan is printed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -41,8 +43,8 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available() and world_size() == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?|mps", name):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r:.60}")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device=mps, but this is no Mac with Metal; --device=cpu needs none")
@@ -142,6 +144,11 @@ class Machine(NamedTuple):
             resident = 0 if math.isnan(peak) else int(peak * 2**20)
         return resident + LATER_LIBRARIES
 
+    def run_memory(self, c) -> int:
+        """Bytes of memory that a run of a TrainConfig takes, roughly."""
+        model = c.model.memory(c.batch_size * c.model.block_size, self.dtype.itemsize)
+        return model + self.base_memory()
+
     def peak_memory(self) -> float:
         """Peak memory so far in MB: allocated on the GPU, else resident in this process."""
         if self.device.type == "cuda":
@@ -187,6 +194,35 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             ctypes.CDLL(None).mallopt(option, 2**30)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU; else of this machine, or of the container that it lets this process use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = [2**63]  # if the system does not say
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as file:
+            found.append(int(file.read()))  # or "max"
+    return min(found)
+
+
+def check_size(c, device: str | torch.device = "cpu", need: int = 0) -> None:
+    """
+    ValueError unless a GPTConfig is valid, its model can be constructed in some seconds, and it fits into the
+    memory of the device. `need`: the bytes that are certain there, if they are more than its weights.
+    """
+    c.validate()
+    if c.n_layer > MAX_LAYERS:
+        raise ValueError(f"n_layer={c.n_layer:,}: more than {MAX_LAYERS:,} layers take too long to construct")
+    count = c.estimate()["parameters"]
+    built = replace(c, share="none", tied=False).estimate()["parameters"]  # what is shared is built first
+    for place, size in (("cpu", 4 * built), (device, max(need, 4 * count))):
+        if size > (has := total_memory(torch.device(place))):
+            figures = f"{size / 2**20:,.0f} MB of memory, and {place} has {has / 2**20:,.0f} MB"
+            raise ValueError(f"with {count:,} parameters, this takes at least {figures}")
 
 
 def cpus() -> int:

@@ -97,11 +97,12 @@ def points(name: str, text: str, low: float = 0.0, high: float = 0.999) -> list[
     try:
         found = [(float(step), float(value)) for step, value in (pair.split(":") for pair in text.split(","))]
     except ValueError:
-        raise ValueError(f"{name} is a list like '0:0.0, 500:0.1', not {text!r}") from None
-    if sorted({step for step, _ in found}) != [step for step, _ in found]:
-        raise ValueError(f"the steps of {name} must rise: {text!r}")
+        raise ValueError(f"{name} is a list like '0:0.0, 500:0.1', not {text!r:.60}") from None
+    steps = [step for step, _ in found]
+    if not all(0 <= step <= 10**9 for step in steps) or sorted(set(steps)) != steps:
+        raise ValueError(f"the steps of {name} must rise, from 0 on: {text!r:.60}")
     if not all(low <= value <= high for _, value in found):
-        raise ValueError(f"the values of {name} must be between {low} and {high}: {text!r}")
+        raise ValueError(f"the values of {name} must be between {low} and {high}: {text!r:.60}")
     return found
 
 
@@ -130,7 +131,7 @@ def window_stages(schedule: str, iters: int, block_size: int) -> list[tuple[int,
     )
     if shares[0][0] or shares[-1][0] > 1 or shares[-1][1] != 1 or not exact:
         raise ValueError(
-            f"context_schedule={schedule!r} must begin at 0, end with 1, and give lengths that divide "
+            f"context_schedule={schedule!r:.60} must begin at 0, end with 1, and give lengths that divide "
             f"block_size={block_size}"
         )
     return stages

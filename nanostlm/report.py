@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from model import GPTConfig
 from nanostlm import checkpoint, runs, sources
-from nanostlm.machine import Machine, print0, rank
+from nanostlm.machine import Machine, print0, rank, total_memory
 
 CHECKPOINT_BYTES = 44  # disk space per parameter: two full states of 16 bytes, best.pt, one being written
 SAMPLE_TOKENS = 40  # length of a sample during training
@@ -37,8 +37,9 @@ def plan(c, data, machine: Machine, iters: int) -> str:
     m, sizes = c.model, c.model.estimate()
     total, share = sizes["parameters"], sizes["embedding_parameters"] / sizes["parameters"]
     rows, stories = c.batch_size * c.gradient_accumulation_steps, data.meta["train"]["stories"]
-    tokens = rows * m.block_size
-    memory = m.memory(c.batch_size * m.block_size, machine.dtype.itemsize) + machine.base_memory()
+    tokens, files = rows * m.block_size, CHECKPOINT_BYTES * total
+    need, has = machine.run_memory(c), total_memory(machine.device)
+    warning = f"; WARNING: this machine has only {has / 2**20:,.0f} MB of memory" if need > has else ""
     return (
         f"model    {total / 1e6:.2f}M parameters, {share:.0%} of them embeddings; "
         f"{m.n_layer} layers, {m.n_embd} wide, context {m.block_size}\n"
@@ -46,13 +47,8 @@ def plan(c, data, machine: Machine, iters: int) -> str:
         f"batch    {rows} rows x {m.block_size} = {tokens:,} tokens a step; {iters:,} steps = "
         f"{iters * tokens / 1e6:.1f}M tokens = {iters * tokens / len(data.train):.2f} epochs\n"
         f"machine  {machine.description}, {'compiled' if machine.compile else 'not compiled'}\n"
-        f"needs    about {memory / 2**20:,.0f} MB of memory, {disk(total) / 2**20:,.0f} MB of disk"
+        f"needs    about {need / 2**20:,.0f} MB of memory, {files / 2**20:,.0f} MB of disk{warning}"
     )
-
-
-def disk(parameters: int) -> int:
-    """Bytes that the checkpoints of a run take."""
-    return CHECKPOINT_BYTES * parameters
 
 
 def logger(c, folder: Path | None) -> Callable[[dict], None] | None:

@@ -17,6 +17,7 @@ import io
 import operator
 import os
 import re
+import stat
 import sys
 import textwrap
 import tokenize
@@ -250,7 +251,7 @@ def command_line(
     """
     table = settings_of(cls)
     parser = Parser(description=about, usage=argparse.SUPPRESS)
-    parser.add_argument("recipe", nargs="?", default="", help="a file of settings such as config/tiny.py")
+    parser.add_argument("recipe", nargs="?", help="a file of settings such as config/tiny.py")
     for name, help in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=help)
     groups: dict[str, Any] = {}
@@ -267,8 +268,24 @@ def command_line(
     given = vars(parser.parse_args(argv))
     recipe, chosen = given.pop("recipe"), {name for name in flags if given.pop(name)}
     given = {name: convert(name, table[name].type, value) for name, value in given.items()}
-    values = read_recipe(recipe, cls) if recipe else {}
+    values = {} if recipe is None else read_recipe(recipe, cls)
     for name, reason in resolved.items():
         if name in values | given:
             raise ValueError(f"{name} {reason}")
-    return recipe, values, given, chosen
+    return recipe or "", values, given, chosen
+
+
+def check_path(name: str, path: str | Path | None, kinds: str = "file or folder") -> None:
+    """ValueError unless a path that the user gives is one of `kinds`, or nothing yet. None: none is given."""
+    if path is None:
+        return
+    try:
+        mode = os.stat(path).st_mode
+        kind = "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "device"
+        wrong = "" if kind in kinds else f"is a {kind}"
+    except FileNotFoundError:
+        wrong = "" if str(path) else "is empty"
+    except (OSError, ValueError) as error:  # inside a file, too long, not readable, with a null character
+        wrong = f"is none ({getattr(error, 'strerror', None) or error})"
+    if wrong:
+        raise ValueError(f"{name} must be a {kinds}, and {str(path)!r:.60} {wrong}")

@@ -211,7 +211,7 @@ def local_files(path: Path) -> dict[str, list[str]]:
     """{split: files}, by names such as train.txt and validation/1.txt; for .parquet, as `datasets` says."""
     if path.is_file():
         return {"train": [str(path)]}
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     if not files:
         raise ValueError(f"{path} holds no {', '.join(SUFFIXES)} file")
     if any(p.suffix == ".parquet" for p in files):

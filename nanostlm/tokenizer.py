@@ -34,6 +34,7 @@ BLANKS = 900_000  # tiktoken's regular expressions overflow at a million blanks 
 BLANK = r"[^\S\x1c-\x1f]"  # its \s
 LONG_BLANKS = re.compile(rf"(?<!{BLANK})({BLANK}{{{BLANKS},}})(?={BLANK}(?!{BLANK}).)", re.DOTALL)
 LONG_WORD = 256  # bytes; training counts pairs in parts of this length, since its time is quadratic in words
+MAX_IDS = 1_000_000  # of a BPE
 NAME = "gpt2, byte or bpeN", lambda x: type(x) is str and re.fullmatch("gpt2|byte|bpe[1-9][0-9]{2,9}", x)
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
@@ -179,12 +180,12 @@ def bpe_size(name: str) -> int | None:
     """4096 for "bpe4096", None for "gpt2" and "byte"; ValueError for any other name."""
     if name in ("gpt2", "byte"):
         return None
-    match = re.fullmatch(r"bpe([1-9]\d*)", name)
-    if not match:
-        raise ValueError(f"no tokenizer is called {name!r}: there are gpt2, byte and bpeN, as in bpe4096")
-    if int(match[1]) < 257:
-        raise ValueError(f"{name} is too small: 256 bytes and end-of-text make 257 ids at least (bpe257)")
-    return int(match[1])
+    match = re.fullmatch(r"bpe([1-9][0-9]*)", name)
+    size = int(match[1][:9]) if match else 0
+    if not 257 <= size <= MAX_IDS:  # 256 bytes and end-of-text
+        known = f"gpt2, byte and bpeN, N from 257 to {MAX_IDS:,}, as in bpe4096"
+        raise ValueError(f"no tokenizer is called {name!r:.60}: there are {known}")
+    return size
 
 
 def get(name: str) -> Tokenizer:

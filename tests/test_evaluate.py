@@ -147,7 +147,7 @@ def test_the_newest_run_on_its_own_data(run, model, data, capsys):
         (["--out_dir", "nowhere"], "no checkpoint at nowhere"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "other/toystories/bpe264"], "was prepared with another tokenizer"),
-        (["--rows", "0"], "rows must be 1 or more, not 0"),
+        (["--rows", "0"], "rows must be between 1 and 4,096, not 0"),
         (["--row", "4"], "there is no option '--row'; did you mean '--rows'?"),
         (["--dtype", "float8"], "--dtype"),
     ],

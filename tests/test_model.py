@@ -861,6 +861,9 @@ def test_memory_by_hand():
     assert c.memory(50, 4) == 16 * parameters + 6 * 50 * kept + 12 * 10 * 128
     assert c.memory(50, 2) == 20 * parameters + 4 * 50 * kept + 10 * 10 * 128
     assert replace(c, loss_chunk=0).memory(50, 4) == 16 * parameters + 6 * 50 * kept + 12 * 50 * 128
+    assert replace(c, loss_chunk=10**9).memory(50, 4) == replace(c, loss_chunk=0).memory(50, 4)
+    c = replace(c, position="shaw", shaw_clip=7)
+    assert c.estimate()["activations_per_token"] == kept + 3 * 4 * 15
 
 
 # ----------------------------------------------------------------------------------------------------------

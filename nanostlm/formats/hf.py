@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT, GPTConfig
+from nanostlm import machine, settings
 from nanostlm import tokenizer as tokenizers
 from nanostlm.formats import ANY, COMMON, LLAMA, UNGATED, plain, refuse, unsupported
 from nanostlm.schema import COUNT, FLAG, NAME, NUMBER, TEXT, TYPES, WHOLE, check, naming, read_json
@@ -318,7 +319,9 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
     weight = tensors.get(tokens)
     if c.tied and weight is not None and not torch.equal(tensors.setdefault(head, weight), weight):
         c = replace(c, tied=False)  # like transformers, which does not tie two different tensors
-    model = GPT(replace(c, vocab_size=tokenizer.vocab_size, tied=c.tied and begin == end)).eval()
+    c = replace(c, vocab_size=tokenizer.vocab_size, tied=c.tied and begin == end)
+    machine.check_size(c)
+    model = GPT(c).eval()
     for name, view in views(model, family):
         value = tensors.pop(name, torch.empty(0))
         if name in (tokens, head) and value.dim() and len(value) > max(*ids, begin, end):
@@ -334,6 +337,7 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
 
 def local_folder(source: str | Path) -> Path:
     """Return the folder that a path or a Hub id stands for, downloading what is not in the cache."""
+    settings.check_path("hf:", source, "folder")
     if Path(source).is_dir():
         return Path(source)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):

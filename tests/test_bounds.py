@@ -1,0 +1,490 @@
+"""
+Bounds: numbers out of their ranges, sizes past the memory of the machine, paths of the wrong kind. Each is
+refused with status 2 and one line, before anything is allocated, read or written.
+"""
+
+import errno
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, config, words
+
+import evaluate
+import export
+import model as models
+import prepare
+import sample
+import train
+from model import GPT, GPTConfig
+from nanostlm import checkpoint, machine, report, settings, tokenizer
+from nanostlm.formats import hf
+from train import TrainConfig
+
+MAINS = {module.__name__: module.main for module in (train, prepare, sample, evaluate, export)}
+ENORMOUS = [2**31, 10**12, 2**63, 10**30, 10**308, 10**400]
+NO_NUMBERS = [math.nan, math.inf, -math.inf]
+
+
+def one_line(status: int, err: str, wanted: int = 2) -> str:
+    """The error that a program ended with: one short line, with the wanted status."""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == wanted and len(errors) == 1 and "Traceback" not in err, (status, err)
+    assert err.splitlines()[-1] == errors[0] and len(errors[0]) < 1100
+    return errors[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Settings: every number has a range, every type is checked
+
+
+def number_fields(cls) -> list:
+    return [field for field in fields(cls) if type(field.default) in (int, float)]
+
+
+NUMBERS = [(cls, field) for cls in (TrainConfig, GPTConfig) for field in number_fields(cls)]
+
+
+@pytest.mark.parametrize("cls, field", NUMBERS, ids=lambda x: getattr(x, "name", ""))
+def test_a_number_out_of_its_range_is_refused_by_name(cls, field):
+    ranges = (train if cls is TrainConfig else models).RANGES
+    low, high = ranges.get(field.name, (0, 10**9))
+    assert low <= field.default <= high
+    past = low - 1 if type(field.default) is int else math.nextafter(low, -math.inf)
+    over = high + 1 if type(field.default) is int else math.nextafter(high, math.inf)
+    big = [n for n in ENORMOUS if n > high]
+    for value in (past, over, -1e300, -(10**400), *NO_NUMBERS, *big):
+        with pytest.raises(ValueError, match=field.name) as caught:
+            config(**{field.name: value}).validate()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    for value in (low, high):  # a valid value on its own, whatever the other settings say about it
+        models.check_settings(replace(cls(), **{field.name: type(field.default)(value)}), ranges, {})
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, GPTConfig])
+def test_a_value_of_another_type_is_refused_by_name(cls):
+    tried = 0
+    for field in fields(cls):
+        if field.name == "model":
+            continue
+        kind = type(field.default)
+        for value in (None, "x", 1, 1.5, True, b"x", [1], {}, (), 1j, object(), int):
+            if type(value) is kind or kind is float and type(value) is int:
+                continue
+            with pytest.raises(ValueError, match=f"^{field.name} must be of type {kind.__name__}"):
+                config(**{field.name: value}).validate()
+            tried += 1
+    assert tried > 300
+
+
+def test_a_new_number_has_a_range_without_a_line_in_the_table():
+    @dataclass
+    class Mine:
+        alpha: float = 0.5
+        beta: int = 3
+
+    models.check_settings(Mine(10**9, 0), {}, {})
+    for wrong in (Mine(alpha=-0.5), Mine(alpha=math.nan), Mine(beta=10**9 + 1), Mine(beta=1.0)):
+        with pytest.raises(ValueError, match="alpha|beta"):
+            models.check_settings(wrong, {}, {})
+
+
+POINTS = """0:nan|0:inf|nan:1|inf:1|0:0.5, nan:1|0:0.5, inf:1|0:0.5, 1e400:1|-1:0, 1:1|0:1e-320|0:0.5, 1e308:1
+|::|,|0:|:0|0:1:2|0:0x1|٣:x|\0|0:-0.1|0:1, 0:1|1:1, 0:1""".split("|")
+
+
+@pytest.mark.parametrize("text", POINTS)
+@pytest.mark.parametrize("name", ["dropout_schedule", "context_schedule"])
+def test_points_of_a_schedule_are_finite(name, text):
+    try:
+        config(**{name: text}).validate()
+    except ValueError as error:
+        assert name in str(error) and "\n" not in str(error)
+    else:
+        assert name == "dropout_schedule" and text == "0:1e-320"
+
+
+LINES = {  # --setting=value on the command line of train.py -> what the error says, "" if it prints a plan
+    ("n_embd", "1e30"): "n_embd must be between 1 and 1,000,000,000",
+    ("n_embd", "1e400"): "n_embd takes a whole number",
+    ("n_embd", "9" * 5000): "n_embd takes a whole number",
+    ("n_layer", "inf"): "n_layer takes a whole number",
+    ("n_layer", "nan"): "n_layer takes a whole number",
+    ("n_layer", "1000000000"): "",
+    ("n_layer", "1e6"): "",
+    ("n_embd", "1000000000"): "",
+    ("n_head", "1000000000"): "n_head=1000000000 does not divide",
+    ("block_size", "1000000000"): "",
+    ("batch_size", "1e12"): "batch_size must be between 1 and",
+    ("batch_size", "1e9"): "",
+    ("gradient_accumulation_steps", "1e9"): "",
+    ("mlp_ratio", "1e9"): "",
+    ("mlp_hidden", "1e9"): "",
+    ("window", "1e9"): "",
+    ("threads", "100000"): "threads must be between 0 and 512",
+    ("threads", "-1"): "threads must be",
+    ("seed", "9223372036854775808"): "seed must be",
+    ("learning_rate", "1e39"): "learning_rate must be",
+    ("learning_rate", "1e308"): "learning_rate must be",
+    ("learning_rate", "nan"): "learning_rate must be",
+    ("learning_rate", "1e-320"): "learning_rate must be",
+    ("muon_lr", "1e39"): "muon_lr must be",
+    ("embedding_lr", "1e39"): "embedding_lr must be",
+    ("head_lr", "inf"): "head_lr must be",
+    ("min_lr", "1e39"): "min_lr must be",
+    ("beta1", "1"): "beta1 must be between 0 and 0.999999",
+    ("beta2", "1e300"): "beta2 must be",
+    ("weight_decay", "1e39"): "weight_decay must be",
+    ("grad_clip", "inf"): "grad_clip must be",
+    ("rope_theta", "0"): "rope_theta must be",
+    ("norm_eps", "1e39"): "norm_eps must be",
+    ("softcap", "1e39"): "softcap must be",
+    ("tokenizer", "bpe10000000000"): "N from 257 to 1,000,000",
+    ("tokenizer", "bpe" + "9" * 5000): "File name too long",
+    ("tokenizer", "bpe٤٠٩٦"): "no tokenizer is called",
+    ("stories", "1e30"): "stories must be",
+    ("max_iters", "1e30"): "max_iters must be",
+    ("device", "cuda:99999999999999999999"): "device must be",
+    ("device", "cuda:" + "9" * 5000): "device must be",
+    ("device", "cuda:-1"): "device must be",
+    ("device", "cuda:01"): "device must be",
+    ("device", "cuda:٣"): "device must be",
+    ("device", "cuda:300"): "device must be",
+    ("device", ""): "device must be",
+    ("device", "cpu:0"): "device must be",
+    ("device", "cpu\n"): "device must be",
+}
+
+
+@pytest.mark.parametrize("name, value", LINES, ids=lambda text: ascii(text)[:30])
+def test_the_plan_or_one_line(name, value, here):
+    began = time.perf_counter()
+    status = here("", **{"max_iters": 0, name: value})
+    if LINES[name, value]:
+        assert LINES[name, value] in one_line(status, here.said)
+    else:
+        assert status == 0 and "MB of memory" in here.said
+    assert time.perf_counter() - began < 2 and not Path("out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sizes: computed from the configuration before anything is built
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A machine with 1,000 MB of memory, on which nothing is ever constructed."""
+    monkeypatch.setattr(machine, "total_memory", lambda device: 1000 * 2**20)
+    monkeypatch.setattr(report, "total_memory", lambda device: 1000 * 2**20)
+
+    def init(*args, **kwargs):
+        raise AssertionError("it was constructed")
+
+    monkeypatch.setattr(models.Core, "__init__", init)
+
+
+@pytest.fixture
+def a_run(here, tmp_path_factory, corpus):
+    """A current directory with a run in out/."""
+    kept = tmp_path_factory.getbasetemp() / "a-run"
+    if not kept.exists():
+        assert here("out/run", max_iters=2) == 0
+        shutil.copytree("out", kept)
+    shutil.copytree(kept, "out", dirs_exist_ok=True)
+
+
+TOO_LARGE = [
+    dict(n_layer=10**9),
+    dict(n_layer=10_001, n_embd=2, n_head=1),
+    dict(n_layer=10_001, share="layers"),
+    dict(n_layer=9_000, n_embd=512, share="layers"),  # fits, but not before the layers are shared
+    dict(n_layer=9_000, n_embd=512, share="lora"),
+    dict(n_embd=10**6),
+    dict(n_embd=10**9, n_head=1),
+    dict(n_embd=2048, n_layer=20),
+    dict(mlp_hidden=10**9),
+    dict(mlp_ratio=1e9),
+    dict(position="learned", block_size=10**8),
+    dict(position="shaw", shaw_clip=10**9),
+    dict(share="lora", lora_rank=10**9),
+    dict(bias=True, n_embd=2**15),
+]
+
+
+@pytest.mark.parametrize("shape", TOO_LARGE, ids=str)
+def test_a_model_past_the_memory_is_refused_with_the_figures(shape, small, here, corpus):
+    began = time.perf_counter()
+    line = one_line(here("run", **shape), here.said)
+    assert "and cpu has 1,000 MB" in line or "10,000 layers take too long" in line, line
+    assert here("run", max_iters=0, **shape) == 0, "the plan is printed whatever the size"
+    assert "parameters" in here.said and time.perf_counter() - began < 5 and not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    "rows", [dict(batch_size=10**8), dict(gradient_accumulation_steps=10**8), dict(batch_size=10**9)], ids=str
+)
+def test_a_batch_past_the_memory_is_refused_with_the_figures(rows, small, here):
+    assert "this takes at least" in one_line(here("run", **rows), here.said)
+    assert here("", max_iters=0, **rows) == 0
+    assert "WARNING: this machine has only 1,000 MB of memory" in here.said or "accumulation" in str(rows)
+
+
+def test_a_run_that_may_not_fit_is_warned_and_runs(here, monkeypatch):
+    for module in (machine, report):
+        monkeypatch.setattr(module, "total_memory", lambda device: 100 * 2**20)  # PyTorch alone takes more
+    monkeypatch.setattr(machine.Machine, "run_memory", lambda self, c: 101 * 2**20)
+    assert here("run", max_iters=2) == 0 and "; WARNING: this machine has only 100 MB of memory" in here.said
+    monkeypatch.setattr(machine.Machine, "run_memory", lambda self, c: 99 * 2**20)
+    assert here("more", max_iters=2) == 0 and "WARNING" not in here.said
+
+
+def test_a_shipped_shape_is_within_a_small_machine():
+    """A model is refused only if it is certain not to fit: 100M parameters fit into 1.3 GB at least."""
+    c = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=8192)
+    machine.check_size(c)
+    assert machine.total_memory(torch.device("cpu")) > 2**28
+
+
+def edited(path: str, **changes) -> str:
+    """A copy of a checkpoint with another configuration of the model."""
+    state = checkpoint.read(path)
+    checkpoint.save("edited.pt", state | {"model_config": state["model_config"] | changes})
+    return "edited.pt"
+
+
+@pytest.mark.parametrize("shape", TOO_LARGE, ids=str)
+def test_a_checkpoint_that_asks_for_more_than_the_memory(shape, a_run, small, capsys):
+    path = edited("out/run/best.pt", **{"n_head": 1, "n_embd": 16} | shape)
+    for main, argv in ((sample.main, [path]), (evaluate.main, [path]), (export.main, ["--to=hf", "x", path])):
+        line = one_line(main(argv), capsys.readouterr().err)
+        assert "cpu has 1,000 MB" in line or "too long to construct" in line, line
+
+
+@pytest.mark.parametrize(
+    "name, value", [("n_layer", 2**40), ("n_layer", 10**30), ("n_head", 0), ("dropout", 2), ("n_embd", 17)]
+)
+def test_a_checkpoint_of_an_impossible_configuration(name, value, a_run, capsys):
+    assert name in one_line(
+        sample.main([edited("out/run/best.pt", **{name: value})]), capsys.readouterr().err
+    )
+
+
+def test_a_foreign_configuration_past_the_memory(tmp_path, monkeypatch):
+    tok = tokenizer.get("byte")
+    hf.to_hf(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, vocab_size=257, block_size=8)), tok, tmp_path)
+    monkeypatch.setattr(models.Core, "__init__", None)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    for change in (
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 10_001},
+        {"intermediate_size": 10**9},
+        {"num_hidden_layers": 10**30},
+        {"hidden_size": 2**40, "head_dim": 2**40},
+        {"max_position_embeddings": 10**400},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match="MB|must be|too long to construct"):
+            hf.from_hf(tmp_path)
+
+
+def test_the_most_layers_are_constructed_in_seconds():
+    began = time.perf_counter()
+    GPT(GPTConfig(n_layer=500, n_head=1, n_embd=2, vocab_size=2, mlp="gelu"))
+    assert (time.perf_counter() - began) * machine.MAX_LAYERS / 500 < 60
+
+
+def test_memory_is_that_of_the_control_group(monkeypatch):
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        for text in ("12345\n", "max\n", ""):
+            files = {name: text}
+            fake = lambda path, files=files: io.StringIO(files.get(path, "max"))  # noqa: E731
+            monkeypatch.setattr(machine, "open", fake, raising=False)
+            assert (machine.total_memory(torch.device("cpu")) == 12345) is (text == "12345\n")
+
+
+PROGRAMS = {  # numbers of the other programs
+    ("sample", "--num_samples", "1000000000000"): "num_samples must be between 1 and 100,000",
+    ("sample", "--num_samples", "9" * 5000): "num_samples",
+    ("sample", "--num_samples", "1e3"): "num_samples",
+    ("sample", "--max_new_tokens", "1000000000000"): "max_new_tokens must be between 1 and 1,000,000",
+    ("sample", "--max_new_tokens", "0"): "max_new_tokens must be",
+    ("sample", "--device", "cuda:99999999999999999999"): "device must be",
+    ("evaluate", "--rows", "1000000000000"): "rows must be between 1 and 4,096",
+    ("evaluate", "--rows", "-1"): "rows must be",
+    ("evaluate", "--device", "cuda:99999999999999999999"): "device must be",
+    ("prepare", "toystories", "--stories", "0"): "stories must be between 1 and",
+    ("prepare", "toystories", "--stories", "-5"): "stories must be",
+    ("prepare", "toystories", "--stories", "1" + "0" * 30): "stories must be",
+    ("prepare", "toystories", "--stories", "many"): "--stories",
+    ("prepare", "toystories", "--workers", "0"): "workers must be between 1 and 1,024",
+    ("prepare", "toystories", "--workers", "-1"): "workers must be",
+    ("prepare", "toystories", "--workers", "1000000000"): "workers must be",
+    ("prepare", "toystories", "--tokenizer", "bpe10000000000"): "N from 257 to 1,000,000",
+    ("prepare", "toystories", "--tokenizer", "bpe256"): "N from 257",
+    ("prepare", "toystories", "--tokenizer", "bpe-1"): "no tokenizer is called",
+}
+
+
+@pytest.mark.parametrize("argv", PROGRAMS, ids=lambda argv: " ".join(argv)[:50])
+def test_numbers_of_the_other_programs(argv, here, capsys):
+    if argv[0] in ("sample", "evaluate"):
+        assert here("out/run", max_iters=2) == 0
+    status = MAINS[argv[0]](list(argv[1:]))
+    assert PROGRAMS[argv] in one_line(status, capsys.readouterr().err)
+    assert not Path("data").exists()
+
+
+def test_the_cache_of_many_samples_is_refused_with_the_figures(here, capsys, monkeypatch):
+    assert here("run", max_iters=2) == 0
+    monkeypatch.setattr(machine, "total_memory", lambda device: 100 * 2**20)
+    status = sample.main(["--out_dir", "run", "--num_samples", "100000", "--max_new_tokens", "1"])
+    assert "cpu has 100 MB" in one_line(status, capsys.readouterr().err)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Paths: of the wrong kind, or none
+
+
+ALL = ("device", "null", "full", "inside", "inside a device", "empty", "nul", "long", "deep", "loop", "fifo")
+FILES, FOLDERS = (*ALL, "folder"), (*ALL, "file")
+
+
+def bad_path(kind: str) -> str:
+    """A path of this kind in the current directory."""
+    Path("file.txt").write_text("Once upon a time\n\nTom and Mia\n\nThe end\n")
+    Path("folder").mkdir(exist_ok=True)
+    if not os.path.lexists("loop"):
+        os.symlink("loop", "loop")
+        os.mkfifo("fifo")
+    odd = {"device": "/dev/zero", "null": "/dev/null", "full": "/dev/full", "inside": "file.txt/y"}
+    odd |= {
+        "inside a device": "/dev/null/x",
+        "empty": "",
+        "nul": "a\0b",
+        "long": "n" * 5000,
+        "deep": "n/" * 5000,
+    }
+    return ({"file": "file.txt"} | odd).get(kind, kind)
+
+
+WORDS = {  # program, its command line with PATH -> the kinds of path that are refused there
+    ("train", "--out_dir=PATH"): tuple(kind for kind in FOLDERS if kind != "empty"),
+    ("train", "--out_dir=PATH", "--overwrite"): tuple(kind for kind in FOLDERS if kind != "empty"),
+    ("train", "--out_dir=PATH", "--resume"): tuple(kind for kind in FOLDERS if kind != "empty"),
+    ("train", "--data_dir=PATH"): FOLDERS,
+    ("train", "--dataset=mine", "--source=PATH"): ALL,
+    ("train", "--init_from=PATH"): tuple(kind for kind in (*ALL, "file", "folder") if kind != "empty"),
+    ("train", "--init_from=hf:PATH"): FOLDERS,
+    ("train", "PATH"): FILES,
+    ("prepare", "mine", "--source", "PATH"): (*ALL, "folder"),
+    ("prepare", "toystories", "--stories", "9", "--tokenizer", "byte", "--data_dir", "PATH"): FOLDERS,
+    ("prepare", "PATH", "--source", "file.txt"): ALL[:-2],
+    ("prepare", "toystories", "--tokenizer", "PATH"): FILES,
+    ("sample", "--prompt", "FILE:PATH"): FILES,
+    ("sample", "--out_dir", "PATH"): (*ALL, "file", "folder"),
+    ("evaluate", "PATH"): (*ALL, "file", "folder"),
+    ("evaluate", "--out_dir", "PATH"): (*ALL, "file", "folder"),
+    ("evaluate", "--data", "PATH"): (*FOLDERS, "folder"),
+    ("evaluate", "--plot", "PATH"): FILES,
+    ("export", "--to", "hf", "PATH"): FOLDERS,
+    ("export", "--to", "hf", "PATH", "--overwrite"): FOLDERS,
+    ("export", "--to", "llama2c", "PATH", "--overwrite"): FILES,
+    ("export", "--to", "hf", "dest", "--out_dir", "PATH"): (*ALL, "file", "folder"),
+}
+PATHS = [(argv, kind) for argv, kinds in WORDS.items() for kind in kinds]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes of POSIX")
+@pytest.mark.parametrize("argv, kind", PATHS, ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_a_path_of_the_wrong_kind(argv, kind, a_run, corpus, capsys, monkeypatch):
+    path = bad_path(kind)
+    if argv[0] == "train":
+        monkeypatch.setattr(train, "Trainer", None)  # nothing may get that far
+    line = [word.replace("PATH", path) for word in argv[1:]]
+    if argv[0] == "train":
+        made = [word for word in words(corpus, max_iters=1) if word.split("=")[0] not in str(argv)]
+        line = line + made
+    before = sorted(str(p) for p in Path(".").rglob("*"))
+    status = MAINS[argv[0]](line)
+    one_line(status, capsys.readouterr().err)
+    after = sorted(str(p) for p in Path(".").rglob("*") if p.name not in ("data", "n") and p.parts[0] != "n")
+    assert after == before
+    assert not Path("/dev/tokenizer.bin").exists()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may do everything")
+@pytest.mark.parametrize("argv", WORDS, ids=" ".join)
+def test_a_folder_that_is_not_to_be_read_or_written(argv, a_run, corpus, capsys):
+    Path("locked").mkdir()
+    os.chmod("locked", 0)
+    made = words(corpus, max_iters=1) if argv[0] == "train" else []
+    made = [word for word in made if word.split("=")[0] not in str(argv)]
+    try:
+        status = MAINS[argv[0]]([word.replace("PATH", "locked/x") for word in argv[1:]] + made)
+        one_line(status, capsys.readouterr().err)
+    finally:
+        os.chmod("locked", 0o700)
+
+
+def test_a_prompt_has_a_size(a_run, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "MAX_PROMPT", 100)
+    Path("long.txt").write_text("a" * 101)
+    Path("fits.txt").write_text("a" * 99 + "\n")
+    assert "more than 100 bytes" in one_line(
+        sample.main(["--prompt", "FILE:long.txt"]), capsys.readouterr().err
+    )
+    assert sample.read_prompt("FILE:fits.txt") == "a" * 99
+    with open("/dev/zero") as zero:
+        monkeypatch.setattr(sys, "stdin", zero)
+        assert "more than 100 bytes" in one_line(sample.main(["--prompt", "-"]), capsys.readouterr().err)
+
+
+def test_devices_in_a_folder_of_texts_are_no_texts(tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(20):
+        (texts / f"{i}.txt").write_text(f"story {i}")
+    os.mkfifo(texts / "pipe.txt")
+    (texts / "folder.txt").mkdir()
+    (texts / "zero.txt").symlink_to("/dev/zero")
+    folder = prepare.prepare("mine", "byte", source=str(texts), data_dir=tmp_path / "data")
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["train"]["stories"] + meta["val"]["stories"] == 20
+
+
+NUMBERED = dict.fromkeys("ENOENT EEXIST EISDIR ENOTDIR EACCES EPERM EROFS ENAMETOOLONG ELOOP".split(), 2)
+NUMBERED |= dict.fromkeys("ENOSPC EIO EDQUOT ENOMEM EMFILE ENFILE ECONNREFUSED ETIMEDOUT".split(), 1)
+ERRORS = [
+    *((OSError(getattr(errno, name), name, "n" * 5000), status) for name, status in NUMBERED.items()),
+    *(
+        (error, 2)
+        for error in (ValueError("x"), FileNotFoundError("x"), UnicodeDecodeError("x", b"", 0, 1, "x"))
+    ),
+    *((error, 1) for error in (OSError("x"), RuntimeError("x"), MemoryError(), ConnectionError("x"))),
+]
+
+
+@pytest.mark.parametrize("error, status", ERRORS, ids=lambda x: str(x)[:40])
+def test_the_status_is_decided_by_the_errno(error, status, capsys):
+    @settings.script
+    def main(argv):
+        raise error
+
+    one_line(main([]), capsys.readouterr().err, status)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices of POSIX")
+def test_a_prompt_that_never_ends_as_a_program(a_run):
+    """The same in a process of its own, as a user types it."""
+    command = [sys.executable, str(ROOT / "sample.py"), "--prompt", "FILE:/dev/zero"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    one_line(done.returncode, done.stderr)
