@@ -106,7 +106,7 @@ def report(error: BaseException) -> int:
         if isinstance(error, SyntaxError):
             message, file, line = error.msg, error.filename or file, error.lineno or line
         message = f"{type(error).__name__}: {message} ({os.path.relpath(file, ROOT)}:{line})"
-    print(f"error: {message or type(error).__name__}", file=sys.stderr)
+    print(f"error: {message[:1000] or type(error).__name__}", file=sys.stderr)
     return 2 if isinstance(error, USER_ERRORS) or getattr(error, "errno", None) in PATH_ERRNOS else 1
 
 

@@ -26,7 +26,7 @@ import prepare
 import sample
 import train
 from model import GPT, GPTConfig
-from nanostlm import checkpoint, machine, report, settings, tokenizer
+from nanostlm import checkpoint, entry, machine, report, tokenizer
 from nanostlm.formats import hf
 from train import TrainConfig
 
@@ -135,16 +135,16 @@ LINES = {  # --setting=value on the command line of train.py -> what the error s
     ("seed", "9223372036854775808"): "seed must be",
     ("learning_rate", "1e39"): "learning_rate must be",
     ("learning_rate", "1e308"): "learning_rate must be",
-    ("learning_rate", "nan"): "learning_rate must be",
+    ("learning_rate", "nan"): "learning_rate takes a number",
     ("learning_rate", "1e-320"): "learning_rate must be",
     ("muon_lr", "1e39"): "muon_lr must be",
     ("embedding_lr", "1e39"): "embedding_lr must be",
-    ("head_lr", "inf"): "head_lr must be",
+    ("head_lr", "inf"): "head_lr takes a number",
     ("min_lr", "1e39"): "min_lr must be",
     ("beta1", "1"): "beta1 must be between 0 and 0.999999",
     ("beta2", "1e300"): "beta2 must be",
     ("weight_decay", "1e39"): "weight_decay must be",
-    ("grad_clip", "inf"): "grad_clip must be",
+    ("grad_clip", "inf"): "grad_clip takes a number",
     ("rope_theta", "0"): "rope_theta must be",
     ("norm_eps", "1e39"): "norm_eps must be",
     ("softcap", "1e39"): "softcap must be",
@@ -475,7 +475,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error, status", ERRORS, ids=lambda x: str(x)[:40])
 def test_the_status_is_decided_by_the_errno(error, status, capsys):
-    @settings.script
+    @entry.script
     def main(argv):
         raise error
 

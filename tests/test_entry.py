@@ -48,7 +48,7 @@ FORESEEN = [
     (IsADirectoryError("x is a folder"), 2, "x is a folder"),
     (NotADirectoryError("x is a file"), 2, "x is a file"),
     (Unreachable("no network"), 1, "no network"),
-    (PermissionError(13, "Permission denied", "x"), 1, "Permission denied"),
+    (PermissionError(13, "Permission denied", "x"), 2, "Permission denied"),
     (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),  # of a connection: stdout raises none
     (OSError(28, "No space left on device"), 1, "No space left on device"),
     (RuntimeError("the kernel failed"), 1, "the kernel failed"),
