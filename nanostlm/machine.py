@@ -72,6 +72,15 @@ def inference_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def compiled(model: torch.nn.Module) -> Callable:
+    """A compiled forward pass: one graph for each shape of its input, and for training and evaluation."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64  # the default of 8 is less than some schedules have lengths
+    torch._dynamo.config.optimize_ddp = False  # it would split the graph at every bucket of gradients
+    return torch.compile(model, dynamic=False)
+
+
 def compile_failure(error: Exception) -> str:
     """Say in one line why torch.compile failed."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -215,11 +224,14 @@ def print0(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-def all_reduce(tensor: torch.Tensor) -> None:
-    """Sum a tensor over the processes, in place."""
+@contextlib.contextmanager
+def lost_processes():
+    """Inside, an error of the communication between processes becomes a ConnectionError."""
     try:
-        dist.all_reduce(tensor)
+        yield
     except RuntimeError as error:
+        if world_size() == 1 or not re.search("gloo|nccl|process group|connection", str(error), re.I):
+            raise
         raise ConnectionError(
             f"another process of this run is gone, so this one ends too: {error}"
         ) from error
@@ -234,25 +246,36 @@ def from_rank0(compute: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def average_gradients(
-    params: list[torch.Tensor], loss: torch.Tensor, signal_number: int
-) -> tuple[float, int]:
+def data_parallel(forward: torch.nn.Module) -> torch.nn.Module:
+    """`forward` with gradients that are averaged over the processes while they are computed."""
+    if world_size() == 1:
+        return forward
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(forward, gradient_as_bucket_view=True)
+
+
+def averaging(parallel: torch.nn.Module, last: bool):
+    """Inside, a forward pass of what data_parallel returned averages the gradients only if it is the last."""
+    return contextlib.nullcontext() if last or world_size() == 1 else parallel.no_sync()
+
+
+def agree(values: torch.Tensor, signal_number: int) -> torch.Tensor:
     """
-    One all-reduce: replace the gradients of `params` by their mean over the processes. -> the mean loss, and
-    the signal that any process got (0 if none).
+    The mean of `values` over the processes, followed by a vote for each of STOP_SIGNALS: more than 0 if any
+    process got it. One process has no votes. Nothing waits for the device.
     """
     if world_size() == 1:
-        return loss.item(), signal_number
-    votes = loss.new_tensor([float(signal_number == number) for number in STOP_SIGNALS])
-    flat = torch.cat([p.grad.flatten() for p in params] + [loss[None], votes])
-    all_reduce(flat)
-    n = len(STOP_SIGNALS)
-    grads, (total, *votes) = flat[: -1 - n], flat[-1 - n :].tolist()
-    grads /= world_size()
-    for p, grad in zip(params, grads.split([p.numel() for p in params]), strict=True):
-        p.grad.copy_(grad.view_as(p))
-    stop = next((int(number) for number, vote in zip(STOP_SIGNALS, votes, strict=True) if vote), 0)
-    return total / world_size(), stop
+        return values
+    votes = [float(signal_number == number) for number in STOP_SIGNALS]
+    values = torch.cat((values, values.new_tensor(votes)))
+    dist.all_reduce(values)
+    return values / world_size()
+
+
+def signal_of(votes: list[float]) -> int:
+    """The signal that `agree` found votes for, or 0."""
+    return next((int(number) for number, vote in zip(STOP_SIGNALS, votes, strict=False) if vote), 0)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,8 @@ from helpers import (
     trainer,
     typed,
 )
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import prepare
@@ -258,7 +261,7 @@ def test_decay_and_learning_rates_by_group(name):
                     kind
                 ]
                 assert group["base_lr"] == lr, names[id(p)]
-                muon = isinstance(optimizer, torch.optim.Muon)
+                muon = isinstance(optimizer, optim.Muon)
                 assert muon == (name == "muon" and kind == "core"), "Muon takes the blocks' matrices alone"
     assert found.keys() == names.keys()
     t.train_step(0)
@@ -272,7 +275,7 @@ def test_optimizers_do_as_torchs_own(name, monkeypatch):
     mine, theirs = trainer(optimizer=name), None
     with monkeypatch.context() as patch:
         patch.setattr(optim, "AdamW", torch.optim.AdamW)
-        patch.setattr(optim, "Muon", torch.optim.Muon)
+        patch.setattr(optim, "Muon", partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"))
         theirs = trainer(optimizer=name)
     for step in range(4):
         for t in (mine, theirs):
@@ -802,7 +805,7 @@ def test_resuming_on_another_machine_is_said(here, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64", "bf16": True})
     state = checkpoint.read("run/latest.pt")
     checkpoint.save("run/latest.pt", state | {"compiled": True})
-    monkeypatch.setattr(torch, "compile", lambda model: lambda *args, **kwargs: model(*args, **kwargs))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *args, **kwargs: model(*args, **kwargs))
     assert here("run", "--resume", alone=True) == 0
     assert "machine  CPU (arm64), bfloat16 (it has bf16 matrix units), compiled" in here.said
     assert "the steps so far were made on CPU (x86_64), float32 (it has no bf16 matrix units)" in here.said
@@ -1094,7 +1097,7 @@ def test_weights_and_biases(here, monkeypatch):
 
 
 def test_compiling_that_fails_is_loud_and_the_run_goes_on(here, monkeypatch):
-    def broken(model):
+    def broken(model, **_):
         raise RuntimeError("no compiler found\nwith a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
@@ -1115,11 +1118,53 @@ def test_training_without_a_cpp_compiler_says_so(here, monkeypatch):
 def test_compiling_changes_no_weights_and_no_losses(here, monkeypatch):
     """A compiler that works (here: one that does nothing) leaves nothing behind of its trial."""
     assert here("plain", dropout=0.1) == 0
-    monkeypatch.setattr(torch, "compile", lambda model: lambda *args, **kwargs: model(*args, **kwargs))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *args, **kwargs: model(*args, **kwargs))
     assert here("compiled", dropout=0.1, compile="True") == 0
     assert "compiled in" in here.said
     assert lines("plain") == lines("compiled") and same(kept("plain")["model"], kept("compiled")["model"])
     assert not any(k.startswith("_orig") for k in kept("compiled")["model"])
+
+
+def test_one_graph_per_window_length_and_one_for_evaluation(here, monkeypatch):
+    """Everything is compiled before the first step; no later step and no evaluation compiles anew."""
+    counter, compile_model, counts = CompileCounter(), torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model, **o: compile_model(model, backend=counter, **o))
+    compile_all = Trainer.compile
+
+    def counting(self):
+        torch._dynamo.reset()
+        compile_all(self)
+        counts.append(counter.frame_count)
+
+    monkeypatch.setattr(Trainer, "compile", counting)
+    variants = dict(context_schedule="0:0.25, 0.3:0.5, 0.6:1", pointer=True, cross_stories=False)
+    assert here("run", compile="True", **variants) == 0
+    assert counts == [4] and counter.frame_count == 4, "three window lengths and the evaluation"
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that copy a value to the host, which on a GPU wait for all work before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_reads_nothing_from_the_device(optimizer, monkeypatch):
+    """Except for the outcome of the step before, which read_outcome reads."""
+    t = trainer(optimizer=optimizer, pointer=True, cross_stories=False, dropout=0.1)
+    t.train_step(0)
+    order = []
+    monkeypatch.setattr(Trainer, "read_outcome", lambda self: order.append(self.unread[0]))
+    with Reads() as reads:
+        for step in (1, 2, 3):
+            t.train_step(step)
+    assert reads.count == 0 and order == [0, 1, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------
