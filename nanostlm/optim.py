@@ -67,7 +67,7 @@ class Muon(Plain, torch.optim.Optimizer):
         for p in params:
             self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
         buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
-        decay, rate = 1 - lr * weight_decay, -lr * 0.2 * math.sqrt(max(params[0].shape))
+        decay, rate = 1 - lr * weight_decay, -lr * (0.2 * math.sqrt(max(params[0].shape)))
         if self.found_inf is not None:
             skip = self.found_inf > 0
             decay, keep = torch.where(skip, 1.0, decay), (~skip).to(params[0].dtype)
