@@ -45,8 +45,7 @@ def load(path: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, Data
     device = machine.choose_device(options.device)
     if options.dtype == "int8":
         machine.inference_dtype("int8", device)  # refuses devices without its kernel
-    state = checkpoint.read(path)
-    model, tokenizer = checkpoint.build(state, device)
+    model, tokenizer, state = checkpoint.build(path, device)
     folder = options.data
     if folder is None:
         if "train_config" not in state:

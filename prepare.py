@@ -246,7 +246,7 @@ def prepare_missing(
         folder = Path(data_dir, corpus, tokenizer)
         if not (folder / "meta.json").exists():
             prepare(corpus, tokenizer, source or None, stories or None, data_dir=data_dir, given=given)
-        elif reason := outdated(corpus, prepared(folder.parent).get(tokenizer, {})):
+        elif (meta := prepared(folder.parent).get(tokenizer)) and (reason := outdated(corpus, meta)):
             note = f"{reason}; {remedy(folder)} (unfinished runs need the data as they are)"
             print(f"WARNING: {folder} is outdated: {note}", file=sys.stderr)
         return corpus

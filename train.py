@@ -24,8 +24,9 @@ import torch
 
 from model import GPT, GPTConfig
 from nanostlm import checkpoint, machine, optim, report, runs, score, settings, sources
-from nanostlm.data import Batches, Data, folder_name, load_data
+from nanostlm.data import Batches, Data, check_size, folder_name, load_data
 from nanostlm.machine import print0
+from nanostlm.schema import NAME, check
 from nanostlm.tokenizer import Tokenizer, from_state
 
 # ----------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def configure(argv: list[str]) -> Plan:
     defaults = {s.name: s.default for s in settings.settings_of(TrainConfig).values()}
     extended = not given.keys().isdisjoint(("max_iters", "patience"))
     values = defaults | recipe | given
-    folder, state = runs.find(values["out_dir"], name, flags, extended)
+    folder, state = runs.find(values, name, flags, extended)
     if state is not None:
         before = defaults | state["recipe"]
         recipe = recipe if path else state["recipe"]
@@ -225,8 +226,9 @@ def find_data(c: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TrainConfig,
 
     asked = c.dataset, c.tokenizer, c.source, c.stories, c.data_dir
     dataset = machine.from_rank0(lambda: prepare_missing(*asked, tokenizer, c.fallback))
+    check({"dataset": dataset, "tokenizer": c.tokenizer}, {"dataset": NAME, "tokenizer": NAME})
     data = load_data(Path(c.data_dir, dataset, c.tokenizer), c.stories)
-    limit = data.meta["limit"] if c.stories or not sources.corpus(dataset).generate else None
+    limit = data.meta.get("limit") if c.stories or not sources.corpus(dataset).generate else None
     if limit and (not c.stories or c.stories > limit):
         more = f" --stories {c.stories}" if c.stories else ""
         raise ValueError(
@@ -424,6 +426,7 @@ class Trainer:
         """Loss (nats per token) and bits per byte of the validation file."""
         c, part = self.config, (self.machine.rank, self.machine.world_size)
         ids = self.data.val[: c.eval_tokens or None]
+        check_size(ids)
         self.model.eval()
         with self.machine.autocast():
             eot, T, device = self.data.tokenizer.eot, c.model.block_size, self.machine.device
@@ -511,16 +514,20 @@ class Trainer:
         if state["data"] != self.fingerprint:
             raise ValueError(f"the files in {self.data.folder} are not those that this run began with")
         try:
+            checkpoint.fit(state["model"], self.model.state_dict())
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 current = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
                 optimizer.load_state_dict(saved)
                 for group, values in zip(optimizer.param_groups, current, strict=True):
                     group.update(values)  # moments come from the checkpoint, learning rates from the settings
-        except (RuntimeError, ValueError) as error:  # what --override cannot change: shapes, groups
+                    for p in filter(optimizer.state.get, group["params"]):
+                        wanted = {k: p if like else torch.zeros(()) for k, like in optimizer.kept.items()}
+                        checkpoint.fit(optimizer.state[p], wanted)
+            if state["scaler"]:  # empty if it ran in a precision that needs none
+                self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError) as error:  # what --override cannot change: shapes, groups
             raise ValueError(f"the checkpoint does not fit these settings: {error}") from error
-        if state["scaler"]:  # empty if it ran in a precision that needs none
-            self.scaler.load_state_dict(state["scaler"])
         self.progress = runs.Progress(**state["progress"])
         if state["machine"] != self.machine.description:  # its precision may differ
             print0(f"the steps so far were made on {state['machine']}")

@@ -23,18 +23,22 @@ import torch
 
 from model import GPT, GPTConfig
 from nanostlm import tokenizer as tokenizers
+from nanostlm.schema import COUNT, NAME, NONE, TEXT, TYPES, WHOLE, check, naming
 
 FORMAT = 2  # of the dictionary inside; readers refuse what is newer
+TENSOR = "a tensor", lambda x: getattr(x, "is_cpu", 0) and x.layout == torch.strided and x.is_contiguous()
+STATE = {  # of every checkpoint
+    "model": {"*": TENSOR},
+    "model_config": {f"{f.name}?": TYPES[type(f.default)] for f in fields(GPTConfig)} | {"*": NONE},
+    "tokenizer": {"name": tokenizers.NAME, "ranks": TEXT},
+    "step?": WHOLE,
+    "train_config?": {"data_dir": TEXT, "dataset": NAME, "tokenizer": NAME},
+}
 WEIGHTLESS = ("dropout", "label_smoothing", "z_loss", "loss_chunk", "block_size", "separator")
-CODE = (
-    "model.py",
-    "train.py",
-    "nanostlm/variants.py",
-    "nanostlm/data.py",
-    "nanostlm/machine.py",
-    "nanostlm/optim.py",
-    "nanostlm/score.py",
-)  # the files that a run's numbers depend on
+CODE = (  # the files that a run's numbers depend on
+    *("model.py", "train.py", "nanostlm/variants.py", "nanostlm/data.py", "nanostlm/machine.py"),
+    *("nanostlm/optim.py", "nanostlm/score.py"),
+)
 
 
 def save(path: str | Path, state: dict, previous: Path | None = None) -> None:
@@ -86,6 +90,7 @@ def read(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or "format" not in state:
             raise ValueError("it was not written by this project")
+        check(state, {"format": COUNT})
         if not whole:
             raise ValueError("its checksum does not fit its content")
     except pickle.UnpicklingError as error:
@@ -95,7 +100,9 @@ def read(path: str | Path) -> dict:
         raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
     if state["format"] > FORMAT:
         raise ValueError(f"{path} was written by a newer version of this project")
-    return upgrade(state)
+    with naming(path):
+        check(state, STATE)
+        return upgrade(state)
 
 
 def upgrade(state: dict) -> dict:
@@ -113,7 +120,7 @@ def upgrade(state: dict) -> dict:
         state["ema"] = True
     if "optimizers" in state:
         names = ("step", "best", "evaluated", "skipped", "elapsed")
-        state["progress"] = {name: state[name] for name in names} | {"evals_since_best": state["waited"]}
+        state["progress"] = {n: state.get(n) for n in names} | {"evals_since_best": state.get("waited")}
     return state | {"format": FORMAT}
 
 
@@ -128,7 +135,7 @@ def digest_holds(path: Path) -> bool:
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, "tokenizers.Tokenizer"]:
     """A run's folder (best.pt, else latest.pt) or one checkpoint file -> (model in eval mode, tokenizer)."""
-    return build(read(find(path)), device)
+    return build(find(path), device)[:2]
 
 
 def find(path: str | Path) -> Path:
@@ -144,15 +151,24 @@ def find(path: str | Path) -> Path:
     return path
 
 
-def build(state: dict, device: str | torch.device = "cpu") -> tuple[GPT, "tokenizers.Tokenizer"]:
-    """What `read` returned -> (model in eval mode, tokenizer)."""
-    known = {field.name for field in fields(GPTConfig)}
-    unknown = sorted(set(state["model_config"]) - known)
-    if unknown:
-        raise ValueError(f"this checkpoint's model has settings unknown here: {', '.join(unknown)}")
-    model = GPT(GPTConfig(**state["model_config"]))
+def build(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, "tokenizers.Tokenizer", dict]:
+    """A checkpoint file -> (model in eval mode, tokenizer, what `read` returns)."""
+    state = read(path)
+    with naming(path):
+        model, tokenizer = GPT(GPTConfig(**state["model_config"])), tokenizers.from_state(state["tokenizer"])
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(f"model_config.vocab_size must be the tokenizer's {tokenizer.vocab_size}")
+        fit(state["model"], model.state_dict())
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), tokenizers.from_state(state["tokenizer"])
+    return model.to(device).eval(), tokenizer, state
+
+
+def fit(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """ValueError unless the tensors have the names, shapes and dtypes of the wanted ones."""
+    for name in wanted | given:
+        a, b = (f"{x[name].dtype} {list(x[name].shape)}" if name in x else "absent" for x in (given, wanted))
+        if a != b:
+            raise ValueError(f"the tensor {name} is {a}, and {b} in a model of this configuration")
 
 
 def adapt(model: GPT, wanted: GPTConfig, source: str) -> GPT:

@@ -10,7 +10,6 @@ data = load_data("data/tinystories/bpe4096")   # Data(train, val, meta, tokenize
 """
 
 import functools
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,9 +23,18 @@ from tqdm import tqdm
 
 from nanostlm import sources
 from nanostlm import tokenizer as tokenizers
+from nanostlm.schema import COUNT, FINITE, NAME, TEXT, read_json
 from nanostlm.tokenizer import Tokenizer, Unreachable
 
 BATCH = 500_000  # characters that a thread encodes at a time
+SPLIT = {"stories": COUNT, "tokens": COUNT, "bytes": COUNT}
+META = {
+    "corpus": NAME,
+    "tokenizer": {"name": tokenizers.NAME, "vocab_size": COUNT, "sha256": TEXT},
+    "dtype": ("uint16 or uint32", lambda x: x in ("uint16", "uint32")),
+    **{"train": SPLIT, "val": SPLIT, "limit?": COUNT, "floor_bpb?": FINITE},
+    **dict.fromkeys(["source?", "split?", "version?"], TEXT),
+}
 
 # ------------------------------------------------------------------------------------------------------------
 # Writing
@@ -124,17 +132,18 @@ def load_data(folder: str | Path, stories: int = 0, tokenizer: Tokenizer | None 
     If `tokenizer` is given, the data must have been prepared with it. ValueError names the damaged file and
     the command that makes it anew.
     """
-    folder = Path(folder)
-    meta, train, val = open_bins(folder)
-    name, sha256 = meta["tokenizer"]["name"], meta["tokenizer"]["sha256"]
-    if tokenizer is None:
-        trained = folder / "tokenizer.json" if tokenizers.bpe_size(name) else None
-        if trained and not trained.exists():
-            raise ValueError(f"{trained} is missing; {remedy(folder)}")
-        tokenizer = tokenizers.load(trained, name) if trained else tokenizers.get(name)
-        if tokenizer.sha256 != sha256:
-            raise ValueError(f"{folder} was made with another vocabulary than this {name}; {remedy(folder)}")
-    elif tokenizer.sha256 != sha256:
+    folder, given = Path(folder), tokenizer
+    try:
+        meta, train, val = open_bins(folder)
+        name, size, sha256 = (meta["tokenizer"][key] for key in ("name", "vocab_size", "sha256"))
+        if given is None:
+            trained = folder / "tokenizer.json" if tokenizers.bpe_size(name) else None
+            tokenizer = tokenizers.load(trained, name) if trained else tokenizers.get(name)
+            if (tokenizer.sha256, tokenizer.vocab_size) != (sha256, size):
+                raise ValueError(f"{folder} was made with another vocabulary than this {name}")
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy(folder)}") from None
+    if (tokenizer.sha256, tokenizer.vocab_size) != (sha256, size):
         raise ValueError(f"{folder} was prepared with another tokenizer ({name}) than the model's")
     if 0 < stories < meta["train"]["stories"]:
         train = first_stories(train, tokenizer.eot, stories)
@@ -153,30 +162,32 @@ def first_stories(ids: np.ndarray, eot: int, n: int, block: int = 1 << 20) -> np
 
 
 def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
-    """(meta, train, val), checked: sizes, and the highest id."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype, vocab_size = np.dtype(meta["dtype"]).newbyteorder("<"), meta["tokenizer"]["vocab_size"]
-        tokens = {name: meta[name]["tokens"] for name in ("train", "val")}
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no meta.json: no data there, or not all; {remedy(folder)}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'meta.json'} is damaged ({error!r}); {remedy(folder)}") from None
-    bins = []
-    for name, expected in tokens.items():
-        path = folder / f"{name}.bin"
-        size = path.stat().st_size if path.exists() else 0
-        if size != expected * dtype.itemsize:
-            raise ValueError(
-                f"{path} has {size:,} bytes, not {expected * dtype.itemsize:,} for "
-                f"{expected:,} ids; {remedy(folder)}"
-            )
-        bins.append(np.memmap(path, dtype, "r"))
-        if (top := highest(bins[-1])) >= vocab_size:
-            raise ValueError(
-                f"{path} has an id {top:,}, past the {vocab_size:,} of the vocabulary; {remedy(folder)}"
-            )
+    """(meta, train, val), checked: sizes, ids and the number of stories."""
+    meta, bins, block = read_json(folder / "meta.json", META), [], 1 << 20
+    dtype, eot = np.dtype(meta["dtype"]).newbyteorder("<"), meta["tokenizer"]["vocab_size"] - 1
+    for name in ("train", "val"):
+        path, tokens, stories = folder / f"{name}.bin", meta[name]["tokens"], meta[name]["stories"]
+        size = path.stat().st_size if path.is_file() else 0
+        if size != tokens * dtype.itemsize:
+            raise ValueError(f"{path} has {size:,} bytes, not {tokens * dtype.itemsize:,} for {tokens:,} ids")
+        ids = np.memmap(path, dtype, "r")
+        if (top := ids.max()) != eot:
+            raise ValueError(f"{path} has an id {top:,}, and the vocabulary in meta.json ends at {eot:,}")
+        ends = sum(np.count_nonzero(ids[i : i + block] == eot) for i in range(0, tokens, block))
+        if ends != stories:
+            raise ValueError(f"{path} has {ends:,} stories, not {stories:,} as in meta.json")
+        bins.append(ids)
     return meta, *bins
+
+
+def check_size(ids: np.ndarray) -> None:
+    """
+    OSError if a memory-mapped file was truncated: reading past its end is a SIGBUS, the end of the process.
+    Called at each step and evaluation; a file that is truncated after the call still ends it that way.
+    """
+    file = getattr(ids, "_mmap", None)  # knows the file even if another one has taken its name since
+    if file is not None and file.size() < len(file):
+        raise OSError(f"{ids.filename} was truncated during the run, which ends at its last checkpoint")
 
 
 def folder_name(data_dir: str | Path, corpus: str, tokenizer: Tokenizer) -> str:
@@ -184,18 +195,10 @@ def folder_name(data_dir: str | Path, corpus: str, tokenizer: Tokenizer) -> str:
     The name of the folder for a corpus in this vocabulary. It is not simply the tokenizer's name, because a
     trained vocabulary may differ from the one trained on that corpus.
     """
-    meta = Path(data_dir, corpus, tokenizer.name, "meta.json")
-    if tokenizer.name in ("gpt2", "byte") or meta.exists() and tokenizer.sha256 in meta.read_text():
+    found = prepared(Path(data_dir, corpus)).get(tokenizer.name)
+    if tokenizer.name in ("gpt2", "byte") or found and found["tokenizer"]["sha256"] == tokenizer.sha256:
         return tokenizer.name
     return f"{tokenizer.name}-{tokenizer.sha256[:8]}"
-
-
-def highest(ids: np.ndarray, block: int = 1 << 20, most: int = 128) -> int:
-    """The highest id. Of a file of more than `most` blocks, it reads `most` blocks spread over it (0.1 s)."""
-    starts = range(0, len(ids), block)
-    if len(starts) > most:
-        starts = [(len(ids) - block) * i // (most - 1) for i in range(most)]
-    return max(int(ids[i : i + block].max()) for i in starts)
 
 
 def remedy(folder: Path) -> str:
@@ -209,11 +212,11 @@ def remedy(folder: Path) -> str:
 
 
 def prepared(folder: Path) -> dict[str, dict]:
-    """{TOKENIZER: what meta.json says} of the data in data/CORPUS, the newest first."""
+    """{TOKENIZER: what an undamaged meta.json says} of the data in data/CORPUS, the newest first."""
     files, found = folder.glob("*/meta.json"), {}
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
-        with suppress(ValueError, TypeError):
-            found[path.parent.name] = dict(json.loads(path.read_text(encoding="utf-8")))
+        with suppress(ValueError):
+            found[path.parent.name] = read_json(path, META)
     return found
 
 
@@ -330,6 +333,7 @@ class Batches:
 
     def __call__(self, step: int) -> Iterator[np.ndarray]:
         """This process' micro-batches of `step`, int64 (rows, length + 1): inputs and targets overlap."""
+        check_size(self.ids)
         starts, length = self.windows(step)
         for micro_batch in starts:
             yield self.ids[micro_batch[:, None] + np.arange(length + 1)].astype(np.int64)

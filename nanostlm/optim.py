@@ -25,6 +25,7 @@ class Plain:
 
 class AdamW(Plain, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    kept = {"step": False, "exp_avg": True, "exp_avg_sq": True}  # of a parameter: True is a tensor like it
 
 
 def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -48,6 +49,7 @@ class Muon(Plain, torch.optim.Optimizer):
     once. Like the fused AdamW, it skips an update if its attribute found_inf, a tensor, is 1.
     """
 
+    kept = {"momentum_buffer": True}
     found_inf: torch.Tensor | None = None
 
     def __init__(self, params, lr: float = 0.01, momentum: float = 0.95, weight_decay: float = 0.1):

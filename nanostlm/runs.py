@@ -26,6 +26,20 @@ from filelock import FileLock, Timeout
 
 from nanostlm import checkpoint
 from nanostlm.machine import print0
+from nanostlm.schema import COUNT, FINITE, FLAG, NONE, NUMBER, TEXT, TYPES, WHOLE, check, naming, read_json
+
+ANY = "a setting", lambda x: type(x) in TYPES
+LINE = {"step": WHOLE, "loss": NUMBER, "tokens": WHOLE, "elapsed_s": FINITE}
+TRAIN = LINE | {"lr": FINITE, "grad_norm": NUMBER, "tokens_per_s": FINITE}
+METRICS = {"train": TRAIN, "val": LINE | {"bpb": NUMBER}}  # by split
+CHANGING = ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "max_iters")
+COUNTS = {"step": WHOLE, "evals_since_best": WHOLE, "skipped": WHOLE, "evaluated": TYPES[int]}
+RESUME = {  # what a checkpoint of a run holds besides checkpoint.STATE
+    "progress": COUNTS | {"best": NUMBER, "elapsed": FINITE, "*": NONE},
+    "optimizers": [{"state": {"*": {"*": checkpoint.TENSOR}}, "param_groups": [{"params": [WHOLE]}]}],
+    **{"scaler": {"*": FINITE}, "data": {"*": [WHOLE]}, "compiled": FLAG, "machine": TEXT},
+    "provenance": {"*": TEXT},
+}
 
 
 @dataclass
@@ -135,19 +149,26 @@ class RunDirectory:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without one torn by a kill."""
-    file, lines = folder / "metrics.jsonl", []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    """The lines of metrics.jsonl. Warns of others, except for a last one that a kill has torn."""
+    file, lines, others = folder / "metrics.jsonl", [], 0
+    texts = file.read_bytes().split(b"\n") if file.exists() else []
+    for text in texts:
+        try:
+            line = json.loads(text)
+            check(line, METRICS[line["split"]])
+            lines.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            others += text not in (b"", texts[-1])
+    if others:
+        print0(f"WARNING: {file}: {others} of {len(texts)} lines are not of a run, and skipped")
     return lines
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a run; {} for a run of an earlier version, which has none."""
+    """config.json of a run; {} if it is damaged, or the run of an earlier version, which has none."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        return read_json(folder / "config.json", {"data": {}})
+    except (OSError, ValueError):
         return {}
 
 
@@ -188,13 +209,19 @@ def folders_of(name: str) -> list[Path]:
     return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
-def last_state(folder: Path) -> dict | None:
+def last_state(folder: Path, values: dict) -> dict | None:
     """The newest intact checkpoint of a run; None if it has none yet. Its key `file` is the file's name."""
     files = [folder / name for name in ("latest.pt", "previous.pt") if (folder / name).exists()]
+    known = {f"{name}?": TYPES[type(value)] for name, value in values.items()}  # all settings
+    config = known | dict.fromkeys(CHANGING, COUNT) | {"patience": WHOLE, "model": {}, "*": NONE}
     for file in files:
         try:
             state = checkpoint.read(file) | {"file": file.name}
+            with naming(file):
+                check(state, RESUME | {"train_config": config, "recipe": known | {"*": ANY}})
         except ValueError as error:
+            if file == files[-1]:
+                raise
             print0(f"WARNING: {error}")
             continue
         if "ema" in state:
@@ -203,21 +230,20 @@ def last_state(folder: Path) -> dict | None:
                 f"start from its best weights with --init_from={folder}"
             )
         return state
-    if files:
-        raise ValueError(f"no checkpoint in {folder} is whole")
     print0(f"{folder} was ended before its first checkpoint: it starts again at step 0")
     return None
 
 
-def find(out_dir: str, name: str, flags: set[str], extended: bool) -> tuple[Path, dict | None]:
+def find(values: dict, name: str, flags: set[str], extended: bool) -> tuple[Path, dict | None]:
     """
-    The directory of a run, and the checkpoint to resume from. `extended`: the command line gives the run more
-    updates or patience, so --resume without out_dir may also continue a finished run.
+    The directory of a run with these settings, and the checkpoint to resume from. `extended`: the command
+    line gives the run more updates or patience, so --resume without out_dir may also continue a finished run.
     """
+    out_dir = values["out_dir"]
     if "resume" in flags:
         for folder in [Path(out_dir)] if out_dir else folders_of(name):
             if (folder / "metrics.jsonl").exists():
-                state = last_state(folder)
+                state = last_state(folder, values)
                 if out_dir or extended or state is None:
                     return folder, state
                 settings = state["train_config"]

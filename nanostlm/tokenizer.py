@@ -15,7 +15,6 @@ Text never becomes end-of-text, not even the text `<|endoftext|>`. A user's mist
 
 import base64
 import hashlib
-import json
 import os
 import re
 import sys
@@ -26,10 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
+from nanostlm.schema import TEXT, WHOLE, check, naming, read_json
+
 EOT = "<|endoftext|>"
 # GPT-2's split into words, as tiktoken writes it: possessive quantifiers give the same pieces, much faster.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 BLANKS = 900_000  # longest run of white space; tiktoken's regular expressions overflow at a million
+NAME = "gpt2, byte or bpeN", lambda x: type(x) is str and re.fullmatch("gpt2|byte|bpe[1-9][0-9]{2,9}", x)
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
@@ -224,24 +226,24 @@ def within(seconds: float, call):
 
 def from_state(state: dict) -> Tokenizer:
     """The tokenizer with this state(). ValueError if the state is invalid."""
-    try:
+    with naming("the state of the tokenizer"):
+        check(state, {"name": NAME, "ranks": TEXT})
         lines = [line.split() for line in state["ranks"].splitlines()]
-        if [int(i) for _, i in lines] != list(range(len(lines))):
-            raise ValueError("ids are missing")
-        return Tokenizer(state["name"], [base64.b64decode(token) for token, _ in lines])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"this is not the state of a tokenizer: {error!r}") from None
+        if any(line[1:] != [str(i)] for i, line in enumerate(lines)):
+            raise ValueError("ranks must list all ids in order")
+        tokens = [base64.b64decode(line[0], validate=True) for line in lines]
+        if state["name"] == "byte" and tokens != [bytes([b]) for b in range(256)]:
+            raise ValueError("ranks must list the bytes in order")
+        return Tokenizer(state["name"], tokens)
 
 
 def load(path, name: str | None = None) -> Tokenizer:
     """Read tokenizer.json. `name` matters because a bpe4096 of a tiny corpus has fewer ids than that."""
     byte = {char: b for b, char in byte_chars().items()}
-    try:
-        vocab = json.loads(Path(path).read_text(encoding="utf-8"))["model"]["vocab"]
+    vocab = read_json(Path(path), {"model": {"vocab": {"*": WHOLE}}})["model"]["vocab"]
+    with naming(path):
         ids = {i: bytes(byte[char] for char in spelt) for spelt, i in vocab.items() if spelt != EOT}
         return Tokenizer(name or f"bpe{len(ids) + 1}", [ids[i] for i in range(len(ids))])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not a byte-level BPE in Hugging Face's format: {error!r}") from None
 
 
 def train_bpe(texts, vocab_size: int) -> Tokenizer:

@@ -767,7 +767,7 @@ def step_and_round_trip(model: GPT, folder) -> GPT:
     torch.optim.AdamW(model.parameters(), lr=0.1).step()
     state = {"model_config": asdict(model.config), "model": model.state_dict()}
     checkpoint.save(folder / "x.pt", state | {"tokenizer": tokenizer.get("byte").state()})
-    again, _ = checkpoint.build(checkpoint.read(folder / "x.pt"))
+    again, _ = checkpoint.load(folder / "x.pt")
     assert torch.equal(again(idx)[0], model.eval()(idx)[0])
     assert again.config == model.config
     return again

@@ -253,10 +253,10 @@ def test_files_that_are_no_tokenizer(bpe, tmp_path):
     vocabs = ({"a": 0}, 3, data["model"]["vocab"])
     for text in ("", "{}", "[1]", *(json.dumps({"model": {"vocab": v}}) for v in vocabs)):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="tokenizer.json is not a byte-level BPE"):
+        with pytest.raises(ValueError, match="tokenizer.json: "):
             tokenizer.load(path)
     for state in ({}, {"name": "x"}, {"name": "x", "ranks": "AA== 1\n"}, {"name": "x", "ranks": 5}, None):
-        with pytest.raises(ValueError, match="not the state of a tokenizer"):
+        with pytest.raises(ValueError, match="the state of the tokenizer: "):
             tokenizer.from_state(state)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from model import GPT, GPTConfig
 from nanostlm import tokenizer as tokenizers
 from nanostlm.formats import ANY, COMMON, LLAMA, UNGATED, plain, refuse, unsupported
+from nanostlm.schema import COUNT, FLAG, NAME, NUMBER, TEXT, TYPES, WHOLE, check, naming, read_json
 from nanostlm.tokenizer import EOT, Tokenizer, Unreachable
 
 # ----------------------------------------------------------------------------------------------------------
@@ -95,16 +96,16 @@ ACTIVATIONS = {  # our mlp -> their names of its activation: the first is writte
 ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}  # the supported kind of RoPE
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of GPT-2's vocabulary
 
-
+THETA = {"rope_theta?": NUMBER}
+CONFIG = {"model_type": TEXT, "rope_scaling?": THETA, "rope_parameters?": THETA, **THETA}
+TOKENIZER = {
+    "model": {"vocab": {"*": WHOLE}, "merges": []},
+    "pre_tokenizer?": {"type": TEXT, "pretokenizers?": [{"type": TEXT}]},
+    "added_tokens": [{"content": TEXT, "id": WHOLE, "special": FLAG}],
+}
 NO_BIAS = dict(attention_bias=False, mlp_bias=False)
-QWEN3_DEFAULTS = dict(
-    num_key_value_heads=32,
-    head_dim=128,
-    use_sliding_window=False,
-    sliding_window=4096,
-    max_window_layers=28,
-    layer_types=None,
-)
+QWEN3_DEFAULTS = dict(num_key_value_heads=32, head_dim=128, use_sliding_window=False, sliding_window=4096)
+QWEN3_DEFAULTS |= dict(max_window_layers=28, layer_types=None)
 
 
 class Family(NamedTuple):
@@ -299,21 +300,18 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
     if the Hub does not answer.
     """
     folder = local_folder(source)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", CONFIG)
+    with naming(folder / "tokenizer.json"):
         tokenizer, ids, begin, end = read_tokenizer(folder / "tokenizer.json", config)
-        files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        tensors = {}
-        for file in files:
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(read_json(index, {"weight_map": {"*": NAME}})["weight_map"].values()))
+    tensors = {}
+    for file in files:
+        with naming(folder / file):
             tensors |= safetensors.torch.load_file(folder / file)
+    with naming(folder / "config.json"):
         family, c = read_config(config, tied="lm_head.weight" not in tensors)
-    except FileNotFoundError as error:
-        name = Path(error.filename or "model.safetensors").name
-        raise FileNotFoundError(f"there is no {name} in {source}") from None
-    except (KeyError, TypeError, json.JSONDecodeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{source} is damaged, or no folder of transformers: {error!r}") from None
     prefix = family.blocks.split(".")[0] + "."  # missing in the files of gpt2 itself
     tensors = {n if n.startswith((prefix, "lm_head.")) else prefix + n: x for n, x in tensors.items()}
     tokens, head = family.outer["embedder.tokens"] + ".weight", "lm_head.weight"
@@ -323,10 +321,11 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
     model = GPT(replace(c, vocab_size=tokenizer.vocab_size, tied=c.tied and begin == end)).eval()
     for name, view in views(model, family):
         value = tensors.pop(name, torch.empty(0))
-        if name in (tokens, head) and len(value) > max(*ids, begin, end):
+        if name in (tokens, head) and value.dim() and len(value) > max(*ids, begin, end):
             value = value[[*ids, begin if name == tokens else end]]
-        if value.shape != view.shape:
-            raise ValueError(f"{source}: {name} has shape {list(value.shape)}, not {list(view.shape)}")
+        if value.shape != view.shape or not value.is_floating_point():
+            found = f"shape {list(value.shape)} and {value.dtype}"
+            raise ValueError(f"{source}: {name} has {found}, not {list(view.shape)} and a float")
         view.copy_(swap_halves(name, value, c.head_dim) if family.model_type == "nanochat" else value)
     redundant = r"^lm_head\.weight$|\.attn\.(masked_)?bias$|inv_freq$"  # old files hold masks and frequencies
     refuse([name for name in tensors if not re.search(redundant, name)][:1], f"a {family.name}")
@@ -366,8 +365,8 @@ def uniform_window(config: dict) -> tuple[dict, dict]:
     key, value = "layer_types", " and ".join(sorted(kinds))
     if not kinds:
         key, value = "max_window_layers", config["max_window_layers"]
-        layers = range(config["num_hidden_layers"])
-        kinds = {"sliding_attention" if window and i >= value else "full_attention" for i in layers}
+        ends = 0, config["num_hidden_layers"] - 1
+        kinds = {"sliding_attention" if window and i >= value else "full_attention" for i in ends}
     everywhere = bool(window) and kinds == {"sliding_attention"}
     odd = {} if everywhere or kinds == {"full_attention"} else {key: value}
     return config | {"sliding_window": window if everywhere else None, "max_window_layers": None}, odd
@@ -380,6 +379,8 @@ def read_config(config: dict, tied: bool) -> tuple[Family, GPTConfig]:
         known = ", ".join(family.model_type for family in FAMILIES)
         raise ValueError(f"model_type={config['model_type']} has no equivalent here; there are {known}")
     config, found, odd = family.defaults | config, {}, {}
+    types = TYPES | {int: COUNT}
+    check(config, {f"{k}?": types[type(getattr(GPTConfig, name))] for k, name in family.keys.items()})
     if family.model_type == "qwen3":
         config, odd = uniform_window(config)
     for theirs, ours in family.keys.items():
@@ -412,16 +413,16 @@ def read_tokenizer(path: Path, config: dict) -> tuple[Tokenizer, list[int], int,
     Return our tokenizer, their ids in the order of ours, and their ids that begin and end a text.
     tokenizer.json must be byte-level BPE with GPT-2's split into words, since tokenizer.py has no other.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path, TOKENIZER)
     byte = {char: b for b, char in tokenizers.byte_chars().items()}
 
     def to_bytes(text: str) -> bytes:
         return bytes(byte[char] for char in text)
 
     def unknown(why: str):
-        raise ValueError(f"{path} {why}, for which tokenizer.py has no equivalent")
+        raise ValueError(f"it {why}, for which tokenizer.py has no equivalent")
 
-    bpe, split, added = data["model"], data["pre_tokenizer"] or {}, data["added_tokens"]
+    bpe, split, added = data["model"], data.get("pre_tokenizer") or {}, data["added_tokens"]
     if split.get("type") == "Sequence" and len(split["pretokenizers"]) == 1:
         split = split["pretokenizers"][0]
     affixes = bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix")
@@ -430,7 +431,7 @@ def read_tokenizer(path: Path, config: dict) -> tuple[Tokenizer, list[int], int,
         unknown("is no byte-level BPE")
     if split["type"] != "ByteLevel" or not split.get("use_regex", True) or split.get("add_prefix_space"):
         unknown("splits text into words in another way than GPT-2")
-    if data["normalizer"] or len(special) < len(added) or affixes:
+    if data.get("normalizer") or len(special) < len(added) or affixes:
         unknown("changes texts, or has added tokens that are not special")
     ids = {to_bytes(text): i for text, i in bpe["vocab"].items() if text not in special}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
@@ -444,7 +445,7 @@ def read_tokenizer(path: Path, config: dict) -> tuple[Tokenizer, list[int], int,
         unknown("merges in an order that does not follow from its tokens")
 
     end = config.get("eos_token_id")
-    end = end[0] if isinstance(end, list) else end
+    end = (end or [None])[0] if isinstance(end, list) else end
     if end not in special.values():
         raise ValueError(f"eos_token_id={end} in config.json is none of the special tokens in {path}")
     begin = config.get("bos_token_id")
