@@ -186,9 +186,12 @@ def configure(argv: list[str]) -> Plan:
         print0(f"warmup_iters={c.warmup_iters} is cut to {c.max_iters // 2}, half of the run")
         c = replace(c, warmup_iters=c.max_iters // 2)
 
-    chosen = machine.choose(c.device, c.dtype, "False" if c.dropout_schedule else c.compile, c.max_iters)
+    compiles = "False" if c.dropout_schedule else c.compile
+    chosen = machine.choose(c.device, c.dtype, compiles, c.max_iters, state["machine"] if state else "")
     if state and c.compile == "auto":  # a run continues the way it began
         chosen = chosen._replace(compile=state["compiled"])
+    if state is None and "loss_chunk" not in recipe | given:
+        c = replace(c, model=replace(c.model, loss_chunk=chosen.loss_chunk()))
     chosen.set_up(c.threads)
 
     weights, tokenizer = None, None
@@ -297,6 +300,7 @@ class Trainer:
             world_size=self.machine.world_size,
         )
         self.tokens_per_step = self.batches.tokens_per_step
+        self.windows = machine.WindowReader(data.train, self.machine)
         self.model = model.to(self.machine.device)
         self.forward = self.model  # compiled or not; the weights are always those of self.model
         self.parallel: torch.nn.Module | None = None  # self.forward, with gradients averaged over processes
@@ -312,10 +316,8 @@ class Trainer:
         self.logger = report.logger(c, self.directory.folder) if out_dir and not self.machine.rank else None
         self.token_bytes = score.token_bytes(data.tokenizer)
         self.fingerprint, self.provenance = runs.fingerprint(data.train, data.val), checkpoint.provenance()
-        self.began, self.timed = (
-            time.perf_counter(),
-            [0, 0.0],
-        )  # tokens and seconds since the last logged step
+        self.began, self.joules_before = time.perf_counter(), self.machine.joules()
+        self.timed = [0, 0.0]  # tokens and seconds since the last logged step
 
     # -- one update
 
@@ -358,8 +360,9 @@ class Trainer:
 
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process' micro-batches of `step`: idx and targets, int64 (rows, length), on the device."""
-        for windows in self.batches(step):
-            tokens = self.machine.to_device(torch.from_numpy(windows))
+        starts, length = self.batches.windows(step)
+        for rows in starts:
+            tokens = self.windows(rows, length + 1)
             yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def update(self, finite: torch.Tensor) -> None:
@@ -476,6 +479,11 @@ class Trainer:
         """Seconds of this run, over all resumes."""
         return self.progress.elapsed + time.perf_counter() - self.began
 
+    @property
+    def joules(self) -> float:
+        """Energy of this run, over all resumes; nan where the machine does not report it."""
+        return self.progress.joules + self.machine.joules() - self.joules_before
+
     def description(self) -> dict[str, Any]:
         """Settings, data and versions of this run as plain data."""
         known = {"settings": asdict(self.config), "data": self.fingerprint, "provenance": self.provenance}
@@ -501,7 +509,7 @@ class Trainer:
         state = self.inference_state(step) | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "progress": asdict(replace(self.progress, step=step, elapsed=self.elapsed)),
+            "progress": asdict(replace(self.progress, step=step, elapsed=self.elapsed, joules=self.joules)),
             "data": self.fingerprint,
             "recipe": self.recipe,
             "compiled": self.forward is not self.model,
