@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import prepare
 import train
-from model import GPT
+from model import GPT, GPTConfig
 from nanostlm import checkpoint, generate, machine, optim, report, tokenizer
 from nanostlm import data as datasets
 from train import Diverged, TrainConfig, Trainer
@@ -371,7 +371,7 @@ class Gpu(SimpleNamespace):
         patch.setattr(torch.cpu, "get_capabilities", lambda: self.cpu)
 
 
-NONE = dict(cuda=0, capability=None, name=None, mps=False, cpu={"architecture": "x86_64"})
+NONE = dict(cuda=0, capability=None, name="a card", mps=False, cpu={"architecture": "x86_64"})
 MACHINES = {
     "V100": (dict(cuda=1, capability=(7, 0)), "cuda:0", torch.float16, True),
     "T4": (dict(cuda=1, capability=(7, 5)), "cuda:0", torch.float16, True),
@@ -435,6 +435,55 @@ def test_torchrun_gives_each_process_its_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="only 2 CUDA GPUs found"):
         machine.choose(device="auto")
+
+
+@pytest.mark.parametrize("bf16, dtype", [(1.0, torch.bfloat16), (0.6, torch.bfloat16), (0.4, torch.float32)])
+def test_bf16_on_a_cpu_is_vetoed_if_it_is_slow(bf16, dtype, monkeypatch):
+    """Where bf16 products take more than twice the time of float32. A resumed run keeps its precision."""
+    Gpu(**NONE | dict(cpu={"avx512_bf16": True, "architecture": "x86"})).install(monkeypatch)
+    rates = {torch.bfloat16: bf16, torch.float32: 1.0}
+    monkeypatch.setattr(machine.Machine, "matmul_rate", lambda self, d=None: rates[d or self.dtype])
+    chosen = machine.choose()
+    assert chosen.dtype == dtype and ("half as fast" in chosen.description) == (bf16 < 0.5)
+    for rate in (1.0, 0.4):
+        rates[torch.bfloat16] = rate
+        assert machine.choose(before=chosen.description)[:4] == chosen[:4]
+    assert machine.choose(dtype="bfloat16").dtype == torch.bfloat16
+    assert machine.choose(before="CPU (x86), float16 (as requested)").dtype == torch.float32
+    assert machine.choose(before="NVIDIA T4, float16 (no native bf16)").dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype, high", [("<u2", 65_535), ("<u4", 100_000)])
+def test_windows_from_the_device_equal_those_from_the_file(dtype, high):
+    ids = np.random.default_rng(0).integers(0, high + 1, 500).astype(dtype)
+    ids[7] = high
+    readers = [machine.WindowReader(ids, cpu(), resident) for resident in (False, True)]
+    assert readers[0].resident is None and readers[1].resident is not None
+    for starts in (np.array([0, 3, 483]), np.array([7])):
+        host, device = (reader(starts, 17) for reader in readers)
+        assert device.dtype == torch.int64 and torch.equal(host, device)
+        assert host.tolist() == [ids[i : i + 17].tolist() for i in starts]
+
+
+def test_energy_is_reported_where_it_is_counted(tmp_path, monkeypatch):
+    for folder, value in {
+        "intel-rapl:0": "1500000\n",
+        "intel-rapl:1": "500000",
+        "intel-rapl:0:0": "9",
+    }.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "energy_uj").write_text(value)
+    monkeypatch.setattr(machine, "RAPL", tmp_path)
+    assert cpu().joules() == 2.0
+    t = trainer()
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("4500000")
+    t.train_step(0)
+    metrics = {tmp_path: [t.log(1, t.train_step(1))]}
+    assert t.joules == 3.0 and f"FLOPs, 3 J, {3e6 / (2 * t.tokens_per_step):,.0f} J per" in report.totals(
+        t, metrics
+    )
+    monkeypatch.setattr(machine, "RAPL", tmp_path / "none")
+    assert math.isnan(cpu().joules())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -1187,6 +1236,30 @@ def test_training_on_a_gpu(here, dtype):
 def test_compiled_on_a_gpu(here):
     assert here("run", device="cuda", dtype="auto", compile="True") == 0
     assert "WARNING" not in here.said and "compiled in" in here.said
+
+
+@pytest.mark.cuda
+def test_flex_attention_has_the_gradients_of_the_dense_mask():
+    torch.manual_seed(0)
+    c = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=256, vocab_size=64, separator=5)
+    model, idx = GPT(c).cuda(), torch.randint(64, (2, 257), device="cuda")
+    found = []
+    for forward in (model, machine.compiled(model)):
+        model.zero_grad()
+        forward(idx[:, :-1], idx[:, 1:])[1].backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert apart(*found) < 1e-3
+
+
+@pytest.mark.cuda
+def test_a_step_on_a_gpu_waits_for_nothing():
+    t = trainer(device="cuda", optimizer="muon", pointer=True, cross_stories=False, dtype="float32")
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")
+        t.read_outcome()
+        t.unread = None  # it is read, and waited for, in the next step
+        t.train_step(step)
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda
