@@ -35,6 +35,7 @@ import train  # noqa: E402
 from model import GPT  # noqa: E402
 from nanostlm import data as datasets  # noqa: E402
 from nanostlm import score  # noqa: E402
+from nanostlm import tokenizer as tokenizers  # noqa: E402
 from nanostlm.machine import choose, cpus  # noqa: E402
 from nanostlm.settings import build, read_recipe  # noqa: E402
 
@@ -158,6 +159,21 @@ def words(settings: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def recipes() -> dict[str, train.TrainConfig]:
+    """
+    The configurations of config/ by name, with the vocabulary size of their tokenizers, smallest model first;
+    without finetune.py, which has the size of the model it starts from.
+    """
+    found = {}
+    for file in (ROOT / "config").glob("*.py"):
+        values = read_recipe(file, train.TrainConfig)
+        if "init_from" not in values:
+            name = values["tokenizer"]
+            ids = tokenizers.bpe_size(name) or {"gpt2": 50257, "byte": 257}[name]
+            found[file.stem] = build(train.TrainConfig, values | {"vocab_size": ids})
+    return dict(sorted(found.items(), key=lambda item: item[1].model.estimate()["parameters"]))
+
+
 def ours(recipe: str, data: datasets.Data, out_dir: str | Path, **settings) -> list[str]:
     """The command that trains with our train.py on `data`."""
     corpus = dict(
@@ -170,7 +186,7 @@ def ours(recipe: str, data: datasets.Data, out_dir: str | Path, **settings) -> l
 
 
 def trainer(recipe: str, data: datasets.Data, **changes) -> train.Trainer:
-    """A Trainer in this process, with the settings of a recipe ("" for none) and `changes`."""
+    """A Trainer in this process, not compiled yet: the settings of a recipe ("" for none) and `changes`."""
     values = (read_recipe(recipe, train.TrainConfig) if recipe else {}) | changes
     masked = not values.get("cross_stories", True)
     values |= dict(vocab_size=data.tokenizer.vocab_size, separator=data.tokenizer.eot if masked else -1)
@@ -178,9 +194,7 @@ def trainer(recipe: str, data: datasets.Data, **changes) -> train.Trainer:
     chosen = choose(c.device, c.dtype, c.compile, c.max_iters)
     chosen.set_up(c.threads)
     torch.manual_seed(c.seed)
-    made = train.Trainer(c, GPT(c.model), data, None, chosen)
-    made.compile()
-    return made
+    return train.Trainer(c, GPT(c.model), data, None, chosen)
 
 
 def checkout(path: str, file: str) -> Path:

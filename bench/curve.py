@@ -25,7 +25,7 @@ Curve = list[tuple[float, float]]  # (seconds, bits per byte)
 
 def nanogpt_curve(options, folder: Path, data: Data) -> Curve:
     """A run of nanoGPT in `folder`, scored at `--points` checkpoints."""
-    settings = quality.SHAPE | dict(batch_size=options.batch_size, compile=False)
+    settings = quality.shape(options.recipe) | dict(batch_size=options.batch_size, compile=False)
     settings["n_head"], pace, start = quality.nanogpt_pace(folder, options.nanogpt_heads, **settings)
     iters = max(101, round((options.seconds - start) / pace))
     settings |= dict(max_iters=iters, lr_decay_iters=iters, out_dir="out", always_save_checkpoint=True)
@@ -49,7 +49,7 @@ def nanogpt_curve(options, folder: Path, data: Data) -> Curve:
         state = torch.load(file, map_location="cpu", weights_only=True)
         model = theirs.GPT(theirs.GPTConfig(**state["model_args"])).eval()
         model.load_state_dict({name.removeprefix("_orig_mod."): p for name, p in state["model"].items()})
-        bpb = common.bits_per_byte(model, data, quality.SHAPE["block_size"], options.eval_tokens)
+        bpb = common.bits_per_byte(model, data, settings["block_size"], options.eval_tokens)
         curve.append((seconds, bpb))
     return curve
 

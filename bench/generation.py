@@ -36,33 +36,44 @@ PROMPT = "Once upon a time"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def made_up_tokenizer(ids: int) -> Tokenizer:
+    """A tokenizer with so many ids: bytes, pairs of bytes, end-of-text."""
+    pairs = (bytes([a, b]) for a in range(256) for b in range(256))
+    tokens = [bytes([b]) for b in range(256)] + [next(pairs) for _ in range(ids - 257)]
+    return Tokenizer(f"bpe{ids}", tokens)
+
+
 def save_random(file: Path, c: GPTConfig) -> Path:
     """Save a checkpoint with random weights and a vocabulary of config.vocab_size ids."""
     torch.manual_seed(0)
-    pairs = (bytes([a, b]) for a in range(256) for b in range(256))
-    tokens = [bytes([b]) for b in range(256)] + [next(pairs) for _ in range(c.vocab_size - 257)]
-    state = Tokenizer(f"bpe{c.vocab_size}", tokens).state()
+    state = made_up_tokenizer(c.vocab_size).state()
     checkpoint.save(file, {"model": GPT(c).state_dict(), "model_config": vars(c), "tokenizer": state})
     return file
 
 
-def ours(file: Path, dtype: str, streams: int, tokens: int, device: str) -> Callable[[], float]:
-    """Tokens per second that sample.py reports, without compiling; nan if it does not support the dtype."""
+def sample_command(file: Path, dtype: str, streams: int, tokens: int, device: str) -> list:
+    """The command that generates greedy text with sample.py; "float32-compiled" is with its --compile."""
     dtype, _, compiled = dtype.partition("-")
     settings = dict(out_dir=file, dtype=dtype, num_samples=streams, max_new_tokens=tokens, device=device)
     settings |= dict(temperature=0, prompt=PROMPT)
-    command = [
-        sys.executable,
-        common.ROOT / "sample.py",
-        *common.words(settings),
-        *["--compile"] * bool(compiled),
-    ]
+    compile = ["--compile"] * bool(compiled)
+    return [sys.executable, common.ROOT / "sample.py", *common.words(settings), *compile]
+
+
+def sample_rate(ran: common.Ran) -> float:
+    """Tokens per second that sample.py reports."""
+    return float(ran.find(r" ([\d,]+) tokens/s")[1][1].replace(",", ""))
+
+
+def ours(file: Path, dtype: str, streams: int, tokens: int, device: str) -> Callable[[], float]:
+    """Tokens per second that sample.py reports; nan if it does not support the dtype."""
+    command = sample_command(file, dtype, streams, tokens, device)
 
     def rate() -> float:
         ran = common.run(command, check=False)
         if ran.status == 2 and "--dtype" in ran.lines[-1][1] + ran.lines[-2][1]:
             return math.nan
-        return float(ran.find(r" ([\d,]+) tokens/s")[1][1].replace(",", ""))
+        return sample_rate(ran)
 
     return rate
 

@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     given = settings.command_line(train.TrainConfig, options.ours, {}, "")[2]
     changes = {"compile": str(options.compile)} | given
     trainer = common.trainer(options.recipe, data, **changes)
+    trainer.compile()
     watch, steps = Stopwatch(trainer.machine.device.type), []
     for step in range(3):
         trainer.train_step(step)

@@ -4,12 +4,13 @@ Time to quality: how long train.py takes to the bits per byte that nanoGPT reach
     python bench/time_to_quality.py --nanogpt PATH --ours_iters 150 200 250
     python bench/time_to_quality.py --target 1.118 --ours_iters 200 -- --muon_lr=0.03
 
-nanoGPT gets the same ids, layers, width and context, its README's settings for a machine without a GPU, the
-number of heads that is fastest for it, and a schedule that ends with its time, fitted to its rate in a short
-run. Our schedule ends with the run, too, so runs of several lengths are made, the shortest first, and the
-first that reaches the target counts. Clocks run from the start of the process, imports and compiling
-included, to the last evaluation, when the weights are there. Evaluations are cut to almost nothing on both
-sides; the checkpoints are scored afterwards, in float32, on the same windows of the validation stories.
+nanoGPT gets the same ids and the recipe's layers, width and context, its README's settings for a machine
+without a GPU, the number of heads that is fastest for it, and a schedule that ends with its time, fitted to
+its rate in a short run. Our schedule ends with the run, too, so runs of several lengths are made, the
+shortest first, and the first that reaches the target counts. Clocks run from the start of the process,
+imports and compiling included, to the last evaluation, when the weights are there. Evaluations are cut to
+almost nothing on both sides; the checkpoints are scored afterwards, in float32, on the same windows of the
+validation stories.
 What stands after -- goes to our train.py. Takes (--seconds + our runs) x --repeats.
 """
 
@@ -21,9 +22,14 @@ from pathlib import Path
 import common
 import torch
 
-from nanostlm import checkpoint
+import train
+from nanostlm import checkpoint, settings
 
-SHAPE = dict(n_layer=4, n_embd=128, block_size=256)
+
+def shape(recipe: str, given: list[str] = ()) -> dict[str, int]:
+    """Layers, width and context of a recipe with the settings `given` on the command line."""
+    values = settings.command_line(train.TrainConfig, [recipe, *given], {}, "")
+    return {name: (values[1] | values[2])[name] for name in ("n_layer", "n_embd", "block_size")}
 
 
 def step_times(ran: common.Ran) -> list[float]:
@@ -60,18 +66,18 @@ def nanogpt_side(path: str, folder: Path, data, iters: int, eval_tokens: int, **
         "iters": iters,
         "peak_mb": ran.peak_mb,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "bpb": common.bits_per_byte(model, data, SHAPE["block_size"], eval_tokens),
+        "bpb": common.bits_per_byte(model, data, settings["block_size"], eval_tokens),
     }
 
 
 def our_side(options, data, folder: Path, iters: int, seed: int) -> dict:
     """One run of ours and its score."""
-    settings = SHAPE | dict(max_iters=iters, eval_interval=iters, save_interval=iters, seed=seed)
-    settings |= dict(eval_tokens=SHAPE["block_size"], fallback="")
+    changes = dict(max_iters=iters, eval_interval=iters, save_interval=iters, seed=seed)
+    changes |= dict(eval_tokens=256, fallback="")
     out = folder / f"ours-{iters}-{seed}"
-    ran = common.run([*common.ours(options.recipe, data, out, **settings), *options.ours])
+    ran = common.run([*common.ours(options.recipe, data, out, **changes), *options.ours])
     model, _ = checkpoint.load(out)
-    bpb = common.bits_per_byte(model, data, SHAPE["block_size"], options.eval_tokens)
+    bpb = common.bits_per_byte(model, data, model.config.block_size, options.eval_tokens)
     return {
         "seconds": ran.find(rf"^step +{iters:,}  val loss")[0],
         "iters": iters,
@@ -99,18 +105,19 @@ def main(argv: list[str] | None = None) -> None:
     if not options.nanogpt and not options.target:
         parser.error("either --nanogpt or --target")
     data, sides = common.load_data(options), []
-    settings = SHAPE | dict(batch_size=options.batch_size, compile=options.nanogpt_compile)
+    theirs = shape(options.recipe, options.ours)
+    theirs |= dict(batch_size=options.batch_size, compile=options.nanogpt_compile)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if not options.target:
             peer = common.nanogpt(options.nanogpt, folder / "nanogpt", data)
-            settings["n_head"], pace, start = nanogpt_pace(peer, options.nanogpt_heads, **settings)
+            theirs["n_head"], pace, start = nanogpt_pace(peer, options.nanogpt_heads, **theirs)
             fitted = max(101, round((options.seconds - start) / pace))  # its warmup takes 100 updates
         for repeat in range(options.repeats):
             side = {"target": options.target}
             if not options.target:
                 arguments = options.nanogpt, peer, data, fitted, options.eval_tokens
-                side = {"nanogpt": nanogpt_side(*arguments, **settings)}
+                side = {"nanogpt": nanogpt_side(*arguments, **theirs)}
                 side["target"] = side["nanogpt"]["bpb"]
                 print("nanoGPT", side["nanogpt"], flush=True)
             tried = side["ours_tried"] = []
@@ -136,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     common.finish(
         "time_to_quality",
         seconds=options.seconds,
-        nanogpt_settings=settings,
+        nanogpt_settings=theirs,
         ours_settings=options.ours,
         eval_tokens=options.eval_tokens,
         runs=sides,

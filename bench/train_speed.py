@@ -58,6 +58,7 @@ def build(options, shape: dict, name: str) -> None:
     compile = "True" if options.compile else "False"
     data = common.load_data(options)
     trainer = common.trainer("", data, batch_size=options.batch_size, compile=compile, **shape, **NANOGPT)
+    trainer.compile()
     dtypes = {"ours": trainer.machine.dtype, NANO32: torch.float32, NANO16: torch.bfloat16}
     step = trainer.train_step
     if name != "ours":

@@ -31,18 +31,18 @@ Stop = Callable[[list[int]], bool]  # the new ids of a row -> whether the row en
 
 
 def temperature(t: float) -> Sampler:
-    """Divide the logits by t. 0 selects the most likely token (the lowest id among equals)."""
-    check_range("temperature", t, 0 <= t < math.inf, "0 (greedy) or more")
+    """Divide the logits by t. Below 1e-5: the most likely token (the lowest id among equals)."""
+    check_range("temperature", t, 0 <= t <= 1e6, "0 (greedy) to 1e6")
 
     def sampler(logits: Tensor, history: Tensor) -> Tensor:
         return (logits - logits.amax(-1, keepdim=True)) / t  # subtract the maximum to prevent overflow
 
-    return sampler if t else greedy
+    return sampler if t >= 1e-5 else greedy
 
 
 def greedy(logits: Tensor, history: Tensor) -> Tensor:
     """Keep only the most likely token, like temperature(0)."""
-    return torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
+    return torch.full_like(logits, -torch.inf).scatter(-1, *logits.max(-1, keepdim=True)[::-1])
 
 
 def top_k(k: int) -> Sampler:
@@ -95,7 +95,7 @@ def repetition_penalty(penalty: float) -> Sampler:
     (CTRL, arXiv 1909.05858). It depends on the signs, so it is applied before temperature. End-of-text is
     exempt: every history begins with it, and penalizing it would keep texts from ending.
     """
-    check_range("repetition_penalty", penalty, 0 < penalty < math.inf, "more than 0 (1 changes nothing)")
+    check_range("repetition_penalty", penalty, 1e-3 <= penalty <= 1e3, "between 0.001 and 1000 (1 is off)")
 
     def sampler(logits: Tensor, history: Tensor) -> Tensor:
         seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, history, True)
@@ -131,12 +131,21 @@ def check_range(name: str, value: float, valid: bool, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}, not {value}")
 
 
-def draw(logits: Tensor, rngs: Sequence[random.Random]) -> Tensor:
-    """Sample one id for each row of logits (B, vocab_size), with the row's own generator -> (B, 1)."""
-    cdf = logits.softmax(-1).cumsum(-1)
-    u = torch.tensor([[rng.random()] for rng in rngs], device=logits.device)
-    u = u.clamp(max=1 - 2**-23)  # float32 may round it to 1, which selects a token of probability 0
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+def draw(logits: Tensor, rngs: Sequence[random.Random] | None) -> Tensor:
+    """
+    Sample one id for each row of logits (B, vocab_size), with the row's own generator -> (B, 1). Without
+    generators, the most likely ids. RuntimeError if a row has NaN or inf, which samplers keep, or only -inf.
+    """
+    if rngs is None:
+        total, ids = logits.max(-1, keepdim=True)
+    else:
+        cdf = logits.softmax(-1).cumsum(-1)
+        u, total = torch.tensor([[rng.random()] for rng in rngs], device=logits.device), cdf[:, -1:]
+        u = u.clamp(max=1 - 2**-23)  # float32 may round it to 1, which selects a token of probability 0
+        ids = torch.searchsorted(cdf, u * total, right=True)
+    if not all(map(math.isfinite, total.flatten().tolist())):  # an id may be past the vocabulary
+        raise RuntimeError("the logits are not finite: the training diverged, or the dtype is too narrow")
+    return ids
 
 
 def stop_string(tokenizer, text: str) -> Stop:
@@ -188,8 +197,6 @@ class Batch:
         segments = None if bool((segments == 1).all()) else segments
         self.cache = KVCache(self.model.config, rows, self.device, self.dtype, segmented=False)
         logits = self.model(idx, cache=self.cache, segments=segments, last=True)[0]
-        if not logits[:, -1].isfinite().all():
-            raise RuntimeError("the logits are not finite: the training diverged, or the dtype is too narrow")
         if self.identical:
             logits = logits.expand(B, -1, -1)
             self.cache.select([0] * B)
@@ -256,10 +263,7 @@ def stream(
             logits = batch.logits()
             for sampler in samplers[:-1] if deterministic else samplers:
                 logits = sampler(logits, batch.history)
-            if deterministic:
-                ids = logits.argmax(-1, keepdim=True)
-            else:
-                ids = draw(logits, [rngs[i] for i in active])
+            ids = draw(logits, None if deterministic else [rngs[i] for i in active])
             batch.append(ids)
             new = [(i, token) for i, token in zip(active, ids[:, 0].tolist(), strict=True) if i in running]
             for i, token in new:

@@ -85,12 +85,13 @@ class Muon(Plain, torch.optim.Optimizer):
 def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer]:
     """
     AdamW for everything, or (optimizer="muon") Muon for the matrices inside the blocks and AdamW for the
-    rest: embeddings, head, norms, biases. Weight decay falls on matrices only. Each group has its `base_lr`.
+    rest: embeddings, head, norms, biases, convolutions. Vectors do not decay. Each group has its `base_lr`.
     """
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "vector": []}
+    groups = {kind: [] for kind in ("matrix", "embedding", "head", "vector", "tensor")}
     for name, p in model.named_parameters():  # a tied or shared tensor comes once, under its first name
         kind = "vector" if p.ndim < 2 else name.split(".")[0]
-        groups[{"embedder": "embedding", "head": "head", "vector": "vector"}.get(kind, "matrix")].append(p)
+        inside = "tensor" if p.ndim > 2 and c.optimizer == "muon" else "matrix"
+        groups[{"embedder": "embedding", "head": "head", "vector": "vector"}.get(kind, inside)].append(p)
     lr = {"embedding": c.embedding_lr, "head": c.head_lr}
     adam, muon = [], []
     for kind, params in groups.items():

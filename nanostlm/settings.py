@@ -24,6 +24,7 @@ import tokenize
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -37,6 +38,7 @@ OPERATORS = {
     ast.FloorDiv: operator.floordiv,
     ast.Pow: operator.pow,
 }
+MAX_LENGTH, MAX_TOKENS = 1_000_000, 200  # characters of a recipe; names and signs of an assignment
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings: the fields of a configuration dataclass
@@ -114,7 +116,7 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 def check_name(name: str, table: dict[str, Setting], where: str) -> None:
     if name not in table:
-        raise ValueError(f"{where}: there is no setting {name!r}{closest(name, table)}")
+        raise ValueError(f"{where}: there is no setting {name!r:.60}{closest(name[:60], table)}")
 
 
 def convert(name: str, kind: type, value: Any) -> Any:
@@ -125,7 +127,7 @@ def convert(name: str, kind: type, value: Any) -> Any:
         if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
             exact = isinstance(value, int) or isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value)
             return int(value if exact else float(value))  # 1e3 is a whole number, too
-        if kind is float and not isinstance(value, bool):
+        if kind is float and not isinstance(value, bool) and abs(float(value)) <= sys.float_info.max:
             return float(value)
         if kind is str and isinstance(value, str | bool):
             return str(value)
@@ -141,7 +143,7 @@ def convert(name: str, kind: type, value: Any) -> Any:
 def read_recipe(path: str | Path, cls: type) -> dict[str, Any]:
     """Return the settings that a recipe assigns, converted to their types. ValueError names file and line."""
     path, table = Path(path), settings_of(cls)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike path.is_file(), it is False for names that no file can have
         known = ", ".join(sorted(str(p) for p in (Path(__file__).parent.parent / "config").glob("*.py")))
         raise FileNotFoundError(f"there is no recipe {path}; there are: {known}")
     values: dict[str, Any] = {}
@@ -156,16 +158,35 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, Any]:
                 return -evaluate(node.operand)
             case ast.BinOp() if type(node.op) in OPERATORS:
                 left, right = evaluate(node.left), evaluate(node.right)
-                if not (isinstance(left, int | float) and isinstance(right, int | float)):
-                    raise ValueError("arithmetic is for numbers")
+                if not all(
+                    isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in (left, right)
+                ):
+                    raise ValueError("arithmetic is for numbers up to 1.8e308")
                 if isinstance(node.op, ast.Pow) and (abs(left) > 1e9 or abs(right) > 100):
                     raise ValueError("the base or the exponent of this power is too large for a setting")
                 return OPERATORS[type(node.op)](left, right)
         raise ValueError("a recipe holds only literals, arithmetic on them, and names assigned above")
 
-    where = str(path)
+    where = f"{path}, line 1"
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # -sig: no byte order mark
+        text = file.read(MAX_LENGTH + 1)
     try:
-        for statement in ast.parse(path.read_text(encoding="utf-8"), filename=where).body:
+        valid = re.match(rf"[^\0\udc80-\udcff]{{,{MAX_LENGTH}}}", text)[0]
+        if valid != text:
+            where = f"{path}, line {valid.count(chr(10)) + 1}"
+            raise ValueError(f"a recipe is UTF-8 of at most {MAX_LENGTH:,} characters, without null bytes")
+        tokens = 0  # of this statement: no expression is nested deeper
+        with suppress(SyntaxError, tokenize.TokenError):  # ast.parse raises them, too, with a better message
+            for kind, _, (line, _), *_ in tokenize.generate_tokens(io.StringIO(text).readline):
+                tokens = 0 if kind == tokenize.NEWLINE else tokens + (kind in (tokenize.NAME, tokenize.OP))
+                if (
+                    kind == tokenize.ERRORTOKEN
+                ):  # a syntax error; in Python 3.11, it may go on for a long time
+                    break
+                if tokens > MAX_TOKENS:
+                    where = f"{path}, line {line}"
+                    raise ValueError(f"an assignment has at most {MAX_TOKENS} names and signs")
+        for statement in ast.parse(text, filename=str(path)).body:
             where = f"{path}, line {statement.lineno}"
             match statement:
                 case ast.Expr(value=ast.Constant(value=str())):  # the docstring
@@ -176,9 +197,9 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, Any]:
                 case _:
                     raise ValueError("a recipe holds only assignments `setting = value`")
     except SyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except (ValueError, TypeError, ArithmeticError) as error:
-        message = str(error)
+        raise ValueError(f"{path}, line {error.lineno or 1}: {error.msg}") from error
+    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        message = str(error) or "this is nested too deeply"
         raise ValueError(message if message.startswith(where) else f"{where}: {message}") from error
     return values
 

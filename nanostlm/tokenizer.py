@@ -30,7 +30,10 @@ from nanostlm.schema import TEXT, WHOLE, check, naming, read_json
 EOT = "<|endoftext|>"
 # GPT-2's split into words, as tiktoken writes it: possessive quantifiers give the same pieces, much faster.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-BLANKS = 900_000  # longest run of white space; tiktoken's regular expressions overflow at a million
+BLANKS = 900_000  # tiktoken's regular expressions overflow at a million blanks before a word
+BLANK = r"[^\S\x1c-\x1f]"  # its \s
+LONG_BLANKS = re.compile(rf"(?<!{BLANK})({BLANK}{{{BLANKS},}})(?={BLANK}(?!{BLANK}).)", re.DOTALL)
+LONG_WORD = 256  # bytes; training counts pairs in parts of this length, since its time is quadratic in words
 NAME = "gpt2, byte or bpeN", lambda x: type(x) is str and re.fullmatch("gpt2|byte|bpe[1-9][0-9]{2,9}", x)
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
@@ -67,7 +70,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """ValueError if the text is not valid Unicode (it contains a lone surrogate)."""
         data = checked(text)
-        return list(data) if self.name == "byte" else self.tiktoken.encode_ordinary(text)
+        if self.name == "byte":
+            return list(data)
+        return [i for part in split_blanks(text) for i in self.tiktoken.encode_ordinary(part)]
 
     def encode_stories(self, texts: list[str]) -> np.ndarray:
         """(n_ids,) uint32: the ids of all texts, with end-of-text after each.
@@ -81,10 +86,10 @@ class Tokenizer:
             return np.insert(ids, np.cumsum([len(d) for d in data], dtype=np.int64), self.eot)
         joined = "".join(text + EOT for text in texts)
         checked(joined)
-        if joined.count(EOT) == len(texts):
+        if joined.count(EOT) == len(texts) and len(split_blanks(joined)) == 1:
             return self.tiktoken.encode_to_numpy(joined, allowed_special={EOT})
-        # some text contains the string <|endoftext|>
-        return np.array([i for text in texts for i in (*self.encode(text), self.eot)], np.uint32)
+        # some text contains the string <|endoftext|>, or a long run of blanks
+        return np.fromiter((i for text in texts for i in (*self.encode(text), self.eot)), np.uint32)
 
     def decode_bytes(self, ids) -> bytes:
         """May begin or end inside a character. ValueError for an invalid id."""
@@ -133,9 +138,7 @@ class Tokenizer:
 
 
 def checked(text: str) -> bytes:
-    """The text as UTF-8. ValueError if it is not valid Unicode, or if tiktoken would fail on it."""
-    if len(text) > BLANKS and re.search(rf"(?<!\s)\s{{{BLANKS},}}+\S", text):
-        raise ValueError(f"the text has {BLANKS:,} blanks in a row, which tiktoken cannot split")
+    """The text as UTF-8. ValueError if it is not valid Unicode."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -143,6 +146,11 @@ def checked(text: str) -> bytes:
             f"the text is not valid Unicode: half a surrogate pair at character {error.start} "
             f"(U+{ord(text[error.start]):04X})"
         ) from None
+
+
+def split_blanks(text: str) -> list[str]:
+    """The text in parts that tiktoken can split into words: a word begins with the last blank before it."""
+    return LONG_BLANKS.split(text) if len(text) > BLANKS else [text]
 
 
 def byte_chars() -> dict[int, str]:
@@ -256,7 +264,8 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
     from tokenizers import models, pre_tokenizers, trainers
 
     bpe = HuggingFace(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's split
+    split = [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.FixedLength(length=LONG_WORD)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(split)  # GPT-2's words, in parts if they are long
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(

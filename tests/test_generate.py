@@ -1,7 +1,9 @@
 """nanostlm/generate.py: generation against full forward passes, samplers against simple formulas, text."""
 
 import copy
+import itertools
 import random
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from nanostlm.generate import (
     compile_step,
     draw,
     generate,
+    greedy,
     min_p,
     quantize,
     quantize_rows,
@@ -366,6 +369,10 @@ def probabilities(sampler, p, history=None) -> np.ndarray:
         (temperature(0.5), [0.5, 0.3, 0.2], np.array([25, 9, 4]) / 38),
         (temperature(0), [0.2, 0.4, 0.4], [0, 1, 0]),
         (temperature(1e-40), [0.2, 0.5, 0.3], [0, 1, 0]),
+        (temperature(9.9e-6), [0.2, 0.5, 0.3], [0, 1, 0]),
+        (temperature(1e-5), [0.2, 0.5, 0.3], [0, 1, 0]),
+        (temperature(1e6), [0.2, 0.5, 0.3], [1 / 3, 1 / 3, 1 / 3]),
+        (top_k(10**30), [0.2, 0.5, 0.3], [0.2, 0.5, 0.3]),
         (top_k(1), [0.2, 0.5, 0.3], [0, 1, 0]),
         (top_k(2), [0.2, 0.5, 0.3], [0, 0.625, 0.375]),
         (top_k(2), [0.25, 0.5, 0.25], [0.25, 0.5, 0.25]),  # tokens tied with the k-th stay
@@ -446,16 +453,25 @@ def test_chain_orders_the_samplers_in_use():
         ("temperature", -0.1),
         ("temperature", np.nan),
         ("temperature", np.inf),
+        ("temperature", 1e308),
+        ("temperature", -1e-9),
         ("top_k", -1),
         ("top_p", -0.1),
         ("top_p", 1.1),
         ("top_p", np.nan),
         ("min_p", 2),
+        ("min_p", -1e-9),
+        ("min_p", np.nan),
         ("repetition_penalty", 0),
+        ("repetition_penalty", -1),
+        ("repetition_penalty", 1e-4),
+        ("repetition_penalty", 1e4),
+        ("repetition_penalty", np.inf),
+        ("repetition_penalty", np.nan),
     ],
 )
 def test_samplers_reject(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be .*, not {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be .*, not {re.escape(str(value))}"):
         chain(**{name: value})
 
 
@@ -478,6 +494,75 @@ def test_tokens_of_probability_0_are_never_drawn(u, want):
             return u
 
     assert draw(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log(), [Fixed()]).item() == want
+
+
+SETTINGS = [
+    dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values, strict=True))
+    for values in itertools.product((0, 1e-5, 0.8, 1e6), (0, 2, 99), (0, 0.9, 1), (0, 0.5, 1), (1e-3, 1, 1e3))
+]
+V = 5
+ROWS = [
+    [*[0.5] * at, value, *[0.5] * (V - 1 - at)]
+    for value in (np.nan, np.inf, -np.inf, 3e38, -3e38)
+    for at in range(V)
+]
+ROWS += [[value] * V for value in (np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0)]
+ROWS += [
+    [np.nan, np.inf, -np.inf, 0, 1],
+    [-np.inf, np.inf, -np.inf, -np.inf, np.inf],
+    [np.nan, *[-np.inf] * 4],
+    [*[-np.inf] * 4, 1.0],
+    [3e38, -3e38, 3e38, -np.inf, 0],
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_no_logits_select_a_token_that_is_none(row):
+    """Whatever the samplers: an id of a token that the logits allow, or one clear error."""
+    row, history = torch.tensor(row), torch.tensor([[4, 0, 1]] * 2)
+    wrong = not row.amax().isfinite()  # NaN, inf, or nothing but -inf
+    chains = [
+        chain(**values) for values in SETTINGS if values["repetition_penalty"] == 1 or row.abs().max() < 1e38
+    ]
+    for samplers, other in itertools.product(chains, (row, torch.zeros(V))):
+        logits = torch.stack((row, other))
+        for sampler in samplers:
+            logits = sampler(logits, history)
+        for rngs in ([random.Random(0), random.Random(1)], None):
+            if wrong:
+                with pytest.raises(RuntimeError, match="^the logits are not finite: .*$"):
+                    draw(logits, rngs)
+            else:
+                ids = draw(logits, rngs)
+                assert ids.shape == (2, 1) and 0 <= ids.min() and ids.max() < V
+                assert row[ids[0]] > -torch.inf
+    if wrong:
+        with pytest.raises(RuntimeError, match="not finite"):
+            draw(greedy(row[None], history), None)
+
+
+@pytest.mark.parametrize("t", [0, 1e-6, 0.8])
+@pytest.mark.parametrize("value", [1e30, -1e30, np.nan, np.inf])
+def test_the_padding_of_the_vocabulary_is_never_chosen(value, t):
+    model = tiny()  # 257 ids in 320 rows
+    want = generate(model, [[1], []], 20, chain(temperature=t), eot=EOT)
+    model.head.linear.weight.data[257:] = value
+    assert generate(model, [[1], []], 20, chain(temperature=t), eot=EOT) == want
+    assert max(map(max, filter(None, want))) < 257
+
+
+@pytest.mark.parametrize("t", [0, 0.8])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_become_invalid_end_the_text_with_one_line(value, t):
+    model, steps = tiny(), []
+
+    def spoil(logits, history):
+        steps.append(len(history))
+        return logits.index_fill(-1, torch.tensor([3]), value if len(steps) == 5 else 0.0)
+
+    with pytest.raises(RuntimeError, match="not finite"):
+        generate(model, [[1], []], 20, [no_end, spoil, *chain(temperature=t)], eot=EOT)
+    assert len(steps) == 5
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as HuggingFace
+from tokenizers import models, pre_tokenizers, trainers
 
 from nanostlm import tokenizer
 from nanostlm.tokenizer import EOT, Tokenizer
@@ -236,12 +238,111 @@ def test_half_a_character_waits_for_its_other_half():
     assert byte.decode(ids[:2]) == "\ufffd" and byte.decode(ids) == "😀"
 
 
-def test_a_million_blanks():
-    """tiktoken's regular expressions overflow there, with a panic that no `except Exception` catches."""
-    tok = tokenizer.train_bpe(["a b"], 257)
-    assert len(tok.encode(" " * 500_000 + "x")) == 500_001
-    with pytest.raises(ValueError, match="blanks in a row"):
-        tok.encode("x" + " " * 2_000_000 + "x")
+LONG = [
+    " " * 1_100_000,
+    "x\t" + "\r\n" * 600_000 + " x" + "\u3000\n" * 600_000 + "x" + " " * 999_999 + "!",
+    " " * 899_999 + "1" + " " * 900_000 + "'s" + "\n" * 1_100_000 + EOT,
+    " " * 1_100_000 + "\x1c" + " " * 1_100_000 + "\x1cx",
+    "".join(random.Random(0).choices("abcdefgh", k=200_000)),
+    "7" * 200_000,
+    "=" * 200_000 + "x",
+    "中文字" * 50_000,
+    "\x1c!" * 100_000,
+]
+
+
+@pytest.mark.parametrize("text", LONG, ids=lambda text: repr(text[:6]))
+def test_text_without_words(text, any_tokenizer):
+    """tiktoken's regular expressions overflow at a million blanks, with a panic that is no Exception."""
+    tok, began = any_tokenizer, time.process_time()
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    stories = tok.encode_stories(["a b", text, "c"])
+    assert stories.tolist() == [*tok.encode("a b"), tok.eot, *ids, tok.eot, *tok.encode("c"), tok.eot]
+    assert time.process_time() - began < 10
+
+
+def runs(n: int, seed: int) -> list[str]:
+    """Texts that are, or contain, a run of one kind of characters, with ordinary text around it."""
+    r, made = random.Random(seed), []
+    kinds = [
+        "ab",
+        "aab",
+        "abcdefghijklmnopqrstuvwxyz",
+        "etaoin",
+        "0123456789",
+        "!?-.",
+        "-",
+        "=",
+        " ",
+        " \n\t",
+    ]
+    kinds += ["中文字日本語", "😀👩\u200d", "é", "'s'll", "don't", "aA1!", "\x1c\x1d ", "\x85\u3000\xa0 "]
+    for _ in range(n):
+        text = "".join(r.choices(r.choice(kinds), k=r.choice([20, 99, 256, 1000, 3000])))
+        made.append(r.choice(["", story(r), " "]) + text + r.choice(["", story(r), " x", "\n", "'s"]))
+    return made
+
+
+def test_long_runs_of_blanks_have_the_ids_that_short_ones_have(bpe, monkeypatch):
+    """With a low limit, the ids are those of tiktoken and of Hugging Face on the whole text."""
+    many = [*runs(300, seed=4), *texts(300, seed=5)]
+    want = {tok: [tok.tiktoken.encode_ordinary(text) for text in many] for tok in (bpe, gpt2())}
+    pattern = tokenizer.LONG_BLANKS.pattern
+    for limit in (1, 2, 5):
+        monkeypatch.setattr(tokenizer, "BLANKS", limit)
+        short = re.compile(pattern.replace("900000", str(limit)), re.DOTALL)
+        monkeypatch.setattr(tokenizer, "LONG_BLANKS", short)
+        assert sum(len(tokenizer.split_blanks(text)) > 1 for text in many) > 50
+        for tok, ids in want.items():
+            assert [tok.encode(text) for text in many] == ids
+            assert tok.encode_stories(many).tolist() == [i for found in ids for i in (*found, tok.eot)]
+
+
+def test_long_words_have_the_ids_of_hugging_face(bpe, tmp_path):
+    hf, many = hugging_face(bpe, tmp_path / "tokenizer.json"), runs(300, seed=6)
+    assert [e.ids for e in hf.encode_batch(many)] == [bpe.encode(text) for text in many]
+
+
+def plain(texts, size: int) -> list[str]:
+    """The tokens of a BPE that is trained without a limit on words."""
+    bpe = HuggingFace(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    return sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
+
+
+def spelt(tok: Tokenizer) -> list[str]:
+    chars = tokenizer.byte_chars()
+    return ["".join(chars[b] for b in token) for token in tok.tokens[:-1]]
+
+
+def test_ordinary_text_trains_the_vocabulary_that_it_did(bpe):
+    r = random.Random(1)
+    ordinary = [story(r) + piece(r) * 3 for _ in range(3000)]
+    assert sorted(spelt(bpe)) == sorted(plain(ordinary, 1000))
+    assert spelt(bpe)[256:] == [token for token in plain(ordinary, 1000) if len(token) > 1]
+
+
+@pytest.mark.parametrize("text", LONG[3:], ids=lambda text: repr(text[:6]))
+def test_training_on_text_without_words(text):
+    began = time.process_time()
+    tok = tokenizer.train_bpe([text[-200_000:], "once upon a time"] * 2, 600)
+    assert time.process_time() - began < 5
+    assert max(map(len, tok.tokens)) <= 256 and tok.decode(tok.encode(text)) == text
+
+
+def test_chinese_without_spaces_trains_tokens_of_several_characters():
+    r = random.Random(0)
+    words = ["小猫", "小狗", "花园", "喜欢", "妈妈", "从前", "有一个", "朋友", "他们", "一起玩", "，", "。"]
+    texts = ["".join(r.choices(words, k=3000)), *("".join(r.choices(words[:10], k=2000)) for _ in range(3))]
+    tok = tokenizer.train_bpe(texts, 600)
+    assert {word.encode() for word in words} <= set(tok.tokens)
+    for text in texts:
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and len(ids) < len(text) / 2
 
 
 def test_files_that_are_no_tokenizer(bpe, tmp_path):

@@ -270,6 +270,30 @@ def test_decay_and_learning_rates_by_group(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_block_may_have_parameters_that_are_no_matrices(name):
+    """Muon takes only the matrices of a user's block; AdamW takes the others, and decays all but vectors."""
+    t = trainer(optimizer=name, muon_lr=0.1)
+    block = t.model.core.blocks[0]
+    block.conv, block.scale = torch.nn.Conv1d(16, 16, 3), torch.nn.Parameter(torch.ones(()))
+    optimizers = optim.build(t.model, t.config)
+    groups = {
+        id(p): (type(o), group) for o in optimizers for group in o.param_groups for p in group["params"]
+    }
+    assert groups.keys() == {id(p) for p in t.model.parameters()}
+    for p, decays in ((block.conv.weight, True), (block.conv.bias, False), (block.scale, False)):
+        kind, group = groups[id(p)]
+        assert kind is optim.AdamW and group["base_lr"] == t.config.learning_rate
+        assert (group["weight_decay"] > 0) == decays
+    assert (groups[id(block.mlp.fc.weight)][0] is optim.Muon) == (name == "muon")
+    before = block.conv.weight.detach().clone()
+    for p in t.model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert not torch.equal(block.conv.weight, before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizers_do_as_torchs_own(name, monkeypatch):
     """And state goes over and back: they are the same but for what torch.compile would need."""
     mine, theirs = trainer(optimizer=name), None
