@@ -8,6 +8,7 @@ a corpus whose entropy is known, also the distance to the entropy and the share 
     python evaluate.py out/tiny --data data/mine/bpe4096  # other data, prepared with the same tokenizer
 """
 
+from nanostlm.entry import script  # first, to handle signals during the other imports
 import argparse
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def load(path: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, Data
     return model, data, state
 
 
-@settings.script
+@script
 def main(argv: list[str]) -> None:
     options = parse(argv)
     rows = []

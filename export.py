@@ -10,6 +10,8 @@ setting, the export is refused with the name of the setting. Shared layers are w
 LoRA is merged, and the padding of the vocabulary is left out.
 """
 
+from nanostlm.entry import script  # first, to handle signals during the other imports
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from nanostlm import checkpoint, settings
 from nanostlm.formats import hf, llama2c
 
 
-@settings.script
+@script
 def main(argv: list[str]) -> None:
     parser = settings.Parser(description="Write a trained model in the format of another program.")
     parser.add_argument(
@@ -49,7 +51,8 @@ def main(argv: list[str]) -> None:
         print(f"{dest}: {name}, for AutoModelForCausalLM and AutoTokenizer")
     else:
         vocabulary = llama2c.to_llama2c(model, tokenizer, dest)
-        print(f'{dest}, {vocabulary}: ./run {dest} -z {vocabulary} -t 0 -i "Once upon a time"')
+        command = ["./run", str(dest), "-z", str(vocabulary), "-t", "0", "-i", "Once upon a time"]
+        print(f"{dest}, {vocabulary}: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

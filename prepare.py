@@ -11,10 +11,12 @@ nanostlm/data.py describes the files. The corpus is streamed: only a few batches
 threads encode them. The folder appears once all files are complete; an interrupted prepare changes nothing.
 """
 
+from nanostlm.entry import script  # first, to handle signals during the other imports
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -172,7 +174,8 @@ def prepare(
     """
     known = sources.corpus(corpus)
     if not re.fullmatch(r"\w[\w.-]*", corpus) or Path(corpus).suffix in sources.SUFFIXES:
-        raise ValueError(f"{corpus} is no name for a corpus: python prepare.py NAME --source {corpus}")
+        command = shlex.join(["python", "prepare.py", "NAME", "--source", corpus])
+        raise ValueError(f"{corpus} is no name for a corpus: {command}")
     if min(stories or 1, workers or 1) < 1 or stories == 0:
         raise ValueError("--stories and --workers are whole numbers from 1 on")
     if (source or split) and known.generate:
@@ -262,7 +265,7 @@ def prepare_missing(
         return prepare_missing(fallback, tokenizer, "", stories, data_dir, given, "")
 
 
-@settings.script
+@script
 def main(argv: list[str]) -> None:
     parser = settings.Parser(description="Prepare a corpus: text -> train.bin, val.bin, meta.json")
     add = parser.add_argument
@@ -279,11 +282,7 @@ def main(argv: list[str]) -> None:
     add("--stories", type=int, metavar="N", help=f"use only the first N stories (default: all; {limits})")
     add("--workers", type=int, metavar="N", help="threads that encode (default: one per processor)")
     add("--data_dir", default="data", help="where to write CORPUS/TOKENIZER/ (default: %(default)s)")
-    try:
-        prepare(**vars(parser.parse_args(argv)))
-    except KeyboardInterrupt:
-        print("stopped; nothing was changed", file=sys.stderr)
-        raise
+    prepare(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ A story ends where the model predicts end-of-text. The prompt and its continuati
 else to stderr. From Python, use nanostlm/generate.py.
 """
 
+from nanostlm.entry import script  # first, to handle signals during the other imports
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -139,6 +141,7 @@ def converse(writer: Callable, seed: int) -> None:
     """Continue each prompt that is typed. The seed grows by 1, so a repeated prompt gives a new story."""
     with suppress(ImportError):
         import readline  # noqa: F401  enables line editing and history in input()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     marker, prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else "", ""
     while True:
         try:
@@ -164,7 +167,7 @@ def converse(writer: Callable, seed: int) -> None:
             return
 
 
-@settings.script
+@script
 def main(argv: list[str]) -> None:
     options = parse(argv)
     prompt = read_prompt(options.prompt)

@@ -9,6 +9,7 @@ Train a model: one file, from the settings at the top to main() at the bottom.
 From a notebook: trainer = Trainer(config, model, data), then trainer.train_step(step) and its other methods.
 """
 
+from nanostlm.entry import Requests, lost, script  # first, to handle signals during the other imports
 import contextlib
 import math
 import shlex
@@ -236,7 +237,7 @@ def find_data(c: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TrainConfig,
         more = f" --stories {c.stories}" if c.stories else ""
         raise ValueError(
             f"{data.folder} holds only the first {limit:,} stories; for {c.stories or 'all'}: "
-            f"python prepare.py {dataset} --tokenizer {c.tokenizer}{more}"
+            f"python prepare.py {shlex.quote(dataset)} --tokenizer {shlex.quote(c.tokenizer)}{more}"
         )
     return replace(c, dataset=dataset), data
 
@@ -310,7 +311,7 @@ class Trainer:
         self.progress = runs.Progress()
         self.unread: tuple[int, torch.Tensor] | None = None  # step and outcome of the last update
         self.skipped_in_a_row = 0
-        self.requests = machine.Requests()  # from signals to this process
+        self.requests = Requests()  # from signals to this process
         self.stop = 0  # the signal that ends the run, the same in all processes
         self.directory = runs.RunDirectory(out_dir) if out_dir else None
         self.logger = report.logger(c, self.directory.folder) if out_dir and not self.machine.rank else None
@@ -349,11 +350,11 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
         self.read_outcome()
-        outcome = machine.agree(torch.stack((total, norm)), self.requests.stop)
+        outcome = machine.agree(torch.stack((total, norm)), self.requests.ending)
         self.update(outcome[:2].isfinite().all())
         self.unread = step, outcome
         if self.machine.world_size == 1:
-            self.stop = self.requests.stop
+            self.stop = self.requests.ending
         self.progress.step = step + 1
         self.timed = [self.timed[0] + self.tokens_per_step, self.timed[1] + time.perf_counter() - began]
         return {"loss": outcome[0], "lr": c.learning_rate * lr, "grad_norm": outcome[1]}
@@ -575,45 +576,45 @@ def train(trainer: Trainer) -> None:
                 console.show(trainer.log(step + 1, result))
 
 
-@settings.script
+@script
 def main(argv: list[str]) -> int:
-    with machine.exit_on_signals():
-        plan = configure(argv)
-        c, rank = plan.config, plan.machine.rank
-        iters = c.max_iters or plan.recipe.get("max_iters", TrainConfig.max_iters)
-        print0(report.plan(c, plan.data, plan.machine, iters))
-        if not c.max_iters:
-            return 0
-        trainer = Trainer(c, build_model(plan), plan.data, plan.folder, plan.machine, plan.recipe)
-        if plan.state:
-            trainer.load_checkpoint(plan.state)
-        disk, claim = report.disk(c.model.estimate()["parameters"]), contextlib.nullcontext()
-        if rank == 0:  # only now, because it discards what an earlier run left
-            claim = trainer.directory.claim(disk, plan.state, c.max_iters)
-        with claim:
-            if rank == 0:
-                trainer.directory.write_config(trainer.description() | {"command": ["train.py", *argv]})
-            resumed = f"resuming {plan.folder} at step {trainer.progress.step:,}"
-            print0(resumed if plan.state else f"run      {plan.folder}")
-            trainer.compile()
-            try:
-                with trainer.requests.handle(), machine.lost_processes():
-                    train(trainer)
-            except torch.OutOfMemoryError:
-                raise RuntimeError(
-                    f"out of memory on {plan.machine.device}: for the same run in less of it, lower "
-                    f"--batch_size={c.batch_size} and raise --gradient_accumulation_steps by as much"
-                ) from None
-            except BrokenPipeError:  # not the quiet end that it is for a script that only prints
-                raise RuntimeError("the output was closed: the run ended at its last checkpoint") from None
-        if trainer.stop:
-            words = [word for word in argv if word.removeprefix("--") not in FLAGS]
-            step = trainer.progress.step
-            print0(f"saved at step {step:,}; continue with: python train.py {shlex.join(words)} --resume")
-            return 128 + trainer.stop
-        if rank == 0:
-            report.final(trainer, plan.name)
+    plan = configure(argv)
+    c, rank = plan.config, plan.machine.rank
+    iters = c.max_iters or plan.recipe.get("max_iters", TrainConfig.max_iters)
+    print0(report.plan(c, plan.data, plan.machine, iters))
+    if not c.max_iters:
         return 0
+    trainer = Trainer(c, build_model(plan), plan.data, plan.folder, plan.machine, plan.recipe)
+    if plan.state:
+        trainer.load_checkpoint(plan.state)
+    disk, claim = report.disk(c.model.estimate()["parameters"]), contextlib.nullcontext()
+    if rank == 0:  # only now, because it discards what an earlier run left
+        claim = trainer.directory.claim(disk, plan.state, c.max_iters)
+    with claim:
+        if rank == 0:
+            trainer.directory.write_config(trainer.description() | {"command": ["train.py", *argv]})
+        resumed = f"resuming {plan.folder} at step {trainer.progress.step:,}"
+        print0(resumed if plan.state else f"run      {plan.folder}")
+        trainer.compile()
+        try:
+            with trainer.requests.handle(), machine.lost_processes():
+                train(trainer)
+        except torch.OutOfMemoryError:
+            raise RuntimeError(
+                f"out of memory on {plan.machine.device}: for the same run in less of it, lower "
+                f"--batch_size={c.batch_size} and raise --gradient_accumulation_steps by as much"
+            ) from None
+    step, stop = trainer.progress.step, trainer.stop or trainer.requests.stop
+    if stop:
+        words = [word for word in argv if word not in [f"--{flag}" for flag in FLAGS]]
+        more = "continue with: " + shlex.join(["python", "train.py", *words, "--resume"])
+        more = "the run is finished" if trainer.progress.finished(c.max_iters, c.patience) else more
+        print0(f"saved at step {step:,}; {more}")
+    elif rank == 0:
+        report.final(trainer, plan.name)
+    if lost and not trainer.requests.stop:
+        raise RuntimeError(f"{next(iter(lost.values()))}; the run is saved at step {step:,}")
+    return 128 + stop if stop else 0
 
 
 if __name__ == "__main__":

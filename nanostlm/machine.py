@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
 import time
@@ -24,9 +23,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanostlm import entry
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MIN_ITERS_TO_COMPILE = 500  # updates after which compiling, about a minute on a GPU, has paid off
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LATER_LIBRARIES = 60 * 2**20  # bytes that PyTorch's kernels and matplotlib add after the plan is printed
 RAPL = "/sys/class/powercap"  # energy counters of Intel's and AMD's CPUs
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -328,7 +328,7 @@ def agree(values: torch.Tensor, signal_number: int) -> torch.Tensor:
     """
     if world_size() == 1:
         return values
-    votes = [float(signal_number == number) for number in STOP_SIGNALS]
+    votes = [float(signal_number == number) for number in entry.STOP_SIGNALS]
     values = torch.cat((values, values.new_tensor(votes)))
     dist.all_reduce(values)
     return values / world_size()
@@ -336,53 +336,4 @@ def agree(values: torch.Tensor, signal_number: int) -> torch.Tensor:
 
 def signal_of(votes: list[float]) -> int:
     """The signal that `agree` found votes for, or 0."""
-    return next((int(number) for number, vote in zip(STOP_SIGNALS, votes, strict=False) if vote), 0)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Signals
-
-
-@contextlib.contextmanager
-def handle_signals(stop, save):
-    """Inside, SIGINT and SIGTERM call stop(number, frame), and SIGUSR1 calls save(number, frame)."""
-    handlers = dict.fromkeys(STOP_SIGNALS, stop)
-    if hasattr(signal, "SIGUSR1"):
-        handlers[signal.SIGUSR1] = save
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def exit_on_signals():
-    """Inside, SIGINT and SIGTERM end the process with one line. For times when there is nothing to save."""
-
-    def leave(number, frame):
-        signal.signal(number, signal.SIG_DFL)
-        print0(f"{signal.Signals(number).name}: ended, with no update lost")
-        sys.exit(128 + number)
-
-    return handle_signals(leave, signal.SIG_IGN)
-
-
-class Requests:
-    """What signals ask of a training loop, which looks at it after every step."""
-
-    stop = 0  # the number of a signal that ends the run
-    save = False  # SIGUSR1
-
-    def handle(self):
-        """Inside, signals are only noted; a second SIGINT or SIGTERM ends the process at once."""
-
-        def stop(number, frame):
-            self.stop = number
-            signal.signal(number, signal.SIG_DFL)
-            print0(f"{signal.Signals(number).name}: saving after this step; once more ends at once")
-
-        def save(number, frame):
-            self.save = True
-
-        return handle_signals(stop, save)
+    return next((int(number) for number, vote in zip(entry.STOP_SIGNALS, votes, strict=False) if vote), 0)

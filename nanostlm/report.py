@@ -306,6 +306,6 @@ def final(trainer, name: str) -> None:
     with optional("the stories"):
         for text in generate.stories(model, data.tokenizer, c.prompt, 3, seed=c.seed):
             print0(f"\n{text}")
-    command = shlex.join(["python", "sample.py", "--out_dir", str(folder), "--prompt", c.prompt])
+    command = shlex.join(["python", "sample.py", f"--out_dir={folder}", f"--prompt={c.prompt}"])
     print0(f"\ncurve: {folder / 'loss.png'}\nnext:  {command}")
     print(summary(trainer, metrics[folder], scored), flush=True)

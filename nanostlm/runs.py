@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import time
 import zlib
@@ -228,7 +229,7 @@ def last_state(folder: Path, values: dict) -> dict | None:
         if "ema" in state:
             raise ValueError(
                 f"{folder} averages its weights (ema), which a resumed run no longer does; "
-                f"start from its best weights with --init_from={folder}"
+                f"start from its best weights with {shlex.quote(f'--init_from={folder}')}"
             )
         return state
     print0(f"{folder} was ended before its first checkpoint: it starts again at step 0")

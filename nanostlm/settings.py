@@ -5,8 +5,7 @@ A recipe is a Python file of assignments of literals, and of + - * / // ** on li
 above. It is parsed, never executed. Every field of a configuration dataclass, and of a dataclass nested in
 it, is a setting: in a recipe, and on the command line as `--key=value` or `--key value`.
 
-All scripts share `Parser`, which reports a mistake in one line, and `script`, which sets the exit status.
-The parser is argparse because it starts fast.
+All scripts share `Parser`, which reports a mistake in one line. It is argparse because that starts fast.
 """
 
 import argparse
@@ -22,8 +21,7 @@ import sys
 import textwrap
 import tokenize
 import typing
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -274,48 +272,3 @@ def command_line(
         if name in values | given:
             raise ValueError(f"{name} {reason}")
     return recipe, values, given, chosen
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Scripts
-
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-
-
-def script(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
-    """
-    Decorate a script's main(argv), so that it takes sys.argv[1:] by default and returns the exit status: 0
-    for success, 1 if the machine or the run failed, 2 for a user error, 130 after Ctrl-C. With status 1 or 2,
-    one line on stderr gives the reason. Any other exception is a bug and leaves a traceback.
-    """
-
-    @functools.wraps(main)
-    def wrapper(argv: list[str] | None = None) -> int:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(encoding="utf-8", errors="replace")
-        formatwarning = warnings.formatwarning
-        warnings.formatwarning = lambda message, *_, **__: f"note: {one_line(message)}\n"
-        try:
-            status = main(sys.argv[1:] if argv is None else argv) or 0
-            print(end="", flush=True)  # raises BrokenPipeError here rather than at exit
-            return status
-        except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except KeyboardInterrupt:
-            return 130
-        except USER_ERRORS as error:
-            status, message = 2, one_line(error)
-        except (OSError, RuntimeError, MemoryError, ImportError) as error:
-            status, message = 1, one_line(error)
-        finally:
-            warnings.formatwarning = formatwarning
-        print(f"error: {message}", file=sys.stderr)
-        return status
-
-    return wrapper
-
-
-def one_line(message: Exception) -> str:
-    return " ".join(str(message).split()) or type(message).__name__

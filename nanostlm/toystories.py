@@ -460,6 +460,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from nanostlm.settings import script
+    from nanostlm.entry import script
 
     sys.exit(script(main)())
