@@ -146,6 +146,11 @@ def attn_inputs(c: GPTConfig, idx: Tensor, segments: Tensor | None = None) -> tu
     mask = None if plain else make_attn_mask(c, distance, starts, starts)
     rope = rope_table(positions.unsqueeze(-2), c.head_dim, c.rope_theta) if c.position == "rope" else None
     kernel = cpu_attention if c.causal and idx.device.type == "cpu" else sdpa
+    dense = c.pointer or c.dropout or c.position in ("shaw", "alibi")  # needs the mask itself
+    if starts is not None and not dense and idx.is_cuda and torch.compiler.is_compiling():
+        from nanostlm.variants import flex_attention
+
+        mask, kernel = None, flex_attention(c, starts)
     return positions, AttnInputs(rope, mask, plain and c.causal and T > 1, distance, kernel)
 
 

@@ -182,9 +182,12 @@ def configure(argv: list[str]) -> Plan:
         print0(f"warmup_iters={c.warmup_iters} is cut to {c.max_iters // 2}, half of the run")
         c = replace(c, warmup_iters=c.max_iters // 2)
 
-    chosen = machine.choose(c.device, c.dtype, "False" if c.dropout_schedule else c.compile, c.max_iters)
+    compiles = "False" if c.dropout_schedule else c.compile
+    chosen = machine.choose(c.device, c.dtype, compiles, c.max_iters, state["machine"] if state else "")
     if state and c.compile == "auto":  # a run continues the way it began
         chosen = chosen._replace(compile=state["compiled"])
+    if state is None and "loss_chunk" not in recipe | given:
+        c = replace(c, model=replace(c.model, loss_chunk=chosen.loss_chunk()))
     chosen.set_up(c.threads)
 
     weights, tokenizer = None, None
@@ -293,12 +296,15 @@ class Trainer:
             world_size=self.machine.world_size,
         )
         self.tokens_per_step = self.batches.tokens_per_step
+        self.windows = machine.WindowReader(data.train, self.machine)
         self.model = model.to(self.machine.device)
         self.forward = self.model  # compiled or not; the weights are always those of self.model
+        self.parallel: torch.nn.Module | None = None  # self.forward, with gradients averaged over processes
         self.optimizers = optim.build(self.model, c, fused=self.machine.device.type in ("cuda", "cpu"))
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.needs_scaler)
         self.dropout = optim.points("dropout_schedule", c.dropout_schedule) if c.dropout_schedule else None
         self.progress = runs.Progress()
+        self.unread: tuple[int, torch.Tensor] | None = None  # step and outcome of the last update
         self.skipped_in_a_row = 0
         self.requests = Requests()  # from signals to this process
         self.stop = 0  # the signal that ends the run, the same in all processes
@@ -306,51 +312,79 @@ class Trainer:
         self.logger = report.logger(c, self.directory.folder) if out_dir and not self.machine.rank else None
         self.token_bytes = score.token_bytes(data.tokenizer)
         self.fingerprint, self.provenance = runs.fingerprint(data.train, data.val), checkpoint.provenance()
-        self.began = time.perf_counter()
+        self.began, self.joules_before = time.perf_counter(), self.machine.joules()
         self.timed = [0, 0.0]  # tokens and seconds since the last logged step
 
     # -- one update
 
-    def train_step(self, step: int) -> dict[str, float]:
-        """Make one update from the batch of `step`. -> loss (nats per token, whole batch), lr, grad_norm."""
+    def train_step(self, step: int) -> dict[str, float | torch.Tensor]:
+        """
+        Make one update from the batch of `step`. -> loss (nats per token, of this process' rows), lr,
+        grad_norm. Loss and norm stay on the device: reading one waits for the update.
+        """
         c, began = self.config, time.perf_counter()
         lr = optim.schedule(c, step)
         optim.set_lr(self.optimizers, lr)
         if self.dropout:
             optim.set_dropout(self.model, optim.interpolate(self.dropout, step))
         self.model.train()
+        if self.parallel is None:
+            self.parallel = machine.data_parallel(self.forward)
         total = torch.zeros((), device=self.machine.device)
         for micro, (idx, targets) in enumerate(self.micro_batches(step)):
             if c.model.dropout or self.dropout:  # dropout depends on the step only, so that a resume is exact
                 words = np.random.SeedSequence([c.seed, step, micro, self.machine.rank]).generate_state(2)
                 torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-            with self.machine.autocast():
-                _, loss = self.forward(idx, targets)
+            last = micro == self.batches.micro_batches - 1
+            with self.machine.autocast(), machine.averaging(self.parallel, last):
+                _, loss = self.parallel(idx, targets)
             loss = loss / self.batches.micro_batches  # all have as many targets: the mean of their means
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        params = [p for p in self.model.parameters() if p.grad is not None]
-        loss, self.stop = machine.average_gradients(params, total, self.requests.stop)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf).item()
-        self.update(step, loss, norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
+        self.read_outcome()
+        outcome = machine.agree(torch.stack((total, norm)), self.requests.ending)
+        self.update(outcome[:2].isfinite().all())
+        self.unread = step, outcome
+        if self.machine.world_size == 1:
+            self.stop = self.requests.ending
         self.progress.step = step + 1
         self.timed = [self.timed[0] + self.tokens_per_step, self.timed[1] + time.perf_counter() - began]
-        return {"loss": loss, "lr": c.learning_rate * lr, "grad_norm": norm}
+        return {"loss": outcome[0], "lr": c.learning_rate * lr, "grad_norm": outcome[1]}
 
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process' micro-batches of `step`: idx and targets, int64 (rows, length), on the device."""
-        for windows in self.batches(step):
-            tokens = self.machine.to_device(torch.from_numpy(windows))
+        starts, length = self.batches.windows(step)
+        for rows in starts:
+            tokens = self.windows(rows, length + 1)
             yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def update(self, step: int, loss: float, norm: float) -> None:
-        """Step the optimizers. Leave out an update that is not finite; after five in a row raise Diverged."""
+    def update(self, finite: torch.Tensor) -> None:
+        """Step the optimizers if loss and gradient are finite; the device decides, or in fp16 the host."""
+        for optimizer in self.optimizers:
+            if not self.scaler.is_enabled():
+                optimizer.found_inf = 1 - finite.float()
+                optimizer.step()
+            elif finite:
+                self.scaler.step(optimizer)
+        self.scaler.update()  # lowers its scale after an overflow
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def read_outcome(self) -> None:
+        """
+        Read how the last update went, a step late, so that the host does not wait for the device: count it if
+        it was skipped, raise Diverged after five in a row, and see whether a process got a signal.
+        """
+        if self.unread is None:
+            return
+        (step, outcome), self.unread = self.unread, None
+        loss, norm, *votes = outcome.tolist()
+        self.stop = machine.signal_of(votes) if votes else self.stop
         if math.isfinite(norm) and math.isfinite(loss):
             self.skipped_in_a_row = 0
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
         elif not (self.machine.needs_scaler and math.isfinite(loss)):  # else fp16 overflowed: see the scaler
             self.progress.skipped += 1
             self.skipped_in_a_row += 1
@@ -362,21 +396,23 @@ class Trainer:
                     f"gradient norm {norm}, learning rate {lr:.3g}. The last good checkpoint is kept; "
                     "a lower --learning_rate or more --warmup_iters usually helps"
                 )
-        self.scaler.update()  # lowers its scale after an overflow
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
     def compile(self) -> None:
         """Compile the model and try it on the first batch. If that fails, warn and stay uncompiled."""
         if not self.machine.compile:
             return
-        began = time.perf_counter()
+        c, began = self.config, time.perf_counter()
         try:
-            compiled = torch.compile(self.model)
-            idx, targets = next(self.micro_batches(self.progress.step))
+            compiled = machine.compiled(self.model)
             self.model.train()
-            with self.machine.autocast():
-                compiled(idx, targets)[1].backward()
+            for step in {max(first, self.progress.step) for first, _ in c.stages()}:  # every window length
+                idx, targets = next(self.micro_batches(step))
+                with self.machine.autocast():
+                    compiled(idx, targets)[1].backward()
+            idx = torch.zeros(c.batch_size, c.model.block_size, dtype=torch.int64, device=idx.device)
+            self.model.eval()
+            with torch.no_grad(), self.machine.autocast():
+                compiled(idx, idx + 1)  # as in val_step
             self.forward = compiled
             print0(f"compiled in {time.perf_counter() - began:.0f} s")
         except Exception as error:  # compilers raise all kinds; the run continues without one
@@ -399,7 +435,7 @@ class Trainer:
         sums = torch.tensor(found, dtype=torch.float64)
         if self.machine.world_size > 1:
             sums = sums.to(self.machine.device)
-            machine.all_reduce(sums)
+            torch.distributed.all_reduce(sums)
         nats, count = sums.tolist()
         return {"loss": nats / count, "bpb": score.bits_per_byte(nats, int(self.token_bytes[ids].sum()))}
 
@@ -421,7 +457,8 @@ class Trainer:
 
     def log(self, step: int, result: dict[str, float], split: str = "train") -> dict[str, float]:
         """Add a line to metrics.jsonl and return it."""
-        line = {"step": step, "split": split, **result, "tokens": step * self.tokens_per_step}
+        line = {"step": step, "split": split, **{name: float(value) for name, value in result.items()}}
+        line["tokens"] = step * self.tokens_per_step
         line["elapsed_s"] = round(self.elapsed, 3)
         if split == "train":
             tokens, seconds = self.timed
@@ -437,6 +474,11 @@ class Trainer:
     def elapsed(self) -> float:
         """Seconds of this run, over all resumes."""
         return self.progress.elapsed + time.perf_counter() - self.began
+
+    @property
+    def joules(self) -> float:
+        """Energy of this run, over all resumes; nan where the machine does not report it."""
+        return self.progress.joules + self.machine.joules() - self.joules_before
 
     def description(self) -> dict[str, Any]:
         """Settings, data and versions of this run as plain data."""
@@ -456,13 +498,14 @@ class Trainer:
 
     def save_checkpoint(self, step: int) -> None:
         """Write latest.pt with everything a resume takes; the one before it stays as previous.pt."""
+        self.read_outcome()
         self.requests.save = False
         if not self.directory or self.machine.rank:
             return
         state = self.inference_state(step) | {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "progress": asdict(replace(self.progress, step=step, elapsed=self.elapsed)),
+            "progress": asdict(replace(self.progress, step=step, elapsed=self.elapsed, joules=self.joules)),
             "data": self.fingerprint,
             "recipe": self.recipe,
             "compiled": self.forward is not self.model,
@@ -553,7 +596,7 @@ def main(argv: list[str]) -> int:
         print0(resumed if plan.state else f"run      {plan.folder}")
         trainer.compile()
         try:
-            with trainer.requests.handle():
+            with trainer.requests.handle(), machine.lost_processes():
                 train(trainer)
         except torch.OutOfMemoryError:
             raise RuntimeError(

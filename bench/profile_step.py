@@ -53,15 +53,15 @@ class Stopwatch:
 @contextlib.contextmanager
 def watched(trainer: train.Trainer, watch: Stopwatch):
     """Inside, the parts of the trainer's steps are timed."""
-    plain = trainer.micro_batches, trainer.forward, trainer.update, torch.Tensor.backward
+    plain = trainer.micro_batches, trainer.parallel, trainer.update, torch.Tensor.backward
     batches = watch.timed("data", lambda step: list(plain[0](step)))
-    trainer.micro_batches, trainer.forward = batches, watch.timed("forward", plain[1])
+    trainer.micro_batches, trainer.parallel = batches, watch.timed("forward", trainer.forward)
     trainer.update = watch.timed("optimizer", plain[2])
     torch.Tensor.backward = watch.timed("backward", plain[3])
     try:
         yield
     finally:
-        trainer.micro_batches, trainer.forward, trainer.update, torch.Tensor.backward = plain
+        trainer.micro_batches, trainer.parallel, trainer.update, torch.Tensor.backward = plain
 
 
 def apart(trainer: train.Trainer, repeats: int) -> dict[str, float]:

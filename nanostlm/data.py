@@ -13,7 +13,7 @@ import functools
 import os
 import shlex
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -270,9 +270,9 @@ class Stage(NamedTuple):
 
 class Batches:
     """
-    batches(step) yields the micro-batches of a training step. The global batch is a pure function of
-    (seed, step): its row r is window perm[(step * rows + r) mod W], where perm is the epoch's permutation of
-    the W windows. Each process takes a fixed slice of the rows.
+    batches.windows(step) says which windows of the file a training step reads. The global batch is a pure
+    function of (seed, step): its row r is window perm[(step * rows + r) mod W], where perm is the epoch's
+    permutation of the W windows. Each process takes a fixed slice of the rows.
 
     `ids` (N,) are the training tokens. `stages` lists (first step, window length): each stage has its own
     windows and permutations, and all steps have the same number of tokens. With `align`, windows of
@@ -324,6 +324,7 @@ class Batches:
 
     def windows(self, step: int) -> tuple[np.ndarray, int]:
         """Where this process' windows of `step` begin, (micro-batches, rows), and their length."""
+        check_size(self.ids)
         index = max(i for i, stage in enumerate(self.stages) if stage.first_step <= step)
         first_step, length, starts, rows = self.stages[index]
         places = (step - first_step) * (self.tokens_per_step // length) + rows
@@ -332,10 +333,3 @@ class Batches:
             inside = epochs == epoch
             order[inside] = self.permutation(index, int(epoch))[places[inside] % len(starts)]
         return starts[order], length
-
-    def __call__(self, step: int) -> Iterator[np.ndarray]:
-        """This process' micro-batches of `step`, int64 (rows, length + 1): inputs and targets overlap."""
-        check_size(self.ids)
-        starts, length = self.windows(step)
-        for micro_batch in starts:
-            yield self.ids[micro_batch[:, None] + np.arange(length + 1)].astype(np.int64)

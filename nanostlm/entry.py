@@ -62,6 +62,11 @@ class Requests:
     stop = 0  # the number of a signal that ends the run
     save = False  # SIGUSR1
 
+    @property
+    def ending(self) -> int:
+        """The signal that ends the run, or 0. Output that cannot be written ends it like SIGTERM."""
+        return self.stop or (signal.SIGTERM if lost else 0)
+
     def handle(self):
         """Inside, signals are only noted."""
         stop, save = (functools.partial(setattr, self, name) for name in ("stop", "save"))

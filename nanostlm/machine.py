@@ -12,14 +12,15 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,6 +30,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MAX_LAYERS = 10_000  # constructing so many layers of any width takes several seconds
 MIN_ITERS_TO_COMPILE = 500  # updates after which compiling, about a minute on a GPU, has paid off
 LATER_LIBRARIES = 60 * 2**20  # bytes that PyTorch's kernels and matplotlib add after the plan is printed
+RAPL = "/sys/class/powercap"  # energy counters of Intel's and AMD's CPUs
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 # ----------------------------------------------------------------------------------------------------------
@@ -75,6 +77,15 @@ def inference_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def compiled(model: torch.nn.Module) -> Callable:
+    """A compiled forward pass: one graph for each shape of its input, and for training and evaluation."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64  # the default of 8 is less than some schedules have lengths
+    torch._dynamo.config.optimize_ddp = False  # it would split the graph at every bucket of gradients
+    return torch.compile(model, dynamic=False)
+
+
 def compile_failure(error: Exception) -> str:
     """Say in one line why torch.compile failed."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -101,6 +112,10 @@ class Machine(NamedTuple):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def loss_chunk(self) -> int:
+        """Tokens per chunk of the loss: a CPU's cache holds few logits, a GPU needs many rows to be busy."""
+        return 256 if self.device.type == "cpu" else 8192
+
     def to_device(self, x: torch.Tensor) -> torch.Tensor:
         """Copy a tensor to the device, on CUDA without waiting for the copy."""
         if self.device.type == "cuda":
@@ -119,10 +134,26 @@ class Machine(NamedTuple):
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def matmul_rate(self) -> float:
+    def joules(self) -> float:
+        """The energy counter of the GPU (NVML) or of the CPUs (RAPL), in joules; nan if there is none."""
+        try:
+            if self.device.type == "cuda":
+                import pynvml
+
+                pynvml.nvmlInit()
+                handle = pynvml.nvmlDeviceGetHandleByUUID(
+                    f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+                )
+                return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+            counters = [int(file.read_text()) for file in Path(RAPL).glob("intel-rapl:?/energy_uj")]
+            return sum(counters) / 1e6 if counters else math.nan
+        except Exception:  # no such library, no permission, no such counter on this device
+            return math.nan
+
+    def matmul_rate(self, dtype: torch.dtype | None = None) -> float:
         """Operations per second of a square matrix product in this precision, measured in a few ms."""
         for size in (256, 512, 1024, 2048, 4096):  # as large as it takes to measure the device at work
-            a = torch.ones(size, size, dtype=self.dtype, device=self.device)
+            a = torch.ones(size, size, dtype=dtype or self.dtype, device=self.device)
             times = []
             for _ in range(2):
                 began = time.perf_counter()
@@ -161,8 +192,37 @@ class Machine(NamedTuple):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def choose(device: str = "auto", dtype: str = "auto", compile: str = "auto", max_iters: int = 0) -> Machine:
-    """The machine to train on. ValueError if it lacks what is requested."""
+class WindowReader:
+    """
+    Reads windows of the token ids (N,): reader(starts, length) -> (rows, length) int64 on the device. On CUDA
+    the ids are kept on the GPU if they fit into a tenth of its memory; else the host reads the next windows
+    while the GPU computes.
+    """
+
+    def __init__(self, ids: np.ndarray, machine: Machine, resident: bool | None = None):
+        self.ids, self.machine, self.resident = ids, machine, None
+        if resident is None and machine.device.type == "cuda":
+            resident = ids.nbytes <= torch.cuda.get_device_properties(machine.device).total_memory / 10
+        if resident:  # as signed integers, because few operations take unsigned ones
+            signed = np.array(ids).view(f"<i{ids.itemsize}")
+            self.resident = torch.from_numpy(signed).to(machine.device)
+
+    def __call__(self, starts: np.ndarray, length: int) -> torch.Tensor:
+        if self.resident is None:
+            windows = self.ids[starts[:, None] + np.arange(length)]
+            return self.machine.to_device(torch.from_numpy(windows.astype(np.int64)))
+        first = self.machine.to_device(torch.from_numpy(starts.astype(np.int64)))
+        windows = self.resident[first[:, None] + torch.arange(length, device=first.device)]
+        return windows.long() & (256**self.ids.itemsize - 1)
+
+
+def choose(
+    device: str = "auto", dtype: str = "auto", compile: str = "auto", max_iters: int = 0, before: str = ""
+) -> Machine:
+    """
+    The machine to train on. `before` is the description of the one that a resumed run began on: on the same
+    device, it keeps its precision. ValueError if the machine lacks what is requested.
+    """
     chosen = choose_device(device)
     native = has_native_bf16(chosen)
     if chosen.type == "cuda":
@@ -175,11 +235,20 @@ def choose(device: str = "auto", dtype: str = "auto", compile: str = "auto", max
         if native:
             best = "bfloat16"
         why = "it has bf16 matrix units" if native else "it has no bf16 matrix units"
+    pays = chosen.type == "cuda" and max_iters >= MIN_ITERS_TO_COMPILE
+    found = Machine(chosen, DTYPES[best], pays if compile == "auto" else compile == "True", "")
+    found = found._replace(rank=rank(), world_size=world_size())
+    kept = re.fullmatch(re.escape(name) + r", (\w+) \((?!as requested)(.+)\)", before)
     if dtype != "auto":
         best, why = dtype, "as requested"
-    pays = chosen.type == "cuda" and max_iters >= MIN_ITERS_TO_COMPILE
-    compiles = pays if compile == "auto" else compile == "True"
-    return Machine(chosen, DTYPES[best], compiles, f"{name}, {best} ({why})", rank(), world_size())
+    elif kept:
+        best, why = kept.groups()
+    elif (
+        (chosen.type == "cpu" and native and world_size() == 1)  # several might decide differently
+        and found.matmul_rate() < 0.5 * found.matmul_rate(torch.float32)
+    ):
+        best, why = "float32", "its bf16 matrix units are less than half as fast"
+    return found._replace(dtype=DTYPES[best], description=f"{name}, {best} ({why})")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -252,11 +321,14 @@ def print0(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-def all_reduce(tensor: torch.Tensor) -> None:
-    """Sum a tensor over the processes, in place."""
+@contextlib.contextmanager
+def lost_processes():
+    """Inside, an error of the communication between processes becomes a ConnectionError."""
     try:
-        dist.all_reduce(tensor)
+        yield
     except RuntimeError as error:
+        if world_size() == 1 or not re.search("gloo|nccl|process group|connection", str(error), re.I):
+            raise
         raise ConnectionError(
             f"another process of this run is gone, so this one ends too: {error}"
         ) from error
@@ -271,23 +343,33 @@ def from_rank0(compute: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def average_gradients(
-    params: list[torch.Tensor], loss: torch.Tensor, signal_number: int
-) -> tuple[float, int]:
-    """
-    One all-reduce: replace the gradients of `params` by their mean over the processes. -> the mean loss, and
-    the signal that any process got (0 if none). Output that was lost counts as SIGTERM.
-    """
-    signal_number = signal_number or (signal.SIGTERM if entry.lost else 0)
+def data_parallel(forward: torch.nn.Module) -> torch.nn.Module:
+    """`forward` with gradients that are averaged over the processes while they are computed."""
     if world_size() == 1:
-        return loss.item(), signal_number
-    votes = loss.new_tensor([float(signal_number == number) for number in entry.STOP_SIGNALS])
-    flat = torch.cat([p.grad.flatten() for p in params] + [loss[None], votes])
-    all_reduce(flat)
-    n = len(entry.STOP_SIGNALS)
-    grads, (total, *votes) = flat[: -1 - n], flat[-1 - n :].tolist()
-    grads /= world_size()
-    for p, grad in zip(params, grads.split([p.numel() for p in params]), strict=True):
-        p.grad.copy_(grad.view_as(p))
-    stop = next((int(number) for number, vote in zip(entry.STOP_SIGNALS, votes, strict=True) if vote), 0)
-    return total / world_size(), stop
+        return forward
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(forward, gradient_as_bucket_view=True)
+
+
+def averaging(parallel: torch.nn.Module, last: bool):
+    """Inside, a forward pass of what data_parallel returned averages the gradients only if it is the last."""
+    return contextlib.nullcontext() if last or world_size() == 1 else parallel.no_sync()
+
+
+def agree(values: torch.Tensor, signal_number: int) -> torch.Tensor:
+    """
+    The mean of `values` over the processes, followed by a vote for each of STOP_SIGNALS: more than 0 if any
+    process got it. One process has no votes. Nothing waits for the device.
+    """
+    if world_size() == 1:
+        return values
+    votes = [float(signal_number == number) for number in entry.STOP_SIGNALS]
+    values = torch.cat((values, values.new_tensor(votes)))
+    dist.all_reduce(values)
+    return values / world_size()
+
+
+def signal_of(votes: list[float]) -> int:
+    """The signal that `agree` found votes for, or 0."""
+    return next((int(number) for number, vote in zip(entry.STOP_SIGNALS, votes, strict=False) if vote), 0)

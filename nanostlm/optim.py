@@ -28,8 +28,58 @@ class AdamW(Plain, torch.optim.AdamW):
     kept = {"step": False, "exp_avg": True, "exp_avg_sq": True}  # of a parameter: True is a tensor like it
 
 
-class Muon(Plain, torch.optim.Muon):
+def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """
+    Matrices g (n, rows, columns) -> roughly U V^T of their singular value decompositions U S V^T, in bf16, by
+    a quintic Newton-Schulz iteration (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = (g.mT if g.shape[1] > g.shape[2] else g).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.shape[1] > g.shape[2] else x
+
+
+class Muon(Plain, torch.optim.Optimizer):
+    """
+    SGD with Nesterov momentum whose updates are orthogonalized matrices, scaled to the size of AdamW's (Liu
+    et al. 2025, arXiv 2502.16982). It computes what torch.optim.Muon does, for all matrices of one shape at
+    once. Like the fused AdamW, it skips an update if its attribute found_inf, a tensor, is 1.
+    """
+
     kept = {"momentum_buffer": True}
+    found_inf: torch.Tensor | None = None
+
+    def __init__(self, params, lr: float = 0.01, momentum: float = 0.95, weight_decay: float = 0.1):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                self.update(params, group["lr"], group["momentum"], group["weight_decay"])
+
+    def update(self, params: list, lr: float, momentum: float, weight_decay: float) -> None:
+        for p in params:
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+        decay, rate = 1 - lr * weight_decay, -lr * (0.2 * math.sqrt(max(params[0].shape)))
+        if self.found_inf is not None:
+            skip = self.found_inf > 0
+            decay, keep = torch.where(skip, 1.0, decay), (~skip).to(params[0].dtype)
+            grads = [torch.where(skip, buffer, g) for buffer, g in zip(buffers, grads, strict=True)]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = orthogonalize(torch.stack(torch._foreach_lerp(grads, buffers, momentum)))
+        if self.found_inf is not None:
+            updates = updates * keep
+        torch._foreach_mul_(params, decay)
+        torch._foreach_add_(params, updates.unbind(), alpha=rate)
 
 
 def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer]:
@@ -55,7 +105,7 @@ def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer
             adam.append(group)
     found = [AdamW(adam, betas=(c.beta1, c.beta2), fused=fused)] if adam else []
     if muon:
-        found.append(Muon(muon, momentum=c.muon_momentum, adjust_lr_fn="match_rms_adamw"))
+        found.append(Muon(muon, momentum=c.muon_momentum))
     for optimizer in found:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

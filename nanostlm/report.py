@@ -253,8 +253,11 @@ def totals(trainer, metrics: dict[Path, list[dict]]) -> str:
     found = [
         f"\n{progress.step:,} updates, {tokens / 1e6:.2f}M tokens = {tokens / len(trainer.data.train):.2f} "
         f"epochs in {seconds:.0f} s; {np.median(speed) if speed else 0:,.0f} tokens/s; "
-        f"peak memory {trainer.machine.peak_memory():,.0f} MB"
+        f"peak memory {trainer.machine.peak_memory():,.0f} MB",
+        f"{tokens * trainer.config.model.estimate()['flops_per_token']:.3g} FLOPs",
     ]
+    if not math.isnan(joules := trainer.joules):
+        found[-1] += f", {joules:,.0f} J, {joules / tokens * 1e6:,.0f} J per million tokens"
     for run, lines in metrics.items():
         if val := [line for line in lines if line["split"] == "val"]:
             best = min(val, key=lambda line: line["loss"])

@@ -36,7 +36,7 @@ METRICS = {"train": TRAIN, "val": LINE | {"bpb": NUMBER}}  # by split
 CHANGING = ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "max_iters")
 COUNTS = {"step": WHOLE, "evals_since_best": WHOLE, "skipped": WHOLE, "evaluated": TYPES[int]}
 RESUME = {  # what a checkpoint of a run holds besides checkpoint.STATE
-    "progress": COUNTS | {"best": NUMBER, "elapsed": FINITE, "*": NONE},
+    "progress": COUNTS | {"best": NUMBER, "elapsed": FINITE, "joules?": NUMBER, "*": NONE},
     "optimizers": [{"state": {"*": {"*": checkpoint.TENSOR}}, "param_groups": [{"params": [WHOLE]}]}],
     **{"scaler": {"*": FINITE}, "data": {"*": [WHOLE]}, "compiled": FLAG, "machine": TEXT},
     "provenance": {"*": TEXT},
@@ -53,6 +53,7 @@ class Progress:
     evaluated: int = -1  # step of the last evaluation
     skipped: int = 0  # updates left out because they were not finite
     elapsed: float = 0.0  # seconds, over all resumes
+    joules: float = 0.0  # energy, over all resumes; nan if unknown
 
     def finished(self, max_iters: int, patience: int) -> bool:
         """Whether the run has made all its updates or used up its patience."""

@@ -92,6 +92,30 @@ class ShawAttention(Attention):
         return probs.to(v.dtype) @ v + by_distance.to(v.dtype) @ self.value_distance.weight
 
 
+def flex_attention(c: GPTConfig, starts: Tensor) -> Callable[..., Tensor]:
+    """
+    A kernel for document masking on CUDA, called like model.sdpa: FlexAttention (Dong et al. 2024, arXiv
+    2412.05496) skips the blocks of keys that no query sees, where a dense mask would rule out fast kernels.
+    starts (B, T): where the document of each token starts.
+    """
+    from torch.nn.attention import flex_attention as flex
+
+    B, T = starts.shape
+    window = c.window or T
+
+    def visible(b, h, q, k):
+        near = (k <= q) & (q - k < window) if c.causal else (q - k).abs() < window
+        return near & (starts[b, q] == starts[b, k])
+
+    mask = flex.create_block_mask(visible, B, None, T, T, device=starts.device)
+
+    def kernel(q, k, v, attn_mask=None, is_causal=False, dropout=0.0):
+        q, k, v = (x.contiguous() for x in (q, k, v))  # of views, PyTorch 2.13 compiles wrong code on a CPU
+        return flex.flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    return kernel
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Weight sharing: a list of blocks -> the same list, with shared parts
 

@@ -587,13 +587,13 @@ def ranks(world: int, argv: list[str], folder, hooks: dict | None = None) -> lis
 
 
 def keep_gradients(file: str) -> None:
-    """Save the gradient of the first update, after it was summed over processes, before it is clipped."""
+    """Save the gradient of the first update, averaged over the processes (and not clipped)."""
     update = train.Trainer.update
 
-    def spy(self, step, loss, norm):
-        if step == 0:
+    def spy(self, finite):
+        if self.progress.step == 0:
             torch.save([p.grad for p in self.model.parameters()], file)
-        update(self, step, loss, norm)
+        update(self, finite)
 
     train.Trainer.update = spy
 
@@ -620,12 +620,12 @@ def test_two_processes_are_the_same_run(accumulation, tmp_path, corpus):
 
 @posix
 def test_resuming_two_processes_is_exact(tmp_path, corpus):
-    """A stop that only one process was asked for rides on the all-reduce; the rest is the same to the bit."""
+    """A signal to one process stops both, a step later, when its vote is read; the rest is bitwise equal."""
     changes = dict(gradient_accumulation_steps=2, dropout=0.1, log_interval=1, save_interval=7)
     straight = ranks(2, words(corpus, out_dir="straight", **changes), tmp_path)
     stopped = ranks(2, words(corpus, out_dir="stopped", **changes), tmp_path, {1: (ask, 9)})
     assert [p.wait() for p in (*straight, *stopped)] == [0, 0, 143, 143], stopped[0].text
-    assert kept(tmp_path / "stopped")["step"] == 9
+    assert kept(tmp_path / "stopped")["step"] == 10
     again = ranks(2, words(corpus, out_dir="stopped", **changes) + ["--resume"], tmp_path)
     assert [p.wait() for p in again] == [0, 0], again[0].text
     assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")

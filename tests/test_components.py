@@ -11,7 +11,7 @@ from test_model import TINY, V, check_counts, error, run_on_meta, tiny, tokens
 
 from model import CHOICES, GPT, MLPS, AttnInputs, Block, GPTConfig, attn_inputs
 from nanostlm.kv_cache import KVCache
-from nanostlm.variants import INITS, SHARES, LoRA, alibi_slopes, bigram_init, sinusoids
+from nanostlm.variants import INITS, SHARES, LoRA, alibi_slopes, bigram_init, flex_attention, sinusoids
 
 POSITIONS = CHOICES["position"]
 
@@ -691,6 +691,20 @@ def test_a_separator_begins_a_segment(name, settings):
         masked(idx, segments=torch.zeros_like(idx))[0], model(idx, segments=torch.zeros_like(idx))[0]
     )
     assert not torch.equal(masked(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("n_kv_head", [0, 2])
+@pytest.mark.parametrize("window, causal", [(0, True), (5, True), (5, False)])
+@torch.no_grad()
+def test_flex_attention_matches_the_dense_mask(window, causal, n_kv_head):
+    """The kernel of document masking on CUDA. Its backward pass needs a GPU."""
+    model = tiny(separator=5, window=window, causal=causal, n_kv_head=n_kv_head, block_size=160)
+    idx = tokens(2, 150)  # more than one block of 128 keys
+    positions, attn = attn_inputs(model.config, idx)
+    starts = torch.arange(150) - positions
+    flex = attn._replace(attn_mask=None, kernel=flex_attention(model.config, starts))
+    x = model.embedder(idx, positions)
+    assert error(model.core(x, flex), model.core(x, attn)) < 1e-5
 
 
 @pytest.mark.parametrize("separator", [0, V - 1])

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,11 +31,13 @@ from helpers import (
     trainer,
     typed,
 )
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import prepare
 import train
-from model import GPT
+from model import GPT, GPTConfig
 from nanostlm import checkpoint, generate, machine, optim, report, tokenizer
 from nanostlm import data as datasets
 from train import Diverged, TrainConfig, Trainer
@@ -137,7 +140,7 @@ def test_a_story_window_ends_with_its_last_target():
         ids[[3, last]] = eot
         made = datasets.Batches(ids, eot, block_size=T, batch_size=2, align=True)
         assert made.stages[0].starts.tolist() == [3, len(ids) - T - 1]
-        assert [window.shape for window in made(0)] == [(2, T + 1)]
+        assert made.windows(0)[0].shape == (1, 2) and made.windows(0)[1] == T
 
 
 def test_processes_that_divide_nothing_are_refused():
@@ -257,7 +260,7 @@ def test_decay_and_learning_rates_by_group(name):
                     kind
                 ]
                 assert group["base_lr"] == lr, names[id(p)]
-                muon = isinstance(optimizer, torch.optim.Muon)
+                muon = isinstance(optimizer, optim.Muon)
                 assert muon == (name == "muon" and kind == "core"), "Muon takes the blocks' matrices alone"
     assert found.keys() == names.keys()
     t.train_step(0)
@@ -295,15 +298,15 @@ def test_optimizers_do_as_torchs_own(name, monkeypatch):
     mine, theirs = trainer(optimizer=name), None
     with monkeypatch.context() as patch:
         patch.setattr(optim, "AdamW", torch.optim.AdamW)
-        patch.setattr(optim, "Muon", torch.optim.Muon)
+        patch.setattr(optim, "Muon", partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"))
         theirs = trainer(optimizer=name)
     for step in range(4):
         for t in (mine, theirs):
             t.train_step(step)
         for a, b in zip(mine.optimizers, theirs.optimizers, strict=True):
-            state = a.state_dict()
-            a.load_state_dict(b.state_dict())
-            b.load_state_dict(state)
+            ours, torchs = a.state_dict(), b.state_dict()
+            a.load_state_dict(torchs | {"param_groups": ours["param_groups"]})
+            b.load_state_dict(ours | {"param_groups": torchs["param_groups"]})
     assert all(type(a) is not type(b) for a, b in zip(mine.optimizers, theirs.optimizers, strict=True))
     assert not any(
         p.requires_grad
@@ -312,8 +315,10 @@ def test_optimizers_do_as_torchs_own(name, monkeypatch):
         for p in s.values()
         if isinstance(p, torch.Tensor)
     )
+    # products of several matrices may round differently from those of one, in bf16
+    tolerance = 0.0 if name == "adamw" else 0.01
     for (n, p), q in zip(mine.model.named_parameters(), theirs.model.parameters(), strict=True):
-        assert torch.equal(p, q), n
+        assert (p - q).norm() <= tolerance * q.norm(), n
 
 
 def test_optimizers_do_not_import_what_compiling_needs():
@@ -389,7 +394,7 @@ class Gpu(SimpleNamespace):
         patch.setattr(torch.cpu, "get_capabilities", lambda: self.cpu)
 
 
-NONE = dict(cuda=0, capability=None, name=None, mps=False, cpu={"architecture": "x86_64"})
+NONE = dict(cuda=0, capability=None, name="a card", mps=False, cpu={"architecture": "x86_64"})
 MACHINES = {
     "V100": (dict(cuda=1, capability=(7, 0)), "cuda:0", torch.float16, True),
     "T4": (dict(cuda=1, capability=(7, 5)), "cuda:0", torch.float16, True),
@@ -455,6 +460,51 @@ def test_torchrun_gives_each_process_its_gpu(monkeypatch):
         machine.choose(device="auto")
 
 
+@pytest.mark.parametrize("bf16, dtype", [(1.0, torch.bfloat16), (0.6, torch.bfloat16), (0.4, torch.float32)])
+def test_bf16_on_a_cpu_is_vetoed_if_it_is_slow(bf16, dtype, monkeypatch):
+    """Where bf16 products take more than twice the time of float32. A resumed run keeps its precision."""
+    Gpu(**NONE | dict(cpu={"avx512_bf16": True, "architecture": "x86"})).install(monkeypatch)
+    rates = {torch.bfloat16: bf16, torch.float32: 1.0}
+    monkeypatch.setattr(machine.Machine, "matmul_rate", lambda self, d=None: rates[d or self.dtype])
+    chosen = machine.choose()
+    assert chosen.dtype == dtype and ("half as fast" in chosen.description) == (bf16 < 0.5)
+    for rate in (1.0, 0.4):
+        rates[torch.bfloat16] = rate
+        assert machine.choose(before=chosen.description)[:4] == chosen[:4]
+    assert machine.choose(dtype="bfloat16").dtype == torch.bfloat16
+    assert machine.choose(before="CPU (x86), float16 (as requested)").dtype == torch.float32
+    assert machine.choose(before="NVIDIA T4, float16 (no native bf16)").dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype, high", [("<u2", 65_535), ("<u4", 100_000)])
+def test_windows_from_the_device_equal_those_from_the_file(dtype, high):
+    ids = np.random.default_rng(0).integers(0, high + 1, 500).astype(dtype)
+    ids[7] = high
+    readers = [machine.WindowReader(ids, cpu(), resident) for resident in (False, True)]
+    assert readers[0].resident is None and readers[1].resident is not None
+    for starts in (np.array([0, 3, 483]), np.array([7])):
+        host, device = (reader(starts, 17) for reader in readers)
+        assert device.dtype == torch.int64 and torch.equal(host, device)
+        assert host.tolist() == [ids[i : i + 17].tolist() for i in starts]
+
+
+def test_energy_is_reported_where_it_is_counted(tmp_path, monkeypatch):
+    counters = {"intel-rapl:0": "1500000\n", "intel-rapl:1": "500000", "intel-rapl:0:0": "9"}
+    for folder, value in counters.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "energy_uj").write_text(value)
+    monkeypatch.setattr(machine, "RAPL", tmp_path)
+    assert cpu().joules() == 2.0
+    t = trainer()
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("4500000")
+    t.train_step(0)
+    metrics = {tmp_path: [t.log(1, t.train_step(1))]}
+    per_million = f"{3e6 / (2 * t.tokens_per_step):,.0f} J per million tokens"
+    assert t.joules == 3.0 and f"FLOPs, 3 J, {per_million}" in report.totals(t, metrics)
+    monkeypatch.setattr(machine, "RAPL", tmp_path / "none")
+    assert math.isnan(cpu().joules())
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -502,7 +552,7 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(changes, tolerance):
     assert apart(*first) < tolerance and apart(first[0], gradients(pair[0], 1)) > 0.05, "no empty claim"
     if "optimizer" in changes:  # after some updates of its own
         for step in range(3):
-            losses = [t.train_step(step)["loss"] for t in pair]
+            losses = [float(t.train_step(step)["loss"]) for t in pair]
             assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         assert apart(*(gradients(t, 3) for t in pair)) < tolerance
 
@@ -811,7 +861,7 @@ def test_resuming_on_another_machine_is_said(here, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64", "bf16": True})
     state = checkpoint.read("run/latest.pt")
     checkpoint.save("run/latest.pt", state | {"compiled": True})
-    monkeypatch.setattr(torch, "compile", lambda model: lambda *args, **kwargs: model(*args, **kwargs))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *args, **kwargs: model(*args, **kwargs))
     assert here("run", "--resume", alone=True) == 0
     assert "machine  CPU (arm64), bfloat16 (it has bf16 matrix units), compiled" in here.said
     assert "the steps so far were made on CPU (x86_64), float32 (it has no bf16 matrix units)" in here.said
@@ -1103,7 +1153,7 @@ def test_weights_and_biases(here, monkeypatch):
 
 
 def test_compiling_that_fails_is_loud_and_the_run_goes_on(here, monkeypatch):
-    def broken(model):
+    def broken(model, **_):
         raise RuntimeError("no compiler found\nwith a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
@@ -1124,11 +1174,53 @@ def test_training_without_a_cpp_compiler_says_so(here, monkeypatch):
 def test_compiling_changes_no_weights_and_no_losses(here, monkeypatch):
     """A compiler that works (here: one that does nothing) leaves nothing behind of its trial."""
     assert here("plain", dropout=0.1) == 0
-    monkeypatch.setattr(torch, "compile", lambda model: lambda *args, **kwargs: model(*args, **kwargs))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *args, **kwargs: model(*args, **kwargs))
     assert here("compiled", dropout=0.1, compile="True") == 0
     assert "compiled in" in here.said
     assert lines("plain") == lines("compiled") and same(kept("plain")["model"], kept("compiled")["model"])
     assert not any(k.startswith("_orig") for k in kept("compiled")["model"])
+
+
+def test_one_graph_per_window_length_and_one_for_evaluation(here, monkeypatch):
+    """Everything is compiled before the first step; no later step and no evaluation compiles anew."""
+    counter, compile_model, counts = CompileCounter(), torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model, **o: compile_model(model, backend=counter, **o))
+    compile_all = Trainer.compile
+
+    def counting(self):
+        torch._dynamo.reset()
+        compile_all(self)
+        counts.append(counter.frame_count)
+
+    monkeypatch.setattr(Trainer, "compile", counting)
+    variants = dict(context_schedule="0:0.25, 0.3:0.5, 0.6:1", pointer=True, cross_stories=False)
+    assert here("run", compile="True", **variants) == 0
+    assert counts == [4] and counter.frame_count == 4, "three window lengths and the evaluation"
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that copy a value to the host, which on a GPU wait for all work before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_reads_nothing_from_the_device(optimizer, monkeypatch):
+    """Except for the outcome of the step before, which read_outcome reads."""
+    t = trainer(optimizer=optimizer, pointer=True, cross_stories=False, dropout=0.1)
+    t.train_step(0)
+    order = []
+    monkeypatch.setattr(Trainer, "read_outcome", lambda self: order.append(self.unread[0]))
+    with Reads() as reads:
+        for step in (1, 2, 3):
+            t.train_step(step)
+    assert reads.count == 0 and order == [0, 1, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1149,6 +1241,30 @@ def test_training_on_a_gpu(here, dtype):
 def test_compiled_on_a_gpu(here):
     assert here("run", device="cuda", dtype="auto", compile="True") == 0
     assert "WARNING" not in here.said and "compiled in" in here.said
+
+
+@pytest.mark.cuda
+def test_flex_attention_has_the_gradients_of_the_dense_mask():
+    torch.manual_seed(0)
+    c = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=256, vocab_size=64, separator=5)
+    model, idx = GPT(c).cuda(), torch.randint(64, (2, 257), device="cuda")
+    found = []
+    for forward in (model, machine.compiled(model)):
+        model.zero_grad()
+        forward(idx[:, :-1], idx[:, 1:])[1].backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert apart(*found) < 1e-3
+
+
+@pytest.mark.cuda
+def test_a_step_on_a_gpu_waits_for_nothing():
+    t = trainer(device="cuda", optimizer="muon", pointer=True, cross_stories=False, dtype="float32")
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")
+        t.read_outcome()
+        t.unread = None  # it is read, and waited for, in the next step
+        t.train_step(step)
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda
