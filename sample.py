@@ -183,7 +183,7 @@ def main(argv: list[str]) -> None:
     print(f"{path}: {size:.1f}M parameters, {tokenizer.name}, {kind} on {device}", file=sys.stderr)
     c, step = model.config, None
     cache = 2 * c.n_layer * c.kv_heads * c.head_dim * c.block_size * dtype.itemsize  # bytes of a sample's
-    machine.check_size(c, device, options.num_samples * cache)
+    machine.check_memory(c, device, options.num_samples * cache)
     if dtype == torch.int8:
         quantize(model)
     else:

@@ -25,7 +25,7 @@ import torch
 
 from model import GPT, GPTConfig, check_settings
 from nanostlm import checkpoint, machine, optim, report, runs, score, settings, sources
-from nanostlm.data import Batches, Data, check_size, folder_name, load_data
+from nanostlm.data import Batches, Data, check_not_truncated, folder_name, load_data
 from nanostlm.machine import print0
 from nanostlm.schema import NAME, check
 from nanostlm.tokenizer import Tokenizer, from_state
@@ -425,7 +425,7 @@ class Trainer:
         """Loss (nats per token) and bits per byte of the validation file."""
         c, part = self.config, (self.machine.rank, self.machine.world_size)
         ids = self.data.val[: c.eval_tokens or None]
-        check_size(ids)
+        check_not_truncated(ids)
         self.model.eval()
         with self.machine.autocast():
             eot, T, device = self.data.tokenizer.eot, c.model.block_size, self.machine.device
@@ -522,14 +522,7 @@ class Trainer:
         try:
             checkpoint.fit(state["model"], self.model.state_dict())
             self.model.load_state_dict(state["model"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                current = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-                optimizer.load_state_dict(saved)
-                for group, values in zip(optimizer.param_groups, current, strict=True):
-                    group.update(values)  # moments come from the checkpoint, learning rates from the settings
-                    for p in filter(optimizer.state.get, group["params"]):
-                        wanted = {k: p if like else torch.zeros(()) for k, like in optimizer.kept.items()}
-                        checkpoint.fit(optimizer.state[p], wanted)
+            optim.load_states(self.optimizers, state["optimizers"], checkpoint.fit)
             if state["scaler"]:  # empty if the run used no GradScaler
                 self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:  # shapes and parameter groups cannot change
@@ -581,14 +574,11 @@ def main(argv: list[str]) -> int:
     print0(report.plan(c, plan.data, plan.machine, iters))
     if not c.max_iters:
         return 0
-    parameters, rows = c.model.estimate()["parameters"], c.batch_size * c.gradient_accumulation_steps
-    # what is certain: weights and optimizer state, the numbers of the rows, a part of the estimate
-    need = max(12 * parameters, 48 * rows, plan.machine.run_memory(c) // 4)
-    machine.check_size(c.model, plan.machine.device, need)
+    plan.machine.check_run(c)
     trainer = Trainer(c, build_model(plan), plan.data, plan.folder, plan.machine, plan.recipe)
     if plan.state:
         trainer.load_checkpoint(plan.state)
-    disk, claim = report.CHECKPOINT_BYTES * parameters, contextlib.nullcontext()
+    disk, claim = report.CHECKPOINT_BYTES * c.model.estimate()["parameters"], contextlib.nullcontext()
     if rank == 0:  # as late as possible, because it deletes the files of an earlier run
         claim = trainer.directory.claim(disk, plan.state, c.max_iters)
     with claim:

@@ -158,7 +158,7 @@ def build(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, "tokeniz
     state = read(path)
     with naming(path):
         config = GPTConfig(**state["model_config"])
-        machine.check_size(config, device)
+        machine.check_memory(config, device)
         model, tokenizer = GPT(config), tokenizers.from_state(state["tokenizer"])
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"model_config.vocab_size must be the tokenizer's {tokenizer.vocab_size}")

@@ -181,7 +181,7 @@ def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
     return meta, *bins
 
 
-def check_size(ids: np.ndarray) -> None:
+def check_not_truncated(ids: np.ndarray) -> None:
     """
     OSError if a memory-mapped file was truncated: reading past its end is a SIGBUS, the end of the process.
     Called at each step and evaluation; a file that is truncated after the call still ends it that way.
@@ -324,7 +324,7 @@ class Batches:
 
     def windows(self, step: int) -> tuple[np.ndarray, int]:
         """Where this process' windows of `step` begin, (micro-batches, rows), and their length."""
-        check_size(self.ids)
+        check_not_truncated(self.ids)
         index = max(i for i, stage in enumerate(self.stages) if stage.first_step <= step)
         first_step, length, starts, rows = self.stages[index]
         places = (step - first_step) * (self.tokens_per_step // length) + rows

@@ -180,6 +180,12 @@ class Machine(NamedTuple):
         model = c.model.memory(c.batch_size * c.model.block_size, self.dtype.itemsize)
         return model + self.base_memory()
 
+    def check_run(self, c) -> None:
+        """ValueError if a run of a TrainConfig certainly takes more memory than the device has."""
+        states = 12 * c.model.estimate()["parameters"]  # weights and optimizer state
+        rows = 48 * c.batch_size * c.gradient_accumulation_steps  # their numbers, in every step
+        check_memory(c.model, self.device, max(states, rows, self.run_memory(c) // 4))
+
     def peak_memory(self) -> float:
         """Peak memory so far in MB: allocated on the GPU, else resident in this process."""
         if self.device.type == "cuda":
@@ -278,7 +284,7 @@ def total_memory(device: torch.device) -> int:
     return min(found)
 
 
-def check_size(c, device: str | torch.device = "cpu", need: int = 0) -> None:
+def check_memory(c, device: str | torch.device = "cpu", need: int = 0) -> None:
     """
     ValueError unless a GPTConfig is valid, its model can be constructed in some seconds, and it fits into the
     memory of the device. `need`: the bytes that are certain there, if they are more than its weights.

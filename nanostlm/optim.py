@@ -9,6 +9,7 @@ Schedules are pure functions of the step, so a resume needs only the step.
 
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -110,6 +111,18 @@ def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return found
+
+
+def load_states(optimizers: list, states: list[dict], fit: Callable[[dict, dict], None]) -> None:
+    """Load the moments of saved states; learning rates stay as they are. `fit` is checkpoint.fit."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        current = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, current, strict=True):
+            group.update(values)
+            for p in filter(optimizer.state.get, group["params"]):
+                wanted = {k: p if like else torch.zeros(()) for k, like in optimizer.kept.items()}
+                fit(optimizer.state[p], wanted)
 
 
 def schedule(c, step: int) -> float:

@@ -320,7 +320,7 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
     if c.tied and weight is not None and not torch.equal(tensors.setdefault(head, weight), weight):
         c = replace(c, tied=False)  # like transformers, which does not tie two different tensors
     c = replace(c, vocab_size=tokenizer.vocab_size, tied=c.tied and begin == end)
-    machine.check_size(c)
+    machine.check_memory(c)
     model = GPT(c).eval()
     for name, view in views(model, family):
         value = tensors.pop(name, torch.empty(0))
