@@ -247,7 +247,9 @@ def build_model(plan: Plan) -> GPT:
     elif c.pair_tokens and plan.state is None:
         from nanostlm.variants import bigram_init
 
-        bigram_init(model, torch.from_numpy(plan.data.train[: c.pair_tokens].astype(np.int64)))
+        if plan.machine.rank == 0:
+            bigram_init(model, torch.from_numpy(plan.data.train[: c.pair_tokens].astype(np.int64)))
+        machine.broadcast(model.to(plan.machine.device))
     return model
 
 

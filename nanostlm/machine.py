@@ -347,6 +347,13 @@ def from_rank0(compute: Callable[[], Any]) -> Any:
     return box[0]
 
 
+def broadcast(model: torch.nn.Module) -> None:
+    """Give the model the parameters of rank 0, in every process."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            dist.broadcast(p.detach(), 0)
+
+
 def data_parallel(forward: torch.nn.Module) -> torch.nn.Module:
     """`forward` with gradients that are averaged over the processes while they are computed."""
     if world_size() == 1:
