@@ -302,7 +302,7 @@ class Trainer:
         self.model = model.to(self.machine.device)
         self.forward = self.model  # compiled or not; the weights are always those of self.model
         self.parallel: torch.nn.Module | None = None  # self.forward, with gradients averaged over processes
-        self.optimizers = optim.build(self.model, c, fused=self.machine.device.type in ("cuda", "cpu"))
+        self.optimizers = optim.build(self.model, c)
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.needs_scaler)
         self.dropout = optim.points("dropout_schedule", c.dropout_schedule) if c.dropout_schedule else None
         self.progress = runs.Progress()
@@ -321,8 +321,8 @@ class Trainer:
 
     def train_step(self, step: int) -> dict[str, float | torch.Tensor]:
         """
-        Make one update from the batch of `step`. -> loss (nats per token, of this process' rows), lr,
-        grad_norm. Loss and norm stay on the device: reading one waits for the update.
+        Make one update from the batch of `step`. -> loss (nats per token, whole batch), lr, grad_norm. Loss
+        and norm stay on the device: reading one waits for the update.
         """
         c, began = self.config, time.perf_counter()
         lr = optim.schedule(c, step)
