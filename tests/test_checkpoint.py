@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Program, config, kept, lines, numbers, same, trainer, words
+from helpers import Program, bit_equal, cli_args, config, metrics, random_data, run_state, trainer
 
 import prepare
 import train
@@ -46,13 +46,13 @@ def test_what_was_saved_comes_back(tmp_path):
     )
     checkpoint.save(tmp_path / "x.pt", state(**plain))
     back = checkpoint.read(tmp_path / "x.pt")
-    assert same(back, {"format": checkpoint.FORMAT, **state(**plain)})
+    assert bit_equal(back, {"format": checkpoint.FORMAT, **state(**plain)})
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
     assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None, "other programs open it, too"
 
 
-def test_torch_opens_every_checkpoint_of_a_run_with_weights_only(here):
-    assert here("run", dtype="float16", optimizer="muon") == 0
+def test_torch_opens_every_checkpoint_of_a_run_with_weights_only(main):
+    assert main("run", dtype="float16", optimizer="muon") == 0
     for name in ("latest.pt", "previous.pt", "best.pt"):
         found = torch.load(Path("run", name), weights_only=True)
         kinds = set()
@@ -69,7 +69,7 @@ def test_torch_opens_every_checkpoint_of_a_run_with_weights_only(here):
         assert not any(key.startswith(("_orig_mod", "module.")) for key in found["model"])
         assert found["provenance"].keys() >= {"torch", "python", "commit", "model.py", "train.py"}
         assert found["train_config"]["dataset"] == "mini" and found["model_config"]["vocab_size"] == 257
-    assert kept("run")["optimizers"] and "optimizers" not in torch.load("run/best.pt")
+    assert run_state("run")["optimizers"] and "optimizers" not in torch.load("run/best.pt")
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,12 @@ def test_tied_and_shared_weights_survive(changes, tmp_path):
     model, _ = checkpoint.load(tmp_path / "latest.pt")
     assert len(list(model.parameters())) == len(list(t.model.parameters()))
     assert (model.head.linear.weight is model.embedder.tokens.weight) == t.config.model.tied
-    assert same(dict(model.state_dict()), dict(t.model.state_dict()))
+    assert bit_equal(dict(model.state_dict()), dict(t.model.state_dict()))
     again = trainer(out_dir=tmp_path, **changes)
     again.load_checkpoint(checkpoint.read(tmp_path / "latest.pt"))
     for x in (t, again):
         x.train_step(1)
-    assert same(dict(again.model.state_dict()), dict(t.model.state_dict()))
+    assert bit_equal(dict(again.model.state_dict()), dict(t.model.state_dict()))
 
 
 def test_a_loaded_model_does_not_drop_out(tmp_path):
@@ -273,9 +273,9 @@ def test_renaming_that_fails_half_way_leaves_a_checkpoint(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_saving_is_tried_again(name, here, monkeypatch):
+def test_saving_is_tried_again(name, main, monkeypatch):
     """Two failures are survived with two loud warnings, and nothing of the run is different."""
-    assert here("straight") == 0
+    assert main("straight") == 0
     naps, step = [], train.Trainer.train_step
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", naps.append)
@@ -286,15 +286,15 @@ def test_saving_is_tried_again(name, here, monkeypatch):
             return step(self, n)
 
         patch.setattr(train.Trainer, "train_step", fail_at_5)
-        assert here("run") == 0
-    assert here.said.count("WARNING: could not save") == here.said.count("trying again") == 2
+        assert main("run") == 0
+    assert main.stderr.count("WARNING: could not save") == main.stderr.count("trying again") == 2
     assert [nap for nap in naps if nap >= 1] == [1, 5]
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
 @pytest.mark.parametrize("file", ["latest.pt", "best.pt"])
 @pytest.mark.parametrize("name", FAULTS)
-def test_several_failures_end_the_run_with_status_1(name, file, here, monkeypatch):
+def test_several_failures_end_the_run_with_status_1(name, file, main, monkeypatch):
     where, error = FAULTS[name]
     step, begin = train.Trainer.train_step, {"latest.pt": 14, "best.pt": 11}[file]
     with monkeypatch.context() as patch:
@@ -306,10 +306,10 @@ def test_several_failures_end_the_run_with_status_1(name, file, here, monkeypatc
             return step(self, n)
 
         patch.setattr(train.Trainer, "train_step", fail_from)
-        assert here("run", save_interval=5) == 1
-    assert here.said.count(f"WARNING: could not save {file}") == 3
-    assert "error: run cannot be written to" in here.said and "Traceback" not in here.said
-    assert kept("run")["step"] == 10
+        assert main("run", save_interval=5) == 1
+    assert main.stderr.count(f"WARNING: could not save {file}") == 3
+    assert "error: run cannot be written to" in main.stderr and "Traceback" not in main.stderr
+    assert run_state("run")["step"] == 10
     assert checkpoint.read("run/best.pt")["step"] == (6 if file == "best.pt" else 12)
     assert not list(Path("run").glob("*.tmp"))
 
@@ -317,11 +317,11 @@ def test_several_failures_end_the_run_with_status_1(name, file, here, monkeypatc
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of POSIX")
 def test_a_file_system_that_is_really_full(tmp_path, corpus):
     """The kernel refuses to let any file grow over 60 kB: the best.pt fits, latest.pt does not."""
-    run = Program(words(corpus, out_dir="run"), tmp_path, hook=(limit_files, 60_000))
+    run = Program(cli_args(corpus, out_dir="run"), tmp_path, hook=(limit_files, 60_000))
     assert run.wait() == 1
     assert run.text.count("WARNING: could not save latest.pt") == 3 and "Traceback" not in run.text
     assert not list((tmp_path / "run").glob("*.tmp"))
-    assert Program(words(corpus, out_dir="run") + ["--resume"], tmp_path).wait() == 0
+    assert Program(cli_args(corpus, out_dir="run") + ["--resume"], tmp_path).wait() == 0
 
 
 def limit_files(size: int) -> None:
@@ -354,28 +354,28 @@ def full_disk(monkeypatch, steps: range) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
-def test_metrics_that_cannot_be_written_are_written_later(here, monkeypatch):
-    assert here("straight") == 0
+def test_metrics_that_cannot_be_written_are_written_later(main, monkeypatch):
+    assert main("straight") == 0
     with monkeypatch.context() as patch:
         full_disk(patch, range(7, 10))
-        assert here("run") == 0
+        assert main("run") == 0
     warning = "WARNING: could not write metrics.jsonl at step 8: [Errno 28] No space left on device"
-    assert warning in here.said and here.said.count("WARNING") == 1
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    assert warning in main.stderr and main.stderr.count("WARNING") == 1
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
-def test_a_checkpoint_is_not_saved_where_the_lines_before_it_cannot_be(here, monkeypatch):
+def test_a_checkpoint_is_not_saved_where_the_lines_before_it_cannot_be(main, monkeypatch):
     with monkeypatch.context() as patch:
         full_disk(patch, range(7, 100))
-        assert here("run") == 1
-    assert here.said.count("WARNING: could not save latest.pt at step 10") == 3
-    assert "error: run cannot be written to" in here.said and "Traceback" not in here.said
-    assert kept("run")["step"] == 5 and lines("run")[-1]["step"] == 6, "and no half line"
-    assert here("run", "--resume") == 0 and "at step 5" in here.said
-    assert here("straight") == 0 and lines("run") == lines("straight")
+        assert main("run") == 1
+    assert main.stderr.count("WARNING: could not save latest.pt at step 10") == 3
+    assert "error: run cannot be written to" in main.stderr and "Traceback" not in main.stderr
+    assert run_state("run")["step"] == 5 and metrics("run")[-1]["step"] == 6, "and no half line"
+    assert main("run", "--resume") == 0 and "at step 5" in main.stderr
+    assert main("straight") == 0 and metrics("run") == metrics("straight")
 
 
-def test_metrics_survive_a_power_cut_as_far_as_checkpoints_do(here, monkeypatch):
+def test_metrics_survive_a_power_cut_as_far_as_checkpoints_do(main, monkeypatch):
     """Before a file takes its name, the lines of metrics up to it are synced."""
     synced, checked, fsync, replace = {}, [], os.fsync, os.replace
 
@@ -392,30 +392,30 @@ def test_metrics_survive_a_power_cut_as_far_as_checkpoints_do(here, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(os, "replace", replacing)
-    assert here("run", stop_after=12) == 143 and here("run", "--resume") == 0
+    assert main("run", stop_after=12) == 143 and main("run", "--resume") == 0
     assert checked.count("metrics.jsonl") == 2 and checked.count("latest.pt") == 6
 
 
-def test_a_torn_line_of_metrics_is_cut_off(here):
-    assert here("straight") == 0
-    assert here("run", stop_after=10) == 143
+def test_a_torn_line_of_metrics_is_cut_off(main):
+    assert main("straight") == 0
+    assert main("run", stop_after=10) == 143
     with open("run/metrics.jsonl", "a") as file:
         file.write('{"step": 11, "split": "train", "loss": 3.1, "tok')
-    assert here("run", "--resume") == 0
-    assert lines("run") == lines("straight")
+    assert main("run", "--resume") == 0
+    assert metrics("run") == metrics("straight")
 
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(here):
-    assert here("run", stop_after=18) == 143
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(main):
+    assert main("run", stop_after=18) == 143
     os.truncate("run/latest.pt", 5000)
-    assert here("run", "--resume", stop_after=17) == 143 and "at step 15" in here.said
+    assert main("run", "--resume", stop_after=17) == 143 and "at step 15" in main.stderr
     assert checkpoint.read("run/latest.pt")["step"] == 17 and checkpoint.read("run/previous.pt")["step"] == 15
 
 
-def test_what_a_kill_left_behind_is_cleared(here):
-    assert here("run", stop_after=10) == 143
+def test_what_a_kill_left_behind_is_cleared(main):
+    assert main("run", stop_after=10) == 143
     shutil.copy("run/latest.pt", "run/latest.pt.99999.tmp")
-    assert here("run", "--resume") == 0
+    assert main("run", "--resume") == 0
     assert not list(Path("run").glob("*.tmp"))
 
 
@@ -423,8 +423,8 @@ def test_the_fingerprint_tells_data_apart():
     def fingerprint(data):
         return runs.fingerprint(data.train, data.val)
 
-    one, other = numbers(), numbers(seed=1)
-    assert fingerprint(one) == fingerprint(numbers()) != fingerprint(other)
+    one, other = random_data(), random_data(seed=1)
+    assert fingerprint(one) == fingerprint(random_data()) != fingerprint(other)
     assert fingerprint(one) != fingerprint(one._replace(val=one.val[:-1]))
 
 
@@ -459,7 +459,7 @@ def test_an_earlier_version_s_checkpoint_scores_the_same(earlier):
 
 def test_an_earlier_version_s_run_resumes(earlier, capsys):
     assert train.main(["--out_dir=run", "--resume", "--max_iters=12"]) == 0, capsys.readouterr().err
-    found = [line for line in lines("run") if line["step"] > 6]
+    found = [line for line in metrics("run") if line["step"] > 6]
     key = [(line["step"], line["split"]) for line in earlier["resumed"]]
     assert [(line["step"], line["split"]) for line in found] == key
     losses = [line["loss"] for line in earlier["resumed"]]

@@ -15,7 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, ROOT, Program, apart, kept, lines, recipe, same, typed, words
+from helpers import (
+    MICRO,
+    ROOT,
+    Program,
+    bit_equal,
+    cli_args,
+    max_difference,
+    metrics,
+    run_script,
+    run_state,
+    write_recipe,
+)
 
 import prepare
 import train
@@ -34,9 +45,9 @@ def test_prepare_train_resume_sample(tmp_path, corpus):
     (tmp_path / "config").mkdir()
     text = "\n".join(f"{key} = {value!r}" for key, value in MICRO.items())
     (tmp_path / "config" / "micro.py").write_text(text)
-    typed(ROOT / "prepare.py", "mini", "--source", "mini.txt", "--tokenizer", "byte", cwd=tmp_path)
+    run_script(ROOT / "prepare.py", "mini", "--source", "mini.txt", "--tokenizer", "byte", cwd=tmp_path)
     assert (tmp_path / "data/mini/byte/meta.json").is_file()
-    said = typed(ROOT / "train.py", "config/micro.py", "--max_iters=8", cwd=tmp_path).stderr
+    said = run_script(ROOT / "train.py", "config/micro.py", "--max_iters=8", cwd=tmp_path).stderr
     folder = tmp_path / "out/micro"
     assert {p.name for p in folder.iterdir()} >= {
         "latest.pt",
@@ -47,12 +58,12 @@ def test_prepare_train_resume_sample(tmp_path, corpus):
     }
     assert not list(folder.glob("*.tmp"))
     assert "in out/micro" in said and said.rstrip().splitlines()[-1].startswith("next:  python sample.py")
-    done = typed(ROOT / "sample.py", "--prompt", "Tom", "--max_new_tokens", "9", cwd=tmp_path)
+    done = run_script(ROOT / "sample.py", "--prompt", "Tom", "--max_new_tokens", "9", cwd=tmp_path)
     assert done.stdout.startswith("Tom")
 
 
-def test_a_checkpoint_needs_no_other_file(tmp_path, here):
-    assert here("run") == 0
+def test_a_checkpoint_needs_no_other_file(tmp_path, main):
+    assert main("run") == 0
     shutil.copy("run/latest.pt", tmp_path / "alone.pt")
     shutil.rmtree("run")
     model, tok = checkpoint.load(tmp_path / "alone.pt")
@@ -67,14 +78,14 @@ def contents(folder) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != "lock"}
 
 
-def refused(here, said: str, *args, status: int = 2, **changes) -> None:
-    """`here(...)` fails with one clear line, and leaves every file as it was and no folder behind."""
+def refused(main, said: str, *args, status: int = 2, **changes) -> None:
+    """`main(...)` fails with one clear line, and leaves every file as it was and no folder behind."""
     before = contents(".")  # and no folder is made
     folders = sorted(p for p in Path(".").rglob("*") if p.is_dir())
-    assert here(*args, **changes) == status, here.said
-    error = [line for line in here.said.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and re.search(said, error[0]), here.said
-    assert "Traceback" not in here.said and len(error[0]) < 500
+    assert main(*args, **changes) == status, main.stderr
+    error = [line for line in main.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and re.search(said, error[0]), main.stderr
+    assert "Traceback" not in main.stderr and len(error[0]) < 500
     assert contents(".") == before
     assert sorted(p for p in Path(".").rglob("*") if p.is_dir()) == folders
 
@@ -90,9 +101,9 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("text", RECIPES)
-def test_mistakes_in_a_recipe(text, here):
+def test_mistakes_in_a_recipe(text, main):
     Path("mine.py").write_text(text)
-    refused(here, RECIPES[text], "", "mine.py", alone=True)
+    refused(main, RECIPES[text], "", "mine.py", micro=False)
 
 
 SETTINGS = {
@@ -118,34 +129,34 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("argv", SETTINGS, ids=" ".join)
-def test_mistakes_on_the_command_line(argv, here):
-    refused(here, SETTINGS[argv], "run", *argv)
+def test_mistakes_on_the_command_line(argv, main):
+    refused(main, SETTINGS[argv], "run", *argv)
 
 
-def test_resume_where_nothing_is(here):
-    refused(here, "no unfinished run out/run", "", "--resume")
-    micro = recipe("micro")
-    assert here("", micro, alone=True) == 0
-    refused(here, "no unfinished run out/micro", "", micro, "--resume", alone=True)
+def test_resume_where_nothing_is(main):
+    refused(main, "no unfinished run out/run", "", "--resume")
+    micro = write_recipe("micro")
+    assert main("", micro, micro=False) == 0
+    refused(main, "no unfinished run out/micro", "", micro, "--resume", micro=False)
 
 
-def test_an_out_dir_given_by_hand_that_holds_a_run(here):
-    assert here("run") == 0
-    refused(here, "run holds a run; --resume .* --overwrite", "run")
-    old = kept("run")
-    assert here("run", "--overwrite", seed=1) == 0
-    assert not same(kept("run")["model"], old["model"]) and len(lines("run", "val")) == 5
+def test_an_out_dir_given_by_hand_that_holds_a_run(main):
+    assert main("run") == 0
+    refused(main, "run holds a run; --resume .* --overwrite", "run")
+    old = run_state("run")
+    assert main("run", "--overwrite", seed=1) == 0
+    assert not bit_equal(run_state("run")["model"], old["model"]) and len(metrics("run", "val")) == 5
     for folder in ("out", "run"):  # a folder without a run is no obstacle
         Path("empty", folder).mkdir(parents=True)
-        assert here(f"empty/{folder}", max_iters=2) == 0
+        assert main(f"empty/{folder}", max_iters=2) == 0
 
 
-def test_what_overwrite_throws_away_is_thrown_away_only_by_a_run_that_starts(here):
-    assert here("run") == 0
-    refused(here, "too few for one window", "run", "--overwrite", block_size=100_000)
+def test_what_overwrite_throws_away_is_thrown_away_only_by_a_run_that_starts(main):
+    assert main("run") == 0
+    refused(main, "too few for one window", "run", "--overwrite", block_size=100_000)
 
 
-def test_data_that_are_not_as_they_should_be(here, corpus, tmp_path):
+def test_data_that_are_not_as_they_should_be(main, corpus, tmp_path):
     def broken(name, change):
         folder = tmp_path / name / "mini" / "byte"
         shutil.copytree(corpus / "mini" / "byte", folder)
@@ -175,28 +186,28 @@ def test_data_that_are_not_as_they_should_be(here, corpus, tmp_path):
         shrunk: "val.bin .*prepare.py mini",
     }.items():
         place = broken(change.__name__, change)
-        refused(here, said, "run", data_dir=place)
+        refused(main, said, "run", data_dir=place)
 
 
-def test_a_validation_file_shorter_than_one_window_works(here):
-    assert here("run", block_size=600, eval_tokens=0, batch_size=2, max_iters=2) == 0
-    assert lines("run", "val")[-1]["bpb"] > 1
+def test_a_validation_file_shorter_than_one_window_works(main):
+    assert main("run", block_size=600, eval_tokens=0, batch_size=2, max_iters=2) == 0
+    assert metrics("run", "val")[-1]["bpb"] > 1
 
 
-def test_more_stories_than_were_prepared(here, corpus, tmp_path):
+def test_more_stories_than_were_prepared(main, corpus, tmp_path):
     prepare.prepare(
         "mini", "byte", source=str(corpus.parent / "mini.txt"), stories=20, data_dir=tmp_path / "few"
     )
-    assert here("run", data_dir=tmp_path / "few", stories=20, max_iters=1) == 0
+    assert main("run", data_dir=tmp_path / "few", stories=20, max_iters=1) == 0
     refused(
-        here,
+        main,
         r"only the first 20 stories.*python prepare.py mini",
         "more",
         data_dir=tmp_path / "few",
         stories=30,
     )
     refused(
-        here,
+        main,
         r"only the first 20 stories.*python prepare.py mini",
         "all",
         data_dir=tmp_path / "few",
@@ -204,25 +215,25 @@ def test_more_stories_than_were_prepared(here, corpus, tmp_path):
     )
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(here):
-    assert here("straight") == 0
-    assert here("run", stop_after=18) == 143
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(main):
+    assert main("straight") == 0
+    assert main("run", stop_after=18) == 143
     os.truncate("run/latest.pt", 5000)
-    assert here("run", "--resume") == 0
-    assert "WARNING: run/latest.pt is damaged" in here.said and "at step 15" in here.said
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    assert main("run", "--resume") == 0
+    assert "WARNING: run/latest.pt is damaged" in main.stderr and "at step 15" in main.stderr
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
     for name in ("latest", "previous"):
         os.truncate(f"run/{name}.pt", 5000)
-    refused(here, "no checkpoint in run is whole", "run", "--resume")
+    refused(main, "no checkpoint in run is whole", "run", "--resume")
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(here, monkeypatch):
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(main, monkeypatch):
     usage = shutil.disk_usage(".")._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    assert here("run") == 1
+    assert main("run") == 1
     assert (
-        "has 0 MB left" in here.said
-        and "Traceback" not in here.said
+        "has 0 MB left" in main.stderr
+        and "Traceback" not in main.stderr
         and not Path("run/metrics.jsonl").exists()
     )
 
@@ -231,44 +242,45 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(here, monkeyp
 # Names, plans, notes
 
 
-def test_runs_without_out_dir_get_folders_of_their_own(here):
-    micro = recipe("micro", max_iters=2)
+def test_runs_without_out_dir_get_folders_of_their_own(main):
+    micro = write_recipe("micro", max_iters=2)
     for name in ("micro", "micro-2", "micro-3"):
-        assert here("", micro, alone=True) == 0
-        assert f"run      out/{name}\n" in here.said and Path("out", name, "latest.pt").is_file()
-    assert here("", micro, "--resume", alone=True, max_iters=4) == 0 and "out/micro-3" in here.said
+        assert main("", micro, micro=False) == 0
+        assert f"run      out/{name}\n" in main.stderr and Path("out", name, "latest.pt").is_file()
+    assert main("", micro, "--resume", micro=False, max_iters=4) == 0 and "out/micro-3" in main.stderr
     assert len(list(Path("out").iterdir())) == 3
 
 
-def test_resume_takes_the_newest_unfinished_run_of_this_recipe(here):
-    micro, other = recipe("micro"), recipe("micro2")
-    assert here("", micro, alone=True, stop_after=3) == 143
-    assert here("", micro, alone=True, stop_after=4) == 143
-    assert here("", micro, alone=True) == 0  # out/micro-3, finished
-    assert here("", other, alone=True, stop_after=2) == 143
+def test_resume_takes_the_newest_unfinished_run_of_this_recipe(main):
+    micro, other = write_recipe("micro"), write_recipe("micro2")
+    assert main("", micro, micro=False, stop_after=3) == 143
+    assert main("", micro, micro=False, stop_after=4) == 143
+    assert main("", micro, micro=False) == 0  # out/micro-3, finished
+    assert main("", other, micro=False, stop_after=2) == 143
     assert sorted(p.name for p in Path("out").iterdir()) == ["micro", "micro-2", "micro-3", "micro2"]
-    assert here("", micro, "--resume", alone=True) == 0 and "out/micro-2 at step 4" in here.said
-    assert here("", micro, "--resume", alone=True) == 0 and "out/micro at step 3" in here.said
-    assert here("", micro, "--resume", alone=True) == 2 and "nothing to resume" in here.said
-    assert here("", other, "--resume", alone=True) == 0 and "out/micro2 at step 2" in here.said
+    assert main("", micro, "--resume", micro=False) == 0 and "out/micro-2 at step 4" in main.stderr
+    assert main("", micro, "--resume", micro=False) == 0 and "out/micro at step 3" in main.stderr
+    assert main("", micro, "--resume", micro=False) == 2 and "nothing to resume" in main.stderr
+    assert main("", other, "--resume", micro=False) == 0 and "out/micro2 at step 2" in main.stderr
 
 
-def test_a_run_that_its_patience_ended_is_finished(here):
+def test_a_run_that_its_patience_ended_is_finished(main):
     """Unless it is given more of it, then it goes on as if it had had that from the start."""
-    micro = recipe("micro", eval_interval=2, learning_rate=0.5)
-    assert here("", micro, alone=True, patience=2) == 0
-    ended = kept("out/micro")["step"]
+    micro = write_recipe("micro", eval_interval=2, learning_rate=0.5)
+    assert main("", micro, micro=False, patience=2) == 0
+    ended = run_state("out/micro")["step"]
     assert ended < 24
-    refused(here, "nothing to resume: no unfinished run out/micro", "", micro, "--resume", alone=True)
-    assert here("", micro, "--resume", alone=True, patience=0) == 0 and f"at step {ended}" in here.said
-    assert here("", micro, alone=True) == 0 and "out/micro-2" in here.said
-    assert lines("out/micro") == lines("out/micro-2") and lines("out/micro")[-1]["step"] == 24
+    refused(main, "nothing to resume: no unfinished run out/micro", "", micro, "--resume", micro=False)
+    assert main("", micro, "--resume", micro=False, patience=0) == 0 and f"at step {ended}" in main.stderr
+    assert main("", micro, micro=False) == 0 and "out/micro-2" in main.stderr
+    assert metrics("out/micro") == metrics("out/micro-2") and metrics("out/micro")[-1]["step"] == 24
 
 
-def test_no_steps_print_the_plan(here):
+def test_no_steps_print_the_plan(main):
     refused_before = contents(".")
     assert (
-        here("", recipe("micro", max_iters=50, gradient_accumulation_steps=2), alone=True, max_iters=0) == 0
+        main("", write_recipe("micro", max_iters=50, gradient_accumulation_steps=2), micro=False, max_iters=0)
+        == 0
     )
     for said in (
         "parameters",
@@ -278,24 +290,24 @@ def test_no_steps_print_the_plan(here):
         "MB of memory",
         "MB of disk",
     ):
-        assert said in here.said
+        assert said in main.stderr
     assert not Path("out").exists() and contents(".").keys() - refused_before.keys() == {"micro.py"}
 
 
-def test_a_warmup_longer_than_the_run_is_cut_with_a_note(here):
-    assert here("run", warmup_iters=100, max_iters=10, log_interval=1) == 0
-    assert "warmup_iters=100 is cut to 5" in here.said
-    assert max(line["lr"] for line in lines("run", "train")) == pytest.approx(0.01)
-    assert here("", warmup_iters=10, max_iters=10) == 0 and "warmup_iters=10 is cut to 5" in here.said
-    assert here("", warmup_iters=9, max_iters=10) == 0 and "is cut" not in here.said
+def test_a_warmup_longer_than_the_run_is_cut_with_a_note(main):
+    assert main("run", warmup_iters=100, max_iters=10, log_interval=1) == 0
+    assert "warmup_iters=100 is cut to 5" in main.stderr
+    assert max(line["lr"] for line in metrics("run", "train")) == pytest.approx(0.01)
+    assert main("", warmup_iters=10, max_iters=10) == 0 and "warmup_iters=10 is cut to 5" in main.stderr
+    assert main("", warmup_iters=9, max_iters=10) == 0 and "is cut" not in main.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Going on with other settings
 
 
-def test_free_settings_are_taken_and_listed(here):
-    assert here("run", stop_after=4) == 143
+def test_free_settings_are_taken_and_listed(main):
+    assert main("run", stop_after=4) == 143
     free = dict(
         max_iters=20,
         eval_interval=3,
@@ -308,10 +320,10 @@ def test_free_settings_are_taken_and_listed(here):
         prompt="Mia",
         loss_chunk=8,
     )
-    assert here("run", "--resume", alone=True, **free) == 0
+    assert main("run", "--resume", micro=False, **free) == 0
     for name in free.keys() - {"threads"}:
-        assert f"changed for the rest of the run: {name}: " in here.said
-    assert "threads" not in here.said, "it did not change"
+        assert f"changed for the rest of the run: {name}: " in main.stderr
+    assert "threads" not in main.stderr, "it did not change"
     config = checkpoint.read("run/latest.pt")["train_config"]
     assert all((config | config["model"])[name] == value for name, value in free.items())
 
@@ -333,60 +345,60 @@ def test_free_settings_are_taken_and_listed(here):
         batch_size=8,
     ).items(),
 )
-def test_settings_that_make_another_run_are_refused_by_name(name, value, here):
-    assert here("run", stop_after=4) == 143
+def test_settings_that_make_another_run_are_refused_by_name(name, value, main):
+    assert main("run", stop_after=4) == 143
     refused(
-        here, f"cannot change on resume: {name}.*--override", "run", "--resume", alone=True, **{name: value}
+        main, f"cannot change on resume: {name}.*--override", "run", "--resume", micro=False, **{name: value}
     )
-    status = here("run", "--resume", "--override", alone=True, **{name: value})
+    status = main("run", "--resume", "--override", micro=False, **{name: value})
     if name in ("n_embd", "optimizer"):
-        assert status == 2 and "the checkpoint does not fit these settings" in here.said
+        assert status == 2 and "the checkpoint does not fit these settings" in main.stderr
     else:
-        assert status == 0 and f"{name}: " in here.said and lines("run")[-1]["step"] == 24
+        assert status == 0 and f"{name}: " in main.stderr and metrics("run")[-1]["step"] == 24
 
 
-def test_a_recipe_that_was_edited_between(here):
-    recipe("micro", dropout=0.1)
-    assert here("", "micro.py", alone=True, stop_after=4, learning_rate=0.005) == 143
-    recipe("micro", dropout=0.1, eval_interval=2)
-    assert here("", "micro.py", "--resume", alone=True, stop_after=6) == 143
-    assert "eval_interval: 6 -> 2" in here.said, "what was edited is taken"
-    assert "learning_rate" not in here.said, "what the command line said still holds"
-    recipe("micro", dropout=0.2, eval_interval=2)
-    refused(here, "dropout: 0.1 -> 0.2", "", "micro.py", "--resume", alone=True)
+def test_a_recipe_that_was_edited_between(main):
+    write_recipe("micro", dropout=0.1)
+    assert main("", "micro.py", micro=False, stop_after=4, learning_rate=0.005) == 143
+    write_recipe("micro", dropout=0.1, eval_interval=2)
+    assert main("", "micro.py", "--resume", micro=False, stop_after=6) == 143
+    assert "eval_interval: 6 -> 2" in main.stderr, "what was edited is taken"
+    assert "learning_rate" not in main.stderr, "what the command line said still holds"
+    write_recipe("micro", dropout=0.2, eval_interval=2)
+    refused(main, "dropout: 0.1 -> 0.2", "", "micro.py", "--resume", micro=False)
     Path("micro.py").write_text(re.sub("dropout.*", "", Path("micro.py").read_text()))
-    refused(here, "dropout: 0.1 -> 0.0", "", "micro.py", "--resume", alone=True)
-    recipe("micro", dropout=0.1, eval_interval=2)
-    assert here("out/micro", "--resume", alone=True, stop_after=8) == 143, "and without the recipe"
-    assert here("", "micro.py", "--resume", alone=True) == 0
-    assert lines("out/micro", "train")[-1]["step"] == 24
+    refused(main, "dropout: 0.1 -> 0.0", "", "micro.py", "--resume", micro=False)
+    write_recipe("micro", dropout=0.1, eval_interval=2)
+    assert main("out/micro", "--resume", micro=False, stop_after=8) == 143, "and without the recipe"
+    assert main("", "micro.py", "--resume", micro=False) == 0
+    assert metrics("out/micro", "train")[-1]["step"] == 24
     assert checkpoint.read("out/micro/latest.pt")["train_config"]["learning_rate"] == 0.005
 
 
-def test_changed_code_is_said(here):
-    assert here("run", stop_after=4) == 143
+def test_changed_code_is_said(main):
+    assert main("run", stop_after=4) == 143
     state = checkpoint.read("run/latest.pt")
     state["provenance"]["model.py"] = "something else"
     checkpoint.save("run/latest.pt", state)
-    assert here("run", "--resume") == 0
-    assert "model.py was changed since" in here.said and "train.py was changed" not in here.said
+    assert main("run", "--resume") == 0
+    assert "model.py was changed since" in main.stderr and "train.py was changed" not in main.stderr
 
 
-def test_bins_that_changed_under_a_run_are_refused(here, corpus, tmp_path):
+def test_bins_that_changed_under_a_run_are_refused(main, corpus, tmp_path):
     place = tmp_path / "mine"
     shutil.copytree(corpus, place)
-    assert here("run", data_dir=place, stop_after=4) == 143
+    assert main("run", data_dir=place, stop_after=4) == 143
     file = place / "mini" / "byte" / "train.bin"
     ids = np.fromfile(file, "<u2")
     ids[1000] ^= 1
     ids.tofile(file)
-    refused(here, "are not those that this run began with", "run", "--resume", data_dir=place)
+    refused(main, "are not those that this run began with", "run", "--resume", data_dir=place)
     ids[1000] ^= 1
     ids.tofile(file)
-    assert here("run", "--resume", data_dir=place) == 0
+    assert main("run", "--resume", data_dir=place) == 0
 
 
-def test_the_first_stories_of_more_that_are_prepared(here, corpus, tmp_path):
+def test_the_first_stories_of_more_that_are_prepared(main, corpus, tmp_path):
     """A run on them equals a run where no others are prepared, and it can be resumed when others are."""
     texts = (corpus.parent / "mini.txt").read_text().split("\n\n")
     for name, part in (("train", texts[:30]), ("validation", texts[30:])):
@@ -394,36 +406,36 @@ def test_the_first_stories_of_more_that_are_prepared(here, corpus, tmp_path):
         (tmp_path / "source" / f"{name}.txt").write_text("\n\n".join(part))
     made = dict(source=str(tmp_path / "source"), data_dir=tmp_path / "data")
     prepare.prepare("mini", "byte", stories=10, **made)
-    assert here("few", data_dir=tmp_path / "data", stories=10) == 0
-    assert here("run", data_dir=tmp_path / "data", stories=10, stop_after=4) == 143
+    assert main("few", data_dir=tmp_path / "data", stories=10) == 0
+    assert main("run", data_dir=tmp_path / "data", stories=10, stop_after=4) == 143
     prepare.prepare("mini", "byte", **made)
-    assert here("run", "--resume", alone=True, data_dir=tmp_path / "data") == 0
-    assert here("many", data_dir=tmp_path / "data", stories=10) == 0 and ": 10 stories, " in here.said
+    assert main("run", "--resume", micro=False, data_dir=tmp_path / "data") == 0
+    assert main("many", data_dir=tmp_path / "data", stories=10) == 0 and ": 10 stories, " in main.stderr
     for other in ("run", "many"):
-        assert lines("few") == lines(other) and same(kept("few"), kept(other))
-    assert here("all", data_dir=tmp_path / "data") == 0 and ": 30 stories, " in here.said
-    assert lines("all") != lines("few")
+        assert metrics("few") == metrics(other) and bit_equal(run_state("few"), run_state(other))
+    assert main("all", data_dir=tmp_path / "data") == 0 and ": 30 stories, " in main.stderr
+    assert metrics("all") != metrics("few")
 
 
-def test_the_number_of_stories_cannot_change_on_resume(here, corpus, tmp_path):
-    assert here("run", stories=10, stop_after=4) == 143
+def test_the_number_of_stories_cannot_change_on_resume(main, corpus, tmp_path):
+    assert main("run", stories=10, stop_after=4) == 143
     for n in (9, 30, 0):
         said = f"cannot change on resume: stories: 10 -> {n}"
-        refused(here, said, "run", "--resume", alone=True, stories=n)
-    refused(here, "not those that this run", "run", "--resume", "--override", alone=True, stories=9)
+        refused(main, said, "run", "--resume", micro=False, stories=n)
+    refused(main, "not those that this run", "run", "--resume", "--override", micro=False, stories=9)
 
 
-def test_the_fallback_has_as_many_stories(here, tmp_path):
+def test_the_fallback_has_as_many_stories(main, tmp_path):
     """HF_HUB_OFFLINE is set in all tests."""
     offline = dict(dataset="tinystories", fallback="toystories", data_dir="data")
-    assert here("run", **offline, stories=50, stop_after=4) == 143
-    assert "TRAINING ON TOYSTORIES INSTEAD" in here.said
+    assert main("run", **offline, stories=50, stop_after=4) == 143
+    assert "TRAINING ON TOYSTORIES INSTEAD" in main.stderr
     config = checkpoint.read("run/latest.pt")["train_config"]
     assert (config["dataset"], config["stories"]) == ("toystories", 50)
-    assert here("run", "--resume", alone=True, stories=50) == 0
-    assert here("fewer", **offline, stories=20, max_iters=1) == 0 and ": 20 stories, " in here.said
+    assert main("run", "--resume", micro=False, stories=50) == 0
+    assert main("fewer", **offline, stories=20, max_iters=1) == 0 and ": 20 stories, " in main.stderr
     refused(
-        here,
+        main,
         r"only the first 50 .*python prepare.py toystories .*--stories 60",
         "more",
         **offline,
@@ -442,17 +454,17 @@ LONG = dict(
 
 @posix
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str)
-def test_a_signal_saves_within_one_step(number, status, tmp_path, corpus, here):
-    run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
+def test_a_signal_saves_within_one_step(number, status, tmp_path, corpus, main):
+    run = Program(cli_args(corpus, out_dir="run", **LONG), tmp_path)
     run.until("step      1")
     run.signal(number)
     assert run.wait() == status
     assert "saved at step" in run.text and "--resume" in run.text and "Traceback" not in run.text
-    step = lines("run")[-1]["step"]
-    assert kept("run")["step"] == step >= 1
-    assert here("run", "--resume", alone=True, max_iters=step + 7) == 0
-    assert here("straight", **LONG | dict(max_iters=step + 7)) == 0
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    step = metrics("run")[-1]["step"]
+    assert run_state("run")["step"] == step >= 1
+    assert main("run", "--resume", micro=False, max_iters=step + 7) == 0
+    assert main("straight", **LONG | dict(max_iters=step + 7)) == 0
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
 @posix
@@ -460,7 +472,7 @@ def test_a_signal_saves_within_one_step(number, status, tmp_path, corpus, here):
 @pytest.mark.parametrize("when", ["preparing", "compiling"])
 def test_a_signal_before_the_first_step(when, number, status, tmp_path, corpus):
     changes = dict(dataset="mine", source=corpus.parent / "mini.txt", data_dir="data", compile="True")
-    run = Program(words(corpus, **changes, out_dir="run"), tmp_path, hook=(slow_start, when))
+    run = Program(cli_args(corpus, **changes, out_dir="run"), tmp_path, hook=(slow_start, when))
     run.until("busy now")
     run.signal(signal.SIGUSR1)
     time.sleep(0.2)
@@ -492,13 +504,13 @@ def slow_start(when: str) -> None:
 
 @posix
 def test_sigusr1_saves_and_goes_on(tmp_path, corpus):
-    run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
+    run = Program(cli_args(corpus, out_dir="run", **LONG), tmp_path)
     run.until("step      1")
     run.signal(signal.SIGUSR1)
     end = time.monotonic() + 30
     while not (tmp_path / "run/latest.pt").exists() and time.monotonic() < end:
         time.sleep(0.01)
-    saved = kept(tmp_path / "run")["step"]
+    saved = run_state(tmp_path / "run")["step"]
     while lines_so_far(tmp_path / "run")[-1]["step"] < saved + 5 and time.monotonic() < end:
         time.sleep(0.01)
     assert lines_so_far(tmp_path / "run")[-1]["step"] >= saved + 5
@@ -510,17 +522,17 @@ def lines_so_far(folder) -> list[dict]:
 
 
 @posix
-def test_a_second_ctrl_c_leaves_at_once_and_hurts_nothing(tmp_path, corpus, here):
+def test_a_second_ctrl_c_leaves_at_once_and_hurts_nothing(tmp_path, corpus, main):
     run = Program(
-        words(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path, hook=(slow_saves, 30)
+        cli_args(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path, hook=(slow_saves, 30)
     )
     run.until("saving now")
     run.signal(signal.SIGINT)
     run.until("once more ends at once")
     run.signal(signal.SIGINT)
     assert run.wait(10) == -signal.SIGINT
-    assert here("run", "--resume", **LONG | dict(max_iters=12)) == 0
-    assert "starts again at step 0" in here.said and not list(Path("run").glob("*.tmp"))
+    assert main("run", "--resume", **LONG | dict(max_iters=12)) == 0
+    assert "starts again at step 0" in main.stderr and not list(Path("run").glob("*.tmp"))
 
 
 def slow_saves(seconds: float) -> None:
@@ -538,31 +550,31 @@ def slow_saves(seconds: float) -> None:
 
 
 @posix
-def test_two_runs_on_one_out_dir(tmp_path, corpus, here):
+def test_two_runs_on_one_out_dir(tmp_path, corpus, main):
     """The second is refused while the first lives, and the lock does not outlive a kill -9."""
-    run = Program(words(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path)
+    run = Program(cli_args(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path)
     run.until("step      1")
     while not Path("run/previous.pt").exists():
         time.sleep(0.01)
     for flag in ("--resume", "--overwrite"):
-        assert here("run", flag, **LONG) == 2 and "another run is writing to run" in here.said
+        assert main("run", flag, **LONG) == 2 and "another run is writing to run" in main.stderr
     assert run.process.is_alive()
     run.kill()
     step = runs.last_state(Path("run"))["step"]  # the kill may strike between the two renames of a save
     assert step >= 10
-    assert here("run", "--resume", alone=True, max_iters=step + 2) == 0
-    assert f"at step {step:,}" in here.said
+    assert main("run", "--resume", micro=False, max_iters=step + 2) == 0
+    assert f"at step {step:,}" in main.stderr
 
 
 @posix
-def test_killed_before_the_first_save(tmp_path, corpus, here):
-    run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
+def test_killed_before_the_first_save(tmp_path, corpus, main):
+    run = Program(cli_args(corpus, out_dir="run", **LONG), tmp_path)
     run.until("step      1")
     run.kill()
-    assert here("run", "--resume", **LONG | dict(max_iters=10)) == 0
-    assert "ended before its first checkpoint: it starts again at step 0" in here.said
-    assert here("straight", **LONG | dict(max_iters=10)) == 0
-    assert lines("run") == lines("straight")
+    assert main("run", "--resume", **LONG | dict(max_iters=10)) == 0
+    assert "ended before its first checkpoint: it starts again at step 0" in main.stderr
+    assert main("straight", **LONG | dict(max_iters=10)) == 0
+    assert metrics("run") == metrics("straight")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -601,33 +613,33 @@ def keep_gradients(file: str) -> None:
 def test_two_processes_are_the_same_run(accumulation, tmp_path, corpus):
     """Also with another number of processes in the middle of it."""
     changes = dict(gradient_accumulation_steps=accumulation, grad_clip=0.0, log_interval=1, max_iters=12)
-    one = Program(words(corpus, out_dir="one", **changes), tmp_path, hook=(keep_gradients, "one.pt"))
-    two = ranks(2, words(corpus, out_dir="two", **changes), tmp_path, {0: (keep_gradients, "two.pt")})
+    one = Program(cli_args(corpus, out_dir="one", **changes), tmp_path, hook=(keep_gradients, "one.pt"))
+    two = ranks(2, cli_args(corpus, out_dir="two", **changes), tmp_path, {0: (keep_gradients, "two.pt")})
     assert [p.wait() for p in (one, *two)] == [0, 0, 0], two[0].text + two[1].text
-    assert apart(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")) < 1e-6
-    a, b = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert max_difference(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")) < 1e-6
+    a, b = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [(x["step"], x["split"], x["tokens"]) for x in a] == [
         (x["step"], x["split"], x["tokens"]) for x in b
     ]
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
     assert [x["bpb"] for x in a if "bpb" in x] == pytest.approx([x["bpb"] for x in b if "bpb" in x], rel=1e-4)
     assert two[1].text == "", "one process speaks and writes"
-    more = words(corpus, out_dir="two", **changes | dict(max_iters=14)) + ["--resume"]
-    assert Program(more, tmp_path).wait() == 0 and lines(tmp_path / "two")[-1]["step"] == 14
+    more = cli_args(corpus, out_dir="two", **changes | dict(max_iters=14)) + ["--resume"]
+    assert Program(more, tmp_path).wait() == 0 and metrics(tmp_path / "two")[-1]["step"] == 14
 
 
 @posix
 def test_resuming_two_processes_is_exact(tmp_path, corpus):
     """A stop that only one process was asked for rides on the all-reduce; the rest is the same to the bit."""
     changes = dict(gradient_accumulation_steps=2, dropout=0.1, log_interval=1, save_interval=7)
-    straight = ranks(2, words(corpus, out_dir="straight", **changes), tmp_path)
-    stopped = ranks(2, words(corpus, out_dir="stopped", **changes), tmp_path, {1: (ask, 9)})
+    straight = ranks(2, cli_args(corpus, out_dir="straight", **changes), tmp_path)
+    stopped = ranks(2, cli_args(corpus, out_dir="stopped", **changes), tmp_path, {1: (ask, 9)})
     assert [p.wait() for p in (*straight, *stopped)] == [0, 0, 143, 143], stopped[0].text
-    assert kept(tmp_path / "stopped")["step"] == 9
-    again = ranks(2, words(corpus, out_dir="stopped", **changes) + ["--resume"], tmp_path)
+    assert run_state(tmp_path / "stopped")["step"] == 9
+    again = ranks(2, cli_args(corpus, out_dir="stopped", **changes) + ["--resume"], tmp_path)
     assert [p.wait() for p in again] == [0, 0], again[0].text
-    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
-    assert same(kept(tmp_path / "stopped"), kept(tmp_path / "straight"))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    assert bit_equal(run_state(tmp_path / "stopped"), run_state(tmp_path / "straight"))
 
 
 def ask(after: int) -> None:
@@ -647,17 +659,17 @@ def ask(after: int) -> None:
 def test_a_rank_that_dies_stops_the_other(dies, tmp_path, corpus):
     """Within seconds, with the reason and no half save; and the run goes on."""
     changes = dict(gradient_accumulation_steps=2, log_interval=1)
-    pair = ranks(2, words(corpus, out_dir="run", **changes), tmp_path, {dies: (die, 13)})
+    pair = ranks(2, cli_args(corpus, out_dir="run", **changes), tmp_path, {dies: (die, 13)})
     assert pair[dies].wait() == -signal.SIGKILL
     assert pair[1 - dies].wait(10) == 1
     said = pair[1 - dies].text
     assert "error: another process of this run is gone" in said and "Traceback" not in said
-    assert kept(tmp_path / "run")["step"] == 10 and not list((tmp_path / "run").glob("*.tmp"))
-    again = ranks(2, words(corpus, out_dir="run", **changes) + ["--resume"], tmp_path)
-    straight = ranks(2, words(corpus, out_dir="straight", **changes), tmp_path)
+    assert run_state(tmp_path / "run")["step"] == 10 and not list((tmp_path / "run").glob("*.tmp"))
+    again = ranks(2, cli_args(corpus, out_dir="run", **changes) + ["--resume"], tmp_path)
+    straight = ranks(2, cli_args(corpus, out_dir="straight", **changes), tmp_path)
     assert [p.wait() for p in (*again, *straight)] == [0] * 4
-    assert lines(tmp_path / "run") == lines(tmp_path / "straight")
-    assert same(kept(tmp_path / "run"), kept(tmp_path / "straight"))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    assert bit_equal(run_state(tmp_path / "run"), run_state(tmp_path / "straight"))
 
 
 def die(after: int) -> None:
@@ -674,7 +686,7 @@ def die(after: int) -> None:
 
 @posix
 def test_processes_that_divide_nothing(tmp_path, corpus):
-    trio = ranks(3, words(corpus, out_dir="run", batch_size=4), tmp_path)
+    trio = ranks(3, cli_args(corpus, out_dir="run", batch_size=4), tmp_path)
     assert [p.wait() for p in trio] == [2, 2, 2]
     assert "3 processes divide neither" in trio[0].text and not (tmp_path / "run").exists()
 
@@ -692,7 +704,7 @@ def test_torchrun(tmp_path, corpus):
             "--standalone",
             "--nproc_per_node=2",
             str(ROOT / "train.py"),
-            *words(corpus, **changes),
+            *cli_args(corpus, **changes),
             *extra,
         ]
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -706,8 +718,8 @@ def test_torchrun(tmp_path, corpus):
     run.send_signal(signal.SIGTERM)
     said = run.communicate(timeout=60)[1]
     assert "saved at step" in said and run.returncode != 0
-    step = kept(tmp_path / "run")["step"]
-    assert step == lines(tmp_path / "run")[-1]["step"]
+    step = run_state(tmp_path / "run")["step"]
+    assert step == metrics(tmp_path / "run")[-1]["step"]
     run = torchrun("--resume", **LONG | changes | dict(max_iters=step + 3))
     said = run.communicate(timeout=120)[1]
     assert run.returncode == 0 and f"at step {step:,}" in said, said

@@ -169,8 +169,8 @@ def test_a_checkpoint_that_does_not_name_its_data(tmp_path, model, data, capsys)
     assert evaluate.main(["--out_dir", str(tmp_path / "model.pt"), "--data", str(data.folder)]) == 0
 
 
-def test_several_runs_are_compared(here, capsys):
-    assert here("a") == 0 and here("b", n_layer=1, max_iters=12) == 0
+def test_several_runs_are_compared(main, capsys):
+    assert main("a") == 0 and main("b", n_layer=1, max_iters=12) == 0
     assert evaluate.main(["a", "b", "--plot", "both.png"]) == 0
     *_, head, first, second = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["run", "max_iters", "n_layer"] and head.endswith("bits per byte")
@@ -188,9 +188,9 @@ def test_tasks_and_devices(run, capsys):
     assert "there is no task nothing" in err and "device must be" in err
 
 
-def test_the_checkpoint_s_tokenizer_is_enough(here, monkeypatch):
+def test_the_checkpoint_s_tokenizer_is_enough(main, monkeypatch):
     """GPT-2's vocabulary, say, need not be available: the checkpoint holds it."""
-    assert here("run", max_iters=2) == 0
+    assert main("run", max_iters=2) == 0
 
     def unreachable(name):
         raise tokenizer.Unreachable("no network")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Program, kept, lines, same, words
+from helpers import Program, bit_equal, cli_args, metrics, run_state
 
 import train
 from nanostlm import checkpoint, runs, score
@@ -157,7 +157,7 @@ class Watch:
     """Runs with faults, and what came of them."""
 
     def __init__(self, tmp_path: Path, corpus: Path, seed: int):
-        self.root, self.argv, self.draw = tmp_path, words(corpus, **RUN), random.Random(seed)
+        self.root, self.argv, self.draw = tmp_path, cli_args(corpus, **RUN), random.Random(seed)
         self.table: dict[str, list[int]] = {}  # fault -> injected, survived, lost, most updates made again
         self.damaged = b""  # what latest.pt was turned into
         for name in ("warm-up", "straight"):  # the first one waits for the fork server to start
@@ -219,8 +219,10 @@ class Watch:
             finished, lost = self.once(folder, None)
             self.note(injected, lost)
         assert finished
-        equal = lines(folder) == lines(self.straight) and same(kept(folder), kept(self.straight))
-        equal = equal and same(kept(folder, "best.pt"), kept(self.straight, "best.pt"))
+        equal = metrics(folder) == metrics(self.straight) and bit_equal(
+            run_state(folder), run_state(self.straight)
+        )
+        equal = equal and bit_equal(run_state(folder, "best.pt"), run_state(self.straight, "best.pt"))
         equal = equal and not list(folder.glob("*.tmp"))
         for fault in injected:
             self.table.setdefault(fault, [0, 0, 0, 0])

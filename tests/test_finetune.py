@@ -17,15 +17,15 @@ from nanostlm.tokenizer import from_state
 
 
 @pytest.fixture
-def origin(here, tmp_path):
+def origin(main, tmp_path):
     """A finished micro run."""
-    assert here("first", max_iters=3) == 0
+    assert main("first", max_iters=3) == 0
     return tmp_path / "first"
 
 
-def test_begins_from_the_weights_with_a_fresh_optimizer(here, origin):
+def test_begins_from_the_weights_with_a_fresh_optimizer(main, origin):
     assert (
-        here("second", init_from="first", learning_rate=1e-9, max_iters=1, warmup_iters=0, weight_decay=0)
+        main("second", init_from="first", learning_rate=1e-9, max_iters=1, warmup_iters=0, weight_decay=0)
         == 0
     )
     before, after = (checkpoint.read(run / "latest.pt") for run in (origin, origin.parent / "second"))
@@ -36,9 +36,9 @@ def test_begins_from_the_weights_with_a_fresh_optimizer(here, origin):
     assert before["tokenizer"] == after["tokenizer"]
 
 
-def test_another_model_is_refused_by_name(here, origin):
-    assert here("second", init_from="first", n_layer=3) == 2
-    assert "n_layer=3" in here.said and not (origin.parent / "second").exists()
+def test_another_model_is_refused_by_name(main, origin):
+    assert main("second", init_from="first", n_layer=3) == 2
+    assert "n_layer=3" in main.stderr and not (origin.parent / "second").exists()
 
 
 def test_settings_on_which_no_weight_depends_may_change():
@@ -54,47 +54,47 @@ def test_settings_on_which_no_weight_depends_may_change():
         checkpoint.adapt(model, GPTConfig(block_size=32), "first")
 
 
-def test_no_such_checkpoint(here):
-    assert here("second", init_from="nowhere.pt") == 2
-    assert "nowhere.pt" in here.said
+def test_no_such_checkpoint(main):
+    assert main("second", init_from="nowhere.pt") == 2
+    assert "nowhere.pt" in main.stderr
 
 
-def test_from_a_hugging_face_folder(here, origin, tmp_path):
+def test_from_a_hugging_face_folder(main, origin, tmp_path):
     model, tokenizer = checkpoint.load(origin)
     try:
         hf.to_hf(model, tokenizer, tmp_path / "hf")
     except ValueError as error:
         pytest.skip(f"the micro model has no equivalent there: {error}")
-    assert here("second", init_from=f"hf:{tmp_path / 'hf'}", max_iters=1) == 0
-    assert here("third", init_from="first", max_iters=1) == 0
+    assert main("second", init_from=f"hf:{tmp_path / 'hf'}", max_iters=1) == 0
+    assert main("third", init_from="first", max_iters=1) == 0
     first = [runs.read_metrics(tmp_path / run)[0]["loss"] for run in ("second", "third")]
     assert first[0] == pytest.approx(first[1], rel=1e-6)
 
 
-def test_on_a_corpus_that_is_prepared_with_another_tokenizer(here, corpus):
+def test_on_a_corpus_that_is_prepared_with_another_tokenizer(main, corpus):
     """It is prepared with the run's tokenizer, from the source that prepare.py was given."""
     source, places = str(corpus.parent / "mini.txt"), dict(dataset="other", data_dir="data", max_iters=1)
     prepare.prepare("mini", "bpe270", source, data_dir="data")
-    assert here("first", dataset="mini", tokenizer="bpe270", data_dir="data", max_iters=3) == 0
+    assert main("first", dataset="mini", tokenizer="bpe270", data_dir="data", max_iters=3) == 0
     texts = (f"{i} {words}" for i, words in enumerate((corpus.parent / "mini.txt").read_text().split("\n\n")))
     Path("other.txt").write_text("\n\n".join(texts))
     prepare.prepare("other", "bpe270", "other.txt", data_dir="data")
-    assert here("second", init_from="first", **places) == 0
+    assert main("second", init_from="first", **places) == 0
     tokenizer = checkpoint.read("second/latest.pt")["tokenizer"]
     assert tokenizer == checkpoint.read("first/latest.pt")["tokenizer"]
     name = f"bpe270-{from_state(tokenizer).sha256[:8]}"
     assert checkpoint.read("second/latest.pt")["train_config"]["tokenizer"] == name
     assert load_data(Path("data", "other", name)).train.size > 100
     shutil.rmtree(Path("data", "other", name))  # a resumed run makes the same data
-    assert here("second", "--resume", alone=True, max_iters=2, data_dir="data") == 0
+    assert main("second", "--resume", micro=False, max_iters=2, data_dir="data") == 0
 
 
-def test_on_a_corpus_whose_source_is_gone(here, origin, corpus):
+def test_on_a_corpus_whose_source_is_gone(main, origin, corpus):
     Path("other.txt").write_text((corpus.parent / "mini.txt").read_text())
     prepare.prepare("other", "bpe270", "other.txt", data_dir="data")
     Path("other.txt").unlink()
-    assert here("second", init_from="first", dataset="other", data_dir="data") == 2
+    assert main("second", init_from="first", dataset="other", data_dir="data") == 2
     assert (
-        "prepared with bpe270, not with this model's tokenizer" in here.said
-        and "add --source=PATH" in here.said
+        "prepared with bpe270, not with this model's tokenizer" in main.stderr
+        and "add --source=PATH" in main.stderr
     )

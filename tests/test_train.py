@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from helpers import (
     MICRO,
     ROOT,
-    apart,
     batches,
+    bit_equal,
     config,
-    cpu,
+    cpu_machine,
     gradients,
-    kept,
-    lines,
-    numbers,
-    same,
+    max_difference,
+    metrics,
+    random_data,
+    run_script,
+    run_state,
     trainer,
-    typed,
 )
 
 import evaluate
@@ -59,7 +59,7 @@ def starts_of(made: datasets.Batches, step: int) -> list[int]:
 @pytest.mark.parametrize("story_windows", [False, True])
 @pytest.mark.parametrize("rows", [(3, 2), (20, 5), (7, 1)], ids=str)
 def test_the_global_batch_is_a_pure_function_of_seed_and_step(story_windows, rows):
-    data, shape = numbers(300), dict(batch_size=rows[0], gradient_accumulation_steps=rows[1])
+    data, shape = random_data(300), dict(batch_size=rows[0], gradient_accumulation_steps=rows[1])
     c = config(**shape, story_windows=story_windows, seed=5)
     made = batches(c, data)
     for step in [0, 1, 2, 30, 4, 1000, 0]:  # in any order: there is no state that matters
@@ -77,7 +77,7 @@ def test_the_global_batch_is_a_pure_function_of_seed_and_step(story_windows, row
 def test_an_epoch_is_every_window_once(story_windows):
     """Also if a step straddles two epochs, or is longer than several of them."""
     for rows in (4, 7, 100):
-        made = batches(config(batch_size=rows, story_windows=story_windows), numbers(300))
+        made = batches(config(batch_size=rows, story_windows=story_windows), random_data(300))
         starts = made.stages[0].starts.tolist()
         W = len(starts)
         assert W % rows, "a step must straddle two epochs"
@@ -89,18 +89,18 @@ def test_an_epoch_is_every_window_once(story_windows):
 
 def test_the_windows_cover_the_file_and_stay_inside():
     for tokens in (17, 18, 32, 33, 34, 300):
-        starts = batches(config(), numbers(tokens)).stages[0].starts
+        starts = batches(config(), random_data(tokens)).stages[0].starts
         assert starts[0] == 0 and starts[-1] + 17 <= tokens < starts[-1] + 2 * 17
         assert set(np.diff(starts)) <= {16}
     with pytest.raises(ValueError, match="16 tokens, too few for one window"):
-        batches(config(), numbers(16))
+        batches(config(), random_data(16))
 
 
 @pytest.mark.parametrize(
     "batch_size, accumulation, worlds", [(4, 6, (1, 2, 3)), (6, 1, (1, 2, 3)), (4, 2, (2, 4))]
 )
 def test_processes_take_slices_of_the_same_global_batch(batch_size, accumulation, worlds):
-    c, data = config(batch_size=batch_size, gradient_accumulation_steps=accumulation), numbers()
+    c, data = config(batch_size=batch_size, gradient_accumulation_steps=accumulation), random_data()
     for step in (0, 1, 5):
         whole = sorted(by_the_book(c, batches(c, data).stages[0].starts, step))
         for world in worlds:
@@ -112,7 +112,7 @@ def test_processes_take_slices_of_the_same_global_batch(batch_size, accumulation
 def test_windows_grow_by_stages():
     """Each stage has windows and permutations of its own, and as many tokens an update, on any processes."""
     growing = dict(context_schedule="0:0.25,0.5:1", max_iters=20, batch_size=2)
-    c, data, t = config(**growing), numbers(300), trainer(**growing)
+    c, data, t = config(**growing), random_data(300), trainer(**growing)
     assert [stage.length for stage in t.batches.stages] == [4, 16] and t.tokens_per_step == 32
     for step, shape in ((0, (8, 4)), (9, (8, 4)), (10, (2, 16)), (25, (2, 16))):
         assert [tuple(idx.shape) for idx, _ in t.micro_batches(step)] == [shape]
@@ -144,7 +144,7 @@ def test_a_story_window_ends_with_its_last_target():
 def test_processes_that_divide_nothing_are_refused():
     divide = "3 processes divide neither gradient_accumulation_steps=2 nor batch_size=4"
     with pytest.raises(ValueError, match=divide):
-        batches(config(gradient_accumulation_steps=2), numbers(), 0, 3)
+        batches(config(gradient_accumulation_steps=2), random_data(), 0, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_dropout_differs_between_updates_micro_batches_and_processes():
     def losses(step: int, rank: int = 0) -> list[float]:
         t, found = trainer(dropout=0.5, gradient_accumulation_steps=2), []
         batch, forward = next(t.micro_batches(0)), t.forward
-        t.machine, t.micro_batches = cpu(rank=rank), lambda step: [batch, batch]
+        t.machine, t.micro_batches = cpu_machine(rank=rank), lambda step: [batch, batch]
 
         def record(*args):
             logits, loss = forward(*args)
@@ -490,12 +490,14 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(changes, tolerance):
         trainer(batch_size=8, grad_clip=0.0, **changes),
     ]
     first = [gradients(t) for t in pair]
-    assert apart(*first) < tolerance and apart(first[0], gradients(pair[0], 1)) > 0.05, "no empty claim"
+    assert max_difference(*first) < tolerance and max_difference(first[0], gradients(pair[0], 1)) > 0.05, (
+        "no empty claim"
+    )
     if "optimizer" in changes:  # after some updates of its own
         for step in range(3):
             losses = [t.train_step(step)["loss"] for t in pair]
             assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-        assert apart(*(gradients(t, 3) for t in pair)) < tolerance
+        assert max_difference(*(gradients(t, 3) for t in pair)) < tolerance
 
 
 def test_accumulation_makes_the_same_weights_in_float64():
@@ -509,7 +511,7 @@ def test_accumulation_makes_the_same_weights_in_float64():
             t.train_step(step)
     one, other = ([p.detach() for p in t.model.parameters()] for t in pair)
     assert max((a - b).abs().max().item() for a, b in zip(one, other, strict=True)) < 1e-12
-    assert apart(one, before) > 0.01
+    assert max_difference(one, before) > 0.01
 
 
 def test_an_update_is_adamw_by_the_book():
@@ -574,9 +576,9 @@ def test_an_update_that_is_not_finite_is_left_out(kind, changes, capsys):
         result = t.train_step(step)
         after = [p.detach() for p in t.model.parameters()]
         assert all(p.isfinite().all() for p in after)
-        assert same(before, after) == (step in (2, 3, 5)), f"step {step}"
+        assert bit_equal(before, after) == (step in (2, 3, 5)), f"step {step}"
         if step in (2, 3, 5):
-            assert same(moments, [dict(s) for o in t.optimizers for s in o.state.values()])
+            assert bit_equal(moments, [dict(s) for o in t.optimizers for s in o.state.values()])
             assert not math.isfinite(result["loss"] if kind == "loss" else result["grad_norm"])
     scaled = t.machine.needs_scaler
     assert t.progress.skipped == (0 if scaled and kind == "gradient" else 3)
@@ -629,14 +631,14 @@ def test_patience_says_why_it_stops_and_keeps_the_first_weights(tmp_path, capsys
     train.train(t)
     assert "stopped at step 2: no better evaluation in the last 2 (patience)" in capsys.readouterr().err
     assert checkpoint.read(tmp_path / "best.pt")["step"] == 0
-    assert not same(dict(t.model.state_dict()), first)
+    assert not bit_equal(dict(t.model.state_dict()), first)
     report.load_best(t)
-    assert same(dict(t.model.state_dict()), first) and "of step 0" in capsys.readouterr().err
+    assert bit_equal(dict(t.model.state_dict()), first) and "of step 0" in capsys.readouterr().err
 
 
 def test_document_masking_keeps_stories_apart():
     t, crossing = trainer(cross_stories=False), trainer()
-    assert apart(gradients(t), gradients(crossing)) > 1e-4
+    assert max_difference(gradients(t), gradients(crossing)) > 1e-4
     # by hand: a window of two stories has the loss of both stories alone (RoPE knows distances only)
     t.model.eval()
     window = torch.tensor([[256, 1, 2, 3, 256, 4, 5, 6]])
@@ -684,28 +686,30 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_run_that_was_stopped_goes_on_to_the_last_bit(name, here):
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(name, main):
     """Twice stopped, in the middle of epochs, of intervals, at their ends, and before the first of them."""
     changes = VARIANTS[name]
-    assert here("straight", **changes) == 0
+    assert main("straight", **changes) == 0
     places = list(VARIANTS).index(name)
     stops = [1, 5, 6, 13, 23] if name == "everything" else [1 + places % 3, 5 + places]
     if name == "patience":  # one evaluation before its patience ends
-        stops = [1, kept("straight")["step"] - 1]
+        stops = [1, run_state("straight")["step"] - 1]
     for i, stop in enumerate(stops):
-        assert here("stopped", *["--resume"][:i], stop_after=stop, **changes) == 143
-        assert f"saved at step {stop}" in here.said
-    assert here("stopped", "--resume", alone=True) == 0 and f"at step {stops[-1]}" in here.said
-    assert lines("stopped") == lines("straight")
-    assert same(kept("stopped"), kept("straight"))
-    assert same(kept("stopped", "best.pt"), kept("straight", "best.pt"))
-    assert here("stopped", "--resume", alone=True) == 0, "a finished run that is resumed is finished"
-    assert same(kept("stopped"), kept("straight")) and lines("stopped") == lines("straight")
-    assert len(lines("straight")) > 12 or name == "patience" and 7 < kept("straight")["step"] < 24
+        assert main("stopped", *["--resume"][:i], stop_after=stop, **changes) == 143
+        assert f"saved at step {stop}" in main.stderr
+    assert main("stopped", "--resume", micro=False) == 0 and f"at step {stops[-1]}" in main.stderr
+    assert metrics("stopped") == metrics("straight")
+    assert bit_equal(run_state("stopped"), run_state("straight"))
+    assert bit_equal(run_state("stopped", "best.pt"), run_state("straight", "best.pt"))
+    assert main("stopped", "--resume", micro=False) == 0, "a finished run that is resumed is finished"
+    assert bit_equal(run_state("stopped"), run_state("straight")) and metrics("stopped") == metrics(
+        "straight"
+    )
+    assert len(metrics("straight")) > 12 or name == "patience" and 7 < run_state("straight")["step"] < 24
 
 
 @pytest.mark.parametrize("half", [1, 2, 6, 7, 9, 12])
-def test_n_steps_and_n_more_are_2n_steps(half, here):
+def test_n_steps_and_n_more_are_2n_steps(half, main):
     """The literal promise, the length of the run given anew, on the intervals (of 2 and 3) and off them."""
     same_end = dict(
         lr_decay_iters=2 * half,
@@ -716,15 +720,15 @@ def test_n_steps_and_n_more_are_2n_steps(half, here):
         patience=3,
         learning_rate=0.05,
     )
-    assert here("straight", max_iters=2 * half, **same_end) == 0
-    assert here("halves", max_iters=half, **same_end) == 0
-    assert [line["step"] for line in lines("halves")[-2:]] == [half, half], "a train line and a val line"
-    once = lines("halves")
-    assert here("halves", "--resume", alone=True) == 0 and lines("halves") == once, "it is finished"
-    assert here("halves", "--resume", alone=True, max_iters=2 * half) == 0
-    assert f"max_iters: {half} -> {2 * half}" in here.said
-    assert lines("halves") == lines("straight")
-    assert same(kept("halves"), kept("straight"))
+    assert main("straight", max_iters=2 * half, **same_end) == 0
+    assert main("halves", max_iters=half, **same_end) == 0
+    assert [line["step"] for line in metrics("halves")[-2:]] == [half, half], "a train line and a val line"
+    once = metrics("halves")
+    assert main("halves", "--resume", micro=False) == 0 and metrics("halves") == once, "it is finished"
+    assert main("halves", "--resume", micro=False, max_iters=2 * half) == 0
+    assert f"max_iters: {half} -> {2 * half}" in main.stderr
+    assert metrics("halves") == metrics("straight")
+    assert bit_equal(run_state("halves"), run_state("straight"))
 
 
 def test_a_closing_evaluation_keeps_the_best_weights_but_uses_up_no_patience(tmp_path):
@@ -746,16 +750,18 @@ def test_a_requested_checkpoint_is_saved_once(tmp_path):
     assert [step for name, step in saved if name == "latest.pt"] == [0, 6]
 
 
-def test_the_intervals_change_no_training_loss(here):
+def test_the_intervals_change_no_training_loss(main):
     everything = dict(dropout=0.2, dtype="bfloat16", log_interval=1)
-    assert here("a", eval_interval=24, save_interval=24, **everything) == 0
-    assert here("b", eval_interval=1, save_interval=3, **everything) == 0
-    assert here("c", eval_interval=5, eval_tokens=17, **everything) == 0
-    a, b, c = (lines(run, "train") for run in "abc")
+    assert main("a", eval_interval=24, save_interval=24, **everything) == 0
+    assert main("b", eval_interval=1, save_interval=3, **everything) == 0
+    assert main("c", eval_interval=5, eval_tokens=17, **everything) == 0
+    a, b, c = (metrics(run, "train") for run in "abc")
     assert len(a) == 24 and a == b == c
-    assert same(kept("a")["model"], kept("b")["model"]) and same(kept("a")["model"], kept("c")["model"])
-    assert here("d", eval_interval=24, save_interval=24, **everything | dict(seed=1)) == 0
-    assert lines("d", "train") != a, "no empty claim"
+    assert bit_equal(run_state("a")["model"], run_state("b")["model"]) and bit_equal(
+        run_state("a")["model"], run_state("c")["model"]
+    )
+    assert main("d", eval_interval=24, save_interval=24, **everything | dict(seed=1)) == 0
+    assert metrics("d", "train") != a, "no empty claim"
 
 
 def test_learning_rates_come_from_the_settings_and_moments_from_the_checkpoint(tmp_path):
@@ -766,19 +772,19 @@ def test_learning_rates_come_from_the_settings_and_moments_from_the_checkpoint(t
     assert again.load_checkpoint(checkpoint.read(tmp_path / "latest.pt")) == 1
     before = [p.clone() for p in again.model.parameters()]
     assert again.train_step(1)["lr"] < 1e-9
-    assert 0 < apart(before, list(again.model.parameters())) < 1e-6
+    assert 0 < max_difference(before, list(again.model.parameters())) < 1e-6
     moments = again.optimizers[0].state_dict()["state"]
     assert {int(moment["step"]) for moment in moments.values()} == {2}
 
 
-def test_resuming_on_another_split_of_the_batch(here):
+def test_resuming_on_another_split_of_the_batch(main):
     """The split between accumulation and batch_size may change: the same batch, nearly the same numbers."""
     changes = dict(batch_size=6, gradient_accumulation_steps=2, log_interval=1)
-    assert here("a", **changes) == 0
-    assert here("b", stop_after=10, **changes) == 143
-    assert here("b", "--resume", alone=True, batch_size=3, gradient_accumulation_steps=4) == 0
-    assert "batch_size: 6 -> 3" in here.said and "gradient_accumulation_steps: 2 -> 4" in here.said
-    a, b = lines("a", "train"), lines("b", "train")
+    assert main("a", **changes) == 0
+    assert main("b", stop_after=10, **changes) == 143
+    assert main("b", "--resume", micro=False, batch_size=3, gradient_accumulation_steps=4) == 0
+    assert "batch_size: 6 -> 3" in main.stderr and "gradient_accumulation_steps: 2 -> 4" in main.stderr
+    a, b = metrics("a", "train"), metrics("b", "train")
     assert [x["step"] for x in a] == [x["step"] for x in b] and a[:10] == b[:10]
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
 
@@ -786,26 +792,26 @@ def test_resuming_on_another_split_of_the_batch(here):
 @pytest.mark.parametrize(
     "before, after", [("float32", "float16"), ("float16", "bfloat16"), ("bfloat16", "float16")]
 )
-def test_resuming_in_another_precision(before, after, here):
+def test_resuming_in_another_precision(before, after, main):
     """A run of one machine goes on on another, whose precision may need a scaler, or none."""
-    assert here("run", dtype=before, stop_after=4) == 143
-    assert here("run", "--resume", alone=True, dtype=after) == 0
-    assert f"dtype: '{before}' -> '{after}'" in here.said
-    assert lines("run", "train")[-1]["step"] == 24
+    assert main("run", dtype=before, stop_after=4) == 143
+    assert main("run", "--resume", micro=False, dtype=after) == 0
+    assert f"dtype: '{before}' -> '{after}'" in main.stderr
+    assert metrics("run", "train")[-1]["step"] == 24
 
 
-def test_resuming_on_another_machine_is_said(here, monkeypatch):
+def test_resuming_on_another_machine_is_said(main, monkeypatch):
     """Its precision may be another where dtype is auto; compiled is what the run was begun with."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
-    assert here("run", dtype="auto", compile="auto", stop_after=4) == 143
-    assert here("run", "--resume", alone=True, stop_after=5) == 143 and "so far" not in here.said
+    assert main("run", dtype="auto", compile="auto", stop_after=4) == 143
+    assert main("run", "--resume", micro=False, stop_after=5) == 143 and "so far" not in main.stderr
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64", "bf16": True})
     state = checkpoint.read("run/latest.pt")
     checkpoint.save("run/latest.pt", state | {"compiled": True})
     monkeypatch.setattr(torch, "compile", lambda model: lambda *args, **kwargs: model(*args, **kwargs))
-    assert here("run", "--resume", alone=True) == 0
-    assert "machine  CPU (arm64), bfloat16 (it has bf16 matrix units), compiled" in here.said
-    assert "the steps so far were made on CPU (x86_64), float32 (it has no bf16 matrix units)" in here.said
+    assert main("run", "--resume", micro=False) == 0
+    assert "machine  CPU (arm64), bfloat16 (it has bf16 matrix units), compiled" in main.stderr
+    assert "the steps so far were made on CPU (x86_64), float32 (it has no bf16 matrix units)" in main.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -830,7 +836,7 @@ def slow_bpb(model: GPT, ids: list[int], tok, cross_stories: bool = True) -> tup
 @pytest.mark.parametrize("eval_tokens", [0, 1, 16, 37, 10_000])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_bits_per_byte_against_a_slow_formula(eval_tokens, batch_size):
-    data = numbers()
+    data = random_data()
     t = trainer(data, eval_tokens=eval_tokens, batch_size=batch_size)
     for step in range(3):
         t.train_step(step)
@@ -849,17 +855,17 @@ def test_evaluation_keeps_stories_apart_where_training_does():
 
 
 @pytest.mark.parametrize("cross_stories", [True, False])
-def test_evaluate_says_what_training_said(cross_stories, here, tmp_path, capsys):
+def test_evaluate_says_what_training_said(cross_stories, main, tmp_path, capsys):
     for name in ("train", "val"):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {i}" for i in range(30)))
     prepare.prepare("short", "byte", source=str(tmp_path), data_dir="data")
     changes = dict(dataset="short", data_dir="data", eval_tokens=0, cross_stories=cross_stories)
-    assert here("run", learning_rate=0.1, **changes) == 0
+    assert main("run", learning_rate=0.1, **changes) == 0
     assert evaluate.main(["--out_dir=run"]) == 0
-    assert f"{lines('run', 'val')[-1]['loss']:.4f} nats a token" in capsys.readouterr().out
+    assert f"{metrics('run', 'val')[-1]['loss']:.4f} nats a token" in capsys.readouterr().out
     assert evaluate.main(["--out_dir=run", "--dtype=int8"]) == 0
     nats = float(capsys.readouterr().out.split(" nats")[0].split()[-1])
-    assert nats == pytest.approx(lines("run", "val")[-1]["loss"], rel=0.02)
+    assert nats == pytest.approx(metrics("run", "val")[-1]["loss"], rel=0.02)
 
 
 def test_bits_per_byte_of_a_bpe_counts_the_bytes_of_its_tokens():
@@ -874,8 +880,8 @@ def test_bits_per_byte_of_a_bpe_counts_the_bytes_of_its_tokens():
     assert result["bpb"] == pytest.approx(result["loss"] * len(ids) / math.log(2) / (22 + 1 + 7 + 1))
 
 
-def test_the_contract_of_metrics(here):
-    assert here("run", max_iters=17, eval_interval=6, log_interval=4, gradient_accumulation_steps=2) == 0
+def test_the_contract_of_metrics(main):
+    assert main("run", max_iters=17, eval_interval=6, log_interval=4, gradient_accumulation_steps=2) == 0
     found = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     val = [line for line in found if line["split"] == "val"]
     logged = [line for line in found if line["split"] == "train"]
@@ -898,12 +904,12 @@ def kept_config(run) -> dict:
     return checkpoint.read(Path(run, "latest.pt"))["train_config"]
 
 
-def test_elapsed_goes_on_over_a_resume(here):
-    assert here("run", stop_after=8) == 143
+def test_elapsed_goes_on_over_a_resume(main):
+    assert main("run", stop_after=8) == 143
     state = checkpoint.read("run/latest.pt")
     state["progress"]["elapsed"] += 1000
     checkpoint.save("run/latest.pt", state)
-    assert here("run", "--resume") == 0
+    assert main("run", "--resume") == 0
     assert 1000 < json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["elapsed_s"] < 1100
 
 
@@ -912,7 +918,7 @@ def test_the_summary_is_of_the_updates_made_and_of_the_best_evaluations(tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "plot", lambda *args: None)
     monkeypatch.setattr(generate, "stories", lambda *args, **sampling: [])
-    data = numbers()._replace(meta={"corpus": "numbers", "val": dict(bytes=80, stories=10, tokens=90)})
+    data = random_data()._replace(meta={"corpus": "numbers", "val": dict(bytes=80, stories=10, tokens=90)})
     for age, name in ((200, "run"), (100, "run-2"), (0, "run-3")):
         t = trainer(data, out_dir=Path("out", name), max_iters=100)
         for step, loss in ((1, 3.0), (2, 2.0 + age / 1000), (3, 2.5)):
@@ -935,7 +941,7 @@ def test_the_floor_of_the_curve_is_in_nats_per_token(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "plot", lambda metrics, floor: floors.append(floor))
     monkeypatch.setattr(generate, "stories", lambda *args, **sampling: [])
     for known in ({"floor_bpb": 0.5}, {}):
-        data = numbers()._replace(meta={"corpus": "numbers", "val": val, **known})
+        data = random_data()._replace(meta={"corpus": "numbers", "val": val, **known})
         report.final(trainer(data, out_dir="run", prompt="Tom"), "run")
     assert floors == [pytest.approx(0.5 * math.log(2) * 2), None]
 
@@ -950,7 +956,7 @@ def test_a_checkpoint_holds_the_seconds_of_all_its_runs(tmp_path):
 def test_the_plan_in_numbers(monkeypatch):
     """Epochs are those of the whole run; memory is that of one micro-batch."""
     monkeypatch.setattr(machine.Machine, "base_memory", lambda self: 0)
-    data, machine_of = numbers(), cpu()
+    data, machine_of = random_data(), cpu_machine()
     data = data._replace(meta={"train": {"stories": 70}})
 
     def plan(**changes) -> str:
@@ -985,7 +991,7 @@ def test_lines_on_the_console_where_there_is_no_terminal(capsys):
 def test_the_plan_says_how_much_memory_the_run_takes(dtype, tmp_path, corpus):
     shape = dict(n_layer=4, n_embd=192, n_head=4, block_size=128, batch_size=8, max_iters=3, dtype=dtype)
     argv = [f"--{key}={value}" for key, value in (MICRO | shape | {"data_dir": corpus}).items()]
-    said = typed(ROOT / "train.py", *argv, "--out_dir=run", cwd=tmp_path).stderr
+    said = run_script(ROOT / "train.py", *argv, "--out_dir=run", cwd=tmp_path).stderr
     planned = int(re.search(r"about ([\d,]+) MB of memory", said)[1].replace(",", ""))
     peak = int(re.search(r"peak memory ([\d,]+) MB", said)[1].replace(",", ""))
     assert planned == pytest.approx(peak, rel=0.2)
@@ -1041,9 +1047,9 @@ def test_ten_lines_train_a_model_in_a_notebook(corpus, tmp_path):
         if step % c.save_interval == 0:
             trainer.save_checkpoint(step + 1)
 
-    val = lines(tmp_path, "val")
+    val = metrics(tmp_path, "val")
     assert val[-1]["loss"] < val[0]["loss"] - 0.3
-    assert len(lines(tmp_path, "train")) == 10
+    assert len(metrics(tmp_path, "train")) == 10
     again = Trainer(c, GPT(c.model), data, out_dir=tmp_path)
     assert again.load_checkpoint(checkpoint.read(tmp_path / "latest.pt")) == 16
     model, tok = checkpoint.load(tmp_path)
@@ -1067,59 +1073,61 @@ def test_loggers_are_imported_only_when_asked_for(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_tensorboard(here):
+def test_tensorboard(main):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert here("run", logger="tensorboard", max_iters=6) == 0
+    assert main("run", logger="tensorboard", max_iters=6) == 0
     found = events.EventAccumulator("run").Reload()
     assert set(found.Tags()["scalars"]) >= {"train/loss", "val/loss", "val/bpb", "train/lr"}
-    mine = {line["step"]: line["loss"] for line in lines("run", "val")}
+    mine = {line["step"]: line["loss"] for line in metrics("run", "val")}
     assert {e.step: e.value for e in found.Scalars("val/loss")} == pytest.approx(mine)
 
 
-def test_a_logger_that_is_not_installed(here, monkeypatch):
+def test_a_logger_that_is_not_installed(main, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert here("run", logger="wandb") == 2
-    assert "pip install wandb" in here.said and "Traceback" not in here.said
+    assert main("run", logger="wandb") == 2
+    assert "pip install wandb" in main.stderr and "Traceback" not in main.stderr
 
 
-def test_weights_and_biases(here, monkeypatch):
+def test_weights_and_biases(main, monkeypatch):
     wrote, asked = [], {}
     run = SimpleNamespace(log=lambda line, step: wrote.append((step, line)))
     monkeypatch.setitem(
         sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: asked.update(kwargs) or run)
     )
-    assert here("run", logger="wandb", max_iters=6) == 0
+    assert main("run", logger="wandb", max_iters=6) == 0
     assert asked["config"]["max_iters"] == 6
-    assert [step for step, _ in wrote] == [line["step"] for line in lines("run")]
+    assert [step for step, _ in wrote] == [line["step"] for line in metrics("run")]
 
 
-def test_compiling_that_fails_is_loud_and_the_run_goes_on(here, monkeypatch):
+def test_compiling_that_fails_is_loud_and_the_run_goes_on(main, monkeypatch):
     def broken(model):
         raise RuntimeError("no compiler found\nwith a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert here("run", compile="True", dropout=0.1) == 0
-    warning = next(line for line in here.said.splitlines() if "WARNING" in line)
+    assert main("run", compile="True", dropout=0.1) == 0
+    warning = next(line for line in main.stderr.splitlines() if "WARNING" in line)
     assert warning == "WARNING: this run is not compiled, and slower: RuntimeError: no compiler found"
     monkeypatch.undo()
 
 
-def test_training_without_a_cpp_compiler_says_so(here, monkeypatch):
+def test_training_without_a_cpp_compiler_says_so(main, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
-    assert here("run", compile="True", max_iters=2) == 0
-    (warning,) = [line for line in here.said.splitlines() if "WARNING" in line]
+    assert main("run", compile="True", max_iters=2) == 0
+    (warning,) = [line for line in main.stderr.splitlines() if "WARNING" in line]
     assert "no C++ compiler found; install g++" in warning and len(warning) < 140
 
 
-def test_compiling_changes_no_weights_and_no_losses(here, monkeypatch):
+def test_compiling_changes_no_weights_and_no_losses(main, monkeypatch):
     """A compiler that works (here: one that does nothing) leaves nothing behind of its trial."""
-    assert here("plain", dropout=0.1) == 0
+    assert main("plain", dropout=0.1) == 0
     monkeypatch.setattr(torch, "compile", lambda model: lambda *args, **kwargs: model(*args, **kwargs))
-    assert here("compiled", dropout=0.1, compile="True") == 0
-    assert "compiled in" in here.said
-    assert lines("plain") == lines("compiled") and same(kept("plain")["model"], kept("compiled")["model"])
-    assert not any(k.startswith("_orig") for k in kept("compiled")["model"])
+    assert main("compiled", dropout=0.1, compile="True") == 0
+    assert "compiled in" in main.stderr
+    assert metrics("plain") == metrics("compiled") and bit_equal(
+        run_state("plain")["model"], run_state("compiled")["model"]
+    )
+    assert not any(k.startswith("_orig") for k in run_state("compiled")["model"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1128,33 +1136,33 @@ def test_compiling_changes_no_weights_and_no_losses(here, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_training_on_a_gpu(here, dtype):
+def test_training_on_a_gpu(main, dtype):
     changes = dict(device="cuda", dtype=dtype, optimizer="muon", dropout=0.1)
-    assert here("run", stop_after=10, **changes) == 143
-    assert here("run", "--resume") == 0
-    val = lines("run", "val")
+    assert main("run", stop_after=10, **changes) == 143
+    assert main("run", "--resume") == 0
+    val = metrics("run", "val")
     assert val[-1]["loss"] < val[0]["loss"] - 0.1
 
 
 @pytest.mark.cuda
-def test_compiled_on_a_gpu(here):
-    assert here("run", device="cuda", dtype="auto", compile="True") == 0
-    assert "WARNING" not in here.said and "compiled in" in here.said
+def test_compiled_on_a_gpu(main):
+    assert main("run", device="cuda", dtype="auto", compile="True") == 0
+    assert "WARNING" not in main.stderr and "compiled in" in main.stderr
 
 
 @pytest.mark.cuda
-def test_out_of_memory_names_the_setting_to_lower(here):
-    assert here("run", device="cuda", batch_size=50_000_000, block_size=1000, n_embd=1024) == 1
-    assert "--batch_size" in here.said and "Traceback" not in here.said
+def test_out_of_memory_names_the_setting_to_lower(main):
+    assert main("run", device="cuda", batch_size=50_000_000, block_size=1000, n_embd=1024) == 1
+    assert "--batch_size" in main.stderr and "Traceback" not in main.stderr
 
 
-def test_out_of_memory_is_one_clear_line(here, monkeypatch):
+def test_out_of_memory_is_one_clear_line(main, monkeypatch):
     def full(self, step):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand so on")
 
     monkeypatch.setattr(Trainer, "train_step", full)
-    assert here("run") == 1
-    assert "lower --batch_size=4" in here.said.splitlines()[-1] and "Traceback" not in here.said
+    assert main("run") == 1
+    assert "lower --batch_size=4" in main.stderr.splitlines()[-1] and "Traceback" not in main.stderr
 
 
 def test_threads_are_shared_fairly(monkeypatch):
@@ -1163,9 +1171,9 @@ def test_threads_are_shared_fairly(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)  # of the 64
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    cpu().set_up(threads=0)  # PyTorch knows best
-    cpu(rank=1, world_size=4).set_up(threads=0)
-    cpu().set_up(threads=3)
+    cpu_machine().set_up(threads=0)  # PyTorch knows best
+    cpu_machine(rank=1, world_size=4).set_up(threads=0)
+    cpu_machine().set_up(threads=3)
     assert requested == [2, 3]
 
 
