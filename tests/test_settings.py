@@ -1,4 +1,4 @@
-"""Recipes and command lines: parsed, never executed; one-line errors; closest names. Exit statuses."""
+"""Recipes and command lines: parsing without execution, one-line errors, suggestions; exit statuses."""
 
 import json
 import os
@@ -27,15 +27,15 @@ SHIPPED = sorted(path.stem for path in (ROOT / "config").glob("*.py") if path.st
 def read(tmp_path):
     """read(text) -> the settings of a recipe with that text."""
 
-    def reader(text: str | bytes) -> dict:
+    def read_text(text: str | bytes) -> dict:
         path = tmp_path / "mine.py"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return settings.read_recipe(path, TrainConfig)
 
-    return reader
+    return read_text
 
 
-def line(*argv: str):
+def parse(*argv: str):
     return settings.command_line(TrainConfig, list(argv), FLAGS, "about")
 
 
@@ -43,8 +43,8 @@ def line(*argv: str):
 # Recipes
 
 
-def test_a_recipe_is_literals_and_arithmetic_on_names_set_above(read):
-    text = '''"""What it is."""
+def test_recipe_takes_literals_and_arithmetic_on_earlier_names(read):
+    text = '''"""A description."""
 
 dataset = "toystories"  # a comment
 n_head = 3
@@ -75,18 +75,18 @@ out_dir = ""
         compile="False",
         out_dir="",
     )
-    kinds = {name: type(value) for name, value in read(text).items()}
-    assert kinds["max_iters"] is int and kinds["learning_rate"] is float and kinds["bias"] is bool
+    types = {name: type(value) for name, value in read(text).items()}
+    assert types["max_iters"] is int and types["learning_rate"] is float and types["bias"] is bool
     assert read("") == {} and read("n_layer = 2\nn_layer = 3") == {"n_layer": 3}
 
 
 @pytest.mark.parametrize("name", ["seed", "max_iters"])
-def test_large_whole_numbers_keep_every_digit(read, name):
+def test_large_integers_are_exact(read, name):
     assert read(f"{name} = {2**60 + 1}")[name] == 2**60 + 1
-    assert line(f"--{name}={2**60 + 1}")[2][name] == 2**60 + 1
+    assert parse(f"--{name}={2**60 + 1}")[2][name] == 2**60 + 1
 
 
-WRONG = {
+INVALID = {
     "import os": "only assignments",
     "from os import path": "only assignments",
     "n_layer = __import__('os').system('touch hacked')": "only literals",
@@ -136,17 +136,17 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
-def test_what_is_wrong_is_one_line_that_says_where(text, read, tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", INVALID)
+def test_invalid_recipe_raises_one_line_with_file_and_line(text, read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(WRONG[text])) as caught:
+    with pytest.raises(ValueError, match=re.escape(INVALID[text])) as excinfo:
         read("dataset = 'x'\n\n" + text)
-    said = str(caught.value)
-    assert "mine.py" in said and ("line 3" in said or "\x00" in text) and "\n" not in said and len(said) < 300
+    line = str(excinfo.value)
+    assert "mine.py" in line and ("line 3" in line or "\x00" in text) and "\n" not in line and len(line) < 300
     assert [p.name for p in tmp_path.iterdir()] == ["mine.py"], "nothing was executed"
 
 
-def test_the_line_of_a_mistake_further_down(read):
+def test_line_number_of_a_later_error(read):
     with pytest.raises(ValueError, match="line 4: n_layer takes"):
         read("'''A\nB'''\n\nn_layer = 'x'")
     with pytest.raises(ValueError, match="line 2: "):
@@ -163,14 +163,14 @@ def test_the_line_of_a_mistake_further_down(read):
         "max_iters = " + "(" * 4 + "10**90" + ")**90" * 4,
     ],
 )
-def test_no_recipe_eats_the_machine(text, read):
-    began = time.perf_counter()
+def test_huge_arithmetic_is_rejected_quickly(text, read):
+    start = time.perf_counter()
     with pytest.raises(ValueError, match="line 1"):
         read(text)
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - start < 1
 
 
-def test_no_such_recipe_names_those_there_are(tmp_path):
+def test_missing_recipe_lists_the_existing_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match="no recipe .*nope.py; there are: .*tiny.py"):
         settings.read_recipe(tmp_path / "nope.py", TrainConfig)
     with pytest.raises(FileNotFoundError, match="no recipe"):
@@ -181,52 +181,52 @@ def test_no_such_recipe_names_those_there_are(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The recipes of the repository
+# The recipes in config/
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_recipe_is_what_it_says(name):
-    """It builds, validates, and states its parameters, the share of the embeddings and its batch truly."""
+def test_shipped_recipe_matches_its_comments(name):
+    """It validates, and its comments state parameters, share of embeddings and tokens per batch correctly."""
     path = ROOT / "config" / f"{name}.py"
     text, values = path.read_text(encoding="utf-8"), settings.read_recipe(path, TrainConfig)
-    names = values["tokenizer"] if "tokenizer" in values else TrainConfig.tokenizer
-    ids = 50_257 if names == "gpt2" else int(names.removeprefix("bpe"))
-    c = settings.build(TrainConfig, values | {"vocab_size": ids})
+    tokenizer = values["tokenizer"] if "tokenizer" in values else TrainConfig.tokenizer
+    vocab_size = 50_257 if tokenizer == "gpt2" else int(tokenizer.removeprefix("bpe"))
+    c = settings.build(TrainConfig, values | {"vocab_size": vocab_size})
     c.validate()
     assert (
         c.warmup_iters < c.max_iters and c.eval_interval <= c.max_iters and c.max_iters % c.eval_interval == 0
     )
     sizes = c.model.estimate()
     if c.init_from:
-        return  # another model's size
-    about = text.split('"""')[1]
-    size = re.search(r"([\d.]+)M parameters", about)
+        return  # the size depends on the other model
+    docstring = text.split('"""')[1]
+    size = re.search(r"([\d.]+)M parameters", docstring)
     assert size, "the recipe states its size"
     digits = len(size[1].partition(".")[2])
     assert float(size[1]) == round(sizes["parameters"] / 1e6, digits), (
         f"it has {sizes['parameters']:,} parameters"
     )
-    if share := re.search(r"(\d+)% of them embeddings", about):
+    if share := re.search(r"(\d+)% of them embeddings", docstring):
         assert int(share[1]) == round(100 * sizes["embedding_parameters"] / sizes["parameters"])
     if wanted := re.fullmatch(r"stories(\d+)m", name):
-        assert sizes["parameters"] / 1e6 == pytest.approx(int(wanted[1]), rel=0.1), "seeds/002's sizes"
+        assert sizes["parameters"] / 1e6 == pytest.approx(int(wanted[1]), rel=0.1), "the size in its name"
     if name == "slm":
         assert 50e6 <= sizes["parameters"] <= 60e6 and c.tokenizer == "gpt2" and c.model.norm == "layernorm"
     if name == "tiny":
         assert 1e6 <= sizes["parameters"] <= 4e6
     tokens = c.batch_size * c.gradient_accumulation_steps * c.model.block_size
-    stated = re.search(r"(?:(\d+) x )?(\d+) rows x (\d+) tokens = ([\d,]+) tokens a step", text)
-    assert stated, "the batch's arithmetic stands in a comment"
-    assert int(stated[4].replace(",", "")) == tokens == int(stated[1] or 1) * int(stated[2]) * int(stated[3])
+    batch = re.search(r"(?:(\d+) x )?(\d+) rows x (\d+) tokens = ([\d,]+) tokens a step", text)
+    assert batch, "a comment states the batch"
+    assert int(batch[4].replace(",", "")) == tokens == int(batch[1] or 1) * int(batch[2]) * int(batch[3])
     if total := re.search(r"max_iters = [\d_]+  # ([\d.]+)([MB]) tokens", text):
-        found = c.max_iters * tokens / {"M": 1e6, "B": 1e9}[total[2]]
-        assert float(total[1]) == round(found, len(total[1].partition(".")[2]))
+        actual = c.max_iters * tokens / {"M": 1e6, "B": 1e9}[total[2]]
+        assert float(total[1]) == round(actual, len(total[1].partition(".")[2]))
 
 
-def test_the_recipes_that_the_project_promises():
+def test_expected_recipes_exist():
     assert {"tiny", "llama", "slm", "stories10m", "stories50m", "stories100m"} <= set(SHIPPED)
     llama = settings.build(TrainConfig, settings.read_recipe(ROOT / "config" / "llama.py", TrainConfig)).model
-    plain = dict(
+    expected = dict(
         norm="rmsnorm",
         norm_eps=1e-5,
         position="rope",
@@ -239,17 +239,17 @@ def test_the_recipes_that_the_project_promises():
         window=0,
         softcap=0.0,
     )
-    assert {key: getattr(llama, key) for key in plain} == plain
+    assert {key: getattr(llama, key) for key in expected} == expected
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The command line
 
 
-def test_every_setting_has_a_comment_a_group_and_a_type():
+def test_every_setting_has_help_group_and_type():
     table = settings.settings_of(TrainConfig)
-    names = [f.name for cls in (TrainConfig, GPTConfig) for f in fields(cls) if f.name != "model"]
-    assert sorted(table) == sorted(names), "no name twice"
+    names = [f.name for config in (TrainConfig, GPTConfig) for f in fields(config) if f.name != "model"]
+    assert sorted(table) == sorted(names), "no duplicate names"
     for s in table.values():
         assert len(s.help) > 5 and s.group, s.name
         assert s.type in (int, float, str, bool) and type(s.default) is s.type, s.name
@@ -265,7 +265,7 @@ class Inner:
 
 @dataclass(frozen=True)
 class Outer:
-    """A comment such as `width: int = 3  # no` here is no field."""
+    """Text such as `width: int = 3  # no` in a docstring is not a field."""
 
     plain: int = 1
     # -- a group
@@ -285,7 +285,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
     def method(self):
-        c: int = 3  # no field either
+        c: int = 3  # not a field
         return c
 
 
@@ -294,7 +294,7 @@ class Derived(Outer):
     depth: int = 3  # of the derived class
 
 
-def test_comments_are_the_help_and_are_optional():
+def test_comments_are_the_optional_help():
     table = settings.settings_of(Derived)
     assert {s.name: (s.help, s.group, s.nested) for s in table.values()} == {
         "plain": ("", "", ""),
@@ -310,19 +310,19 @@ def test_comments_are_the_help_and_are_optional():
     assert table["choice"].type is bool and table["longer"].default == 12.0
 
 
-def test_a_class_without_source_has_no_help():
+def test_class_without_source_has_no_help():
     cls = make_dataclass("Interactive", [("a", int, field(default=1)), ("b", str, field(default="x"))])
     assert [s.help for s in settings.settings_of(cls).values()] == ["", ""]
 
 
-def test_frozen_dataclasses_are_built():
+def test_build_frozen_dataclasses():
     assert settings.build(Outer, dict(a=5, width=6)) == Outer(a=5, inner=Inner(width=6))
     assert settings.build(Outer, {}) == Outer()
     with pytest.raises(ValueError, match="Outer: there is no setting 'widht'; did you mean 'width'"):
         settings.build(Outer, dict(widht=6))
 
 
-def test_fields_that_cannot_be_settings():
+def test_invalid_fields_raise():
     twice = make_dataclass("Twice", [("width", int, field(default=1)), ("inner", Inner, field(default=None))])
     with pytest.raises(ValueError, match="Twice has two settings 'width'; rename"):
         settings.settings_of(twice)
@@ -333,23 +333,23 @@ def test_fields_that_cannot_be_settings():
             settings.settings_of(make_dataclass("Wrong", [wrong]))
 
 
-def test_settings_that_the_program_computes_are_refused(tmp_path, capsys):
-    reason = {"width": "comes from the name; choose one with --name"}
+def test_computed_settings_cannot_be_set(tmp_path, capsys):
+    resolved = {"width": "comes from the name; choose one with --name"}
     recipe = tmp_path / "mine.py"
     recipe.write_text("width = 5")
-    for words in (["--width=5"], [str(recipe)]):
+    for argv in (["--width=5"], [str(recipe)]):
         with pytest.raises(ValueError, match="^width comes from the name; choose one with --name$"):
-            settings.command_line(Outer, words, {}, "about", reason)
-    assert settings.command_line(Outer, ["--name=x"], {}, "about", reason)[2] == {"name": "x"}
+            settings.command_line(Outer, argv, {}, "about", resolved)
+    assert settings.command_line(Outer, ["--name=x"], {}, "about", resolved)[2] == {"name": "x"}
     with pytest.raises(SystemExit):
-        settings.command_line(Outer, ["--help"], {}, "about", reason)
-    said = capsys.readouterr().out
-    assert "--width" not in said and re.search(r"--choice bool +50% of it \(default: False\)", said)
-    assert re.search(r"--plain int +\(default: 1\)", said)
+        settings.command_line(Outer, ["--help"], {}, "about", resolved)
+    output = capsys.readouterr().out
+    assert "--width" not in output and re.search(r"--choice bool +50% of it \(default: False\)", output)
+    assert re.search(r"--plain int +\(default: 1\)", output)
 
 
-def test_values_on_the_command_line():
-    recipe, file, given, flags = line(
+def test_command_line_values():
+    recipe, file, given, flags = parse(
         "--n_layer=3",
         "--n_head",
         "2",
@@ -382,22 +382,22 @@ def test_values_on_the_command_line():
         seed=1000,
         dropout=0.5,
     )
-    for form in (["--compile=False"], ["--compile", "False"]):
-        assert line(*form)[2] == {"compile": "False"}
+    for argv in (["--compile=False"], ["--compile", "False"]):
+        assert parse(*argv)[2] == {"compile": "False"}
     for flag in FLAGS:
-        assert line(f"--{flag}")[3] == {flag}
+        assert parse(f"--{flag}")[3] == {flag}
 
 
-def test_the_command_line_goes_over_the_recipe(tmp_path):
+def test_command_line_overrides_the_recipe(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("n_layer = 3\nn_head = 4")
-    for words in ([str(path), "--n_layer=5"], ["--n_layer=5", str(path)]):
-        recipe, file, given, _ = line(*words)
+    for argv in ([str(path), "--n_layer=5"], ["--n_layer=5", str(path)]):
+        recipe, file, given, _ = parse(*argv)
         assert (recipe, file, given) == (str(path), {"n_layer": 3, "n_head": 4}, {"n_layer": 5})
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "argv, message",
     [
         (["--n_headd=4"], "no option '--n_headd'; did you mean '--n_head'"),
         (["--resum"], "did you mean '--resume'"),
@@ -418,27 +418,27 @@ def test_the_command_line_goes_over_the_recipe(tmp_path):
         (["-n", "4"], "-n"),
     ],
 )
-def test_slips_of_the_fingers(words, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
-        line(*words)
-    assert "\n" not in str(caught.value)
+def test_command_line_errors(argv, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as excinfo:
+        parse(*argv)
+    assert "\n" not in str(excinfo.value)
 
 
-def test_help_lists_every_setting_in_groups_the_everyday_ones_first(capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_help_lists_all_settings_by_group(capsys):
+    with pytest.raises(SystemExit) as excinfo:
         train.main(["--help"])
-    assert caught.value.code == 0
+    assert excinfo.value.code == 0
     text = capsys.readouterr().out
-    flat = " ".join(text.split())
+    joined = " ".join(text.split())
     for s in settings.settings_of(TrainConfig).values():
-        shown = f"--{s.name} " in text and " ".join(s.help.split()) in flat
+        shown = f"--{s.name} " in text and " ".join(s.help.split()) in joined
         assert shown == (s.name not in RESOLVED), s.name
-        assert not shown or f"(default: {s.default!r})" in flat
+        assert not shown or f"(default: {s.default!r})" in joined
     for flag in FLAGS:
         assert f"--{flag}" in text
     titles = ["everyday", "data", "optimizer", "run", "the model"]
-    places = [text.index(f"\n{title}:") for title in titles]
-    assert places == sorted(places)
+    positions = [text.index(f"\n{title}:") for title in titles]
+    assert positions == sorted(positions)
     assert max(map(len, text.splitlines())) <= 110
 
 
@@ -456,7 +456,7 @@ def parser() -> settings.Parser:
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "argv, message",
     [
         (["--promt", "x"], "there is no option '--promt'; did you mean '--prompt'?"),
         (["--promt=some words"], "there is no option '--promt'; did you mean '--prompt'?"),
@@ -470,19 +470,19 @@ def parser() -> settings.Parser:
         (["-x"], "unrecognized arguments: -x"),
     ],
 )
-def test_the_parser_raises_one_line(words, said):
-    with pytest.raises(ValueError, match="^" + re.escape(said)) as caught:
-        parser().parse_args(words)
-    assert "\n" not in str(caught.value)
+def test_parser_errors_are_one_line(argv, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as excinfo:
+        parser().parse_args(argv)
+    assert "\n" not in str(excinfo.value)
 
 
-def test_the_parser_takes_what_only_looks_like_an_option():
+def test_parser_accepts_values_that_start_with_dashes():
     assert parser().parse_args(["--prompt=--zzz"]).prompt == "--zzz"
     assert parser().parse_args(["--prompt", "-- he said"]).prompt == "-- he said"
     assert parser().parse_args(["--", "--zzz"]).dest == "--zzz"
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         parser().parse_args(["--help"])
-    assert caught.value.code == 0
+    assert excinfo.value.code == 0
 
 
 def test_closest():
@@ -495,7 +495,7 @@ STATUSES = [
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "invalid start byte"),
     (json.JSONDecodeError("Expecting value", "", 0), 2, "Expecting value"),
     (FileNotFoundError(2, "No such file", "x.txt"), 2, "[Errno 2] No such file: 'x.txt'"),
-    (FileExistsError("x is there"), 2, "x is there"),
+    (FileExistsError("x exists"), 2, "x exists"),
     (IsADirectoryError("x is a folder"), 2, "x is a folder"),
     (NotADirectoryError("x is a file"), 2, "x is a file"),
     (Unreachable("no network"), 1, "no network"),
@@ -508,21 +508,21 @@ STATUSES = [
 ]
 
 
-@pytest.mark.parametrize("error, status, said", STATUSES, ids=lambda x: type(x).__name__)
-def test_a_script_maps_exceptions_to_exit_statuses(error, status, said, capsys):
+@pytest.mark.parametrize("error, status, message", STATUSES, ids=lambda x: type(x).__name__)
+def test_script_maps_exceptions_to_exit_statuses(error, status, message, capsys):
     @settings.script
     def main(argv):
         raise error
 
     assert main([]) == status
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_a_script_returns_0_and_passes_other_exceptions_through(capsys, monkeypatch):
+def test_script_returns_status_and_passes_other_exceptions(capsys, monkeypatch):
     @settings.script
     def main(argv):
-        """What it does."""
+        """A description."""
         if argv[0] == "bug":
             raise KeyError("bug")
         if argv[0] == "exit":
@@ -534,11 +534,11 @@ def test_a_script_returns_0_and_passes_other_exceptions_through(capsys, monkeypa
     assert (main(["none"]), main(["zero"]), main(["signal"]), main(["ctrl-c"])) == (0, 0, 143, 130)
     with pytest.raises(KeyError):
         main(["bug"])
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         main(["exit"])
-    assert caught.value.code == 3
+    assert excinfo.value.code == 3
     monkeypatch.setattr(sys, "argv", ["some.py", "signal"])
-    assert main() == 143 and main.__name__ == "main" and main.__doc__ == "What it does."
+    assert main() == 143 and main.__name__ == "main" and main.__doc__ == "A description."
     assert capsys.readouterr() == ("", "")
 
 
@@ -565,16 +565,16 @@ sys.exit(main())
 
 
 def launch(*argv: str, **options) -> subprocess.Popen:
-    environment = os.environ | {
+    env = os.environ | {
         "PYTHONPATH": str(ROOT),
         "PYTHONIOENCODING": "ascii",
         "PYTHONWARNINGS": "default",
     }
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     return subprocess.Popen([sys.executable, "-c", SCRIPT, *argv], **pipes, **options)
 
 
-def test_a_script_in_a_process_of_its_own():
+def test_script_in_a_subprocess():
     for argv, status, out, err in [
         (["warn"], 0, b"", b"note: two lines\n"),
         (["print", "2"], 0, b"0\n1\n", b""),
@@ -582,12 +582,12 @@ def test_a_script_in_a_process_of_its_own():
         (["ctrl-c"], 130, b"", b""),
     ]:
         process = launch(*argv)
-        found = process.communicate()
-        assert (process.returncode, *(text.replace(b"\r", b"") for text in found)) == (status, out, err), argv
+        texts = process.communicate()
+        assert (process.returncode, *(text.replace(b"\r", b"") for text in texts)) == (status, out, err), argv
 
 
-@pytest.mark.parametrize("count", ["1", "1000000"])  # fails when the output is flushed, and in the middle
-def test_a_script_whose_reader_has_left(count):
+@pytest.mark.parametrize("count", ["1", "1000000"])  # fails at the final flush, and earlier
+def test_script_with_a_closed_pipe(count):
     process = launch("print", count)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
