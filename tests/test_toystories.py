@@ -118,7 +118,7 @@ def recall(grammar, ref, own, shared):
 
 
 def heads(grammar, todo, own, shared):
-    """Yield (text, todo, own, shared) for each next text that `todo` can produce; the text is None at the end.
+    """Yield (text, todo, own, shared) for each next text that `todo` can produce; text is None at the end.
 
     `own` has the rows drawn on this side after the choice, `shared` those drawn before it, enumerated lazily.
     """
@@ -170,7 +170,7 @@ def position(todo):
 def prove_different(grammar, left, right, shared, forget):
     """Raise AssertionError if two sides, each (text, todo, own), can expand to the same text.
 
-    `forget` drops the memory wherever both sides agree: this proves more than needed, and is much faster.
+    `forget` drops the memory wherever both sides agree: this proves more than needed and is faster.
     """
     pairs, seen = [(left, right, shared)], set()
     while pairs:
@@ -196,7 +196,7 @@ def prove_different(grammar, left, right, shared, forget):
 
 
 def prove_choice(grammar, op, after):
-    """Raise AssertionError if two alternatives of a Choice, or rows of a Draw, can expand to the same text."""
+    """Raise AssertionError if two alternatives of a Choice, or rows of a Draw, can give the same text."""
     if isinstance(op, Choice):
         sides = [("", (alternative, 0, after), (), ()) for alternative in op.alternatives]
     else:
@@ -207,7 +207,7 @@ def prove_choice(grammar, op, after):
 
 
 def prove_unambiguous(grammar):
-    """Prove each choice in isolation if that suffices, otherwise in every context where the grammar uses it."""
+    """Prove each choice in isolation if that suffices, otherwise in every context in the grammar."""
     undecided = {}  # id of an operation -> whether it, or one inside it, needs its context
     proved = set()  # ids of operations proved in isolation
 
