@@ -140,7 +140,7 @@ def test_train_speed(bench):
 def test_profile_step_parts_add_up(bench):
     argv = "--repeats 2 --matrix 16 --copied 4096 -- --n_layer=1 --block_size=16 --batch_size=2".split()
     out, result = bench("profile_step", *argv)
-    assert sum(result["parts"].values()) == pytest.approx(result["seconds"]) and "floor by bytes" in out
+    assert sum(result["parts"].values()) == pytest.approx(result["seconds"]) and "lower bound by bytes" in out
     assert (
         set(result["parts"]) == {"data", "forward", "backward", "optimizer", "rest"}
         and result["tokens"] == 32
