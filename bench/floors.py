@@ -7,9 +7,9 @@ For each recipe and card: FLOPs per token (6 per weight of a matrix, 12 x layers
 attention), tokens/s at --share of the card's peak, hours per epoch of TinyStories, lower bounds of the time
 of a step by FLOPs at peak compute and by bytes at peak memory bandwidth, and the memory: weights, gradients
 and two optimizer states in float32, and roughly 14 x width + 3 x hidden activations per token and layer in
-bf16. An epoch is the 2,119,719 stories of the training split, about 1.92 GB of text (470M GPT-2 tokens); bytes per
-token come from a prepared dataset, or else from 7,690 of the stories. Peaks are as published by NVIDIA,
-without sparsity.
+bf16. An epoch is the 2,119,719 stories of the training split, about 1.92 GB of text (470M GPT-2 tokens);
+bytes per token come from a prepared dataset, or else from 7,690 of the stories. Peaks are as published by
+NVIDIA, without sparsity.
 """
 
 import json
