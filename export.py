@@ -2,7 +2,7 @@
 Write a trained model in the format of another program.
 
     python export.py --to hf out/tiny-hf           # a folder for AutoModelForCausalLM and AutoTokenizer
-    python export.py --to llama2c out/tiny.bin     # for llama2.c's run.c, with tokenizer.bin beside it
+    python export.py --to llama2c llama.bin out/llama          # run.c's model file, and tokenizer.bin
     python train.py config/finetune.py --init_from=hf:out/tiny-hf    # the way back; or a Hub id: hf:gpt2
 
 The exported model gives the same logits and the same tokens. If the other program has no equivalent of a
@@ -27,16 +27,21 @@ def main(argv: list[str]) -> None:
         help="hf: a folder for transformers; llama2c: a file for run.c",
     )
     parser.add_argument("dest", metavar="DEST", help="the folder, or the model file")
-    parser.add_argument("--out_dir", help="a run's folder or a checkpoint; default: the newest run in out/")
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="a run or a checkpoint; none: the newest run in out/"
+    )
+    parser.add_argument("--out_dir", help="the same as RUN")
     parser.add_argument("--overwrite", action="store_true", help="overwrite an earlier export")
     options = parser.parse_args(argv)
+    if options.run and options.out_dir:
+        parser.error("RUN and --out_dir are the same option: leave one out")
 
     dest = Path(options.dest)
     files = [dest / "config.json"] if options.to == "hf" else [dest, dest.with_name("tokenizer.bin")]
     existing = [str(file) for file in files if file.exists()]
     if existing and not options.overwrite:
         raise ValueError(f"{existing[0]} exists already; --overwrite replaces it")
-    source = checkpoint.find(options.out_dir or checkpoint.newest_run())
+    source = checkpoint.find(options.run or options.out_dir or checkpoint.newest_run())
     model, tokenizer = checkpoint.load(source)
     print(f"{source}: {model.config.estimate()['parameters'] / 1e6:.1f}M parameters, {tokenizer.name}")
     if options.to == "hf":

@@ -22,26 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MLPS: dict[str, Callable[[Tensor], Tensor]] = {  # the activation of each kind of MLP
-    "swiglu": F.silu,  # gated (Shazeer 2020, arXiv 2002.05202)
-    "geglu": F.gelu,  # gated, same paper
-    "gelu": F.gelu,  # Hendrycks & Gimpel 2016, arXiv 1606.08415
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # the approximation that GPT-2 was trained with
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # Primer (So et al. 2021, arXiv 2109.08668)
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "leaky_relu": F.leaky_relu,
-}
-GATES = ("swiglu", "geglu")
-CHOICES = {  # the settings that select a component by name
-    "norm": ("rmsnorm", "layernorm", "none"),
-    "position": ("rope", "learned", "sinusoidal", "shaw", "alibi", "none"),
-    "mlp": tuple(MLPS),
-    "share": ("none", "mlp", "layers", "lora"),
-    "init": ("gpt2", "zero", "fan_in"),
-}
-
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -181,10 +161,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
-def make_norm(c: GPTConfig) -> nn.Module:
-    if c.norm == "layernorm":  # (x - mean) / deviation * weight + bias (Ba et al. 2016, arXiv 1607.06450)
-        return nn.LayerNorm(c.n_embd, c.norm_eps, c.norm_weight, bias=c.bias)
-    return RMSNorm(c.n_embd, c.norm_eps, c.norm_weight) if c.norm == "rmsnorm" else nn.Identity()
+NORMS: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "rmsnorm": lambda c: RMSNorm(c.n_embd, c.norm_eps, c.norm_weight),
+    "layernorm": lambda c: nn.LayerNorm(c.n_embd, c.norm_eps, c.norm_weight, c.bias),  # arXiv 1607.06450
+    "none": lambda c: nn.Identity(),
+}
 
 
 class Embedder(nn.Module):
@@ -199,7 +180,7 @@ class Embedder(nn.Module):
             from nanostlm.variants import Sinusoids
 
             self.positions = Sinusoids(c)
-        self.norm = make_norm(c) if c.embed_norm else nn.Identity()
+        self.norm = NORMS[c.norm](c) if c.embed_norm else nn.Identity()
         self.drop = nn.Dropout(c.dropout)
 
     def forward(self, idx: Tensor, positions: Tensor) -> Tensor:
@@ -237,21 +218,51 @@ class Attention(nn.Module):
         return attn.kernel(q, k, v, attn.attn_mask, attn.is_causal, self.dropout if self.training else 0.0)
 
 
-class MLP(nn.Module):
-    """Feed-forward: proj(act(fc(x))), or gated: proj(act(gate(x)) * up(x)) (arXiv 2002.05202)."""
+def shaw_attention(c: GPTConfig) -> nn.Module:
+    from nanostlm.variants import ShawAttention
 
-    def __init__(self, c: GPTConfig):
+    return ShawAttention(c)
+
+
+ATTENTIONS: dict[str, Callable[[GPTConfig], nn.Module]] = {  # the attention layer of each `position`
+    **dict.fromkeys(("rope", "learned", "sinusoidal", "alibi", "none"), Attention),
+    "shaw": shaw_attention,
+}
+
+
+class MLP(nn.Module):
+    """Feed-forward: proj(act(fc(x)))."""
+
+    def __init__(self, c: GPTConfig, act: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.act, self.gated = MLPS[c.mlp], c.mlp in GATES
-        self.fc = nn.Linear(c.n_embd, c.hidden * (2 if self.gated else 1), bias=c.bias)  # gate, then up
+        self.act, gated = act, c.mlp in GATES
+        self.fc = nn.Linear(c.n_embd, c.hidden * (2 if gated else 1), bias=c.bias)
         self.proj = nn.Linear(c.hidden, c.n_embd, bias=c.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc(x)
-        if self.gated:
-            gate, up = x.chunk(2, dim=-1)
-            return self.proj(self.act(gate) * up)
-        return self.proj(self.act(x))
+        return self.proj(self.act(self.fc(x)))
+
+
+class GatedMLP(MLP):
+    """proj(act(gate(x)) * up(x)), with gate and up in one matrix (Shazeer 2020, arXiv 2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.fc(x).chunk(2, dim=-1)
+        return self.proj(self.act(gate) * up)
+
+
+MLPS: dict[str, tuple[type[nn.Module], Callable[[Tensor], Tensor]]] = {  # layer and activation
+    "swiglu": (GatedMLP, F.silu),
+    "geglu": (GatedMLP, F.gelu),
+    "gelu": (MLP, F.gelu),  # Hendrycks & Gimpel 2016, arXiv 1606.08415
+    "gelu_tanh": (MLP, lambda x: F.gelu(x, approximate="tanh")),  # as in GPT-2
+    "relu": (MLP, F.relu),
+    "relu2": (MLP, lambda x: F.relu(x).square()),  # Primer (So et al. 2021, arXiv 2109.08668)
+    "silu": (MLP, F.silu),
+    "tanh": (MLP, torch.tanh),
+    "leaky_relu": (MLP, F.leaky_relu),
+}
+GATES = tuple(name for name, (layer, _) in MLPS.items() if layer is GatedMLP)
 
 
 class Block(nn.Module):
@@ -259,11 +270,9 @@ class Block(nn.Module):
 
     def __init__(self, c: GPTConfig):
         super().__init__()
-        attention = Attention
-        if c.position == "shaw":
-            from nanostlm.variants import ShawAttention as attention
-        self.norm1, self.attn = make_norm(c), attention(c)
-        self.norm2, self.mlp = make_norm(c), MLP(c)
+        mlp, act = MLPS[c.mlp]
+        self.norm1, self.attn = NORMS[c.norm](c), ATTENTIONS[c.position](c)
+        self.norm2, self.mlp = NORMS[c.norm](c), mlp(c, act)
         self.drop = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, attn: AttnInputs, layer: int = 0, cache=None) -> Tensor:
@@ -307,7 +316,7 @@ class Head(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.config = c
-        self.norm = make_norm(c)
+        self.norm = NORMS[c.norm](c)
         self.linear = nn.Linear(c.n_embd, c.padded_vocab, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -369,6 +378,24 @@ class GPT(nn.Module):
             return head.loss(x, targets)
         return head(x[:, -1:] if last else x), None
 
+    @torch.no_grad()
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k: int | None = None) -> Tensor:
+        """
+        Continue idx (B, T) int64, T >= 1, by max_new_tokens sampled ids -> (B, T + max_new_tokens). Greedy at
+        temperature 0. This is the plain loop; nanostlm/generate.py has a KV cache, samplers, and streaming.
+        """
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :], last=True)[0][:, -1].float()
+            if top_k:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -torch.inf)
+            if temperature > 0:
+                new = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            else:
+                new = logits.argmax(dim=-1, keepdim=True)
+            idx = torch.cat((idx, new), dim=1)
+        return idx
+
 
 def gpt2_std(c: GPTConfig, name: str, fan_in: int) -> float:
     """Radford et al. 2019: 0.02, divided by sqrt(2 n_layer) for layers that write to the residual stream."""
@@ -410,6 +437,15 @@ def make_attn_mask(c: GPTConfig, distance: Tensor, starts=None, key_starts=None)
 
         mask = mask + alibi(c.n_head, distance)
     return mask
+
+
+CHOICES = {  # the settings that select a component by name
+    "norm": tuple(NORMS),
+    "position": tuple(ATTENTIONS),
+    "mlp": tuple(MLPS),
+    "share": ("none", "mlp", "layers", "lora"),
+    "init": ("gpt2", "zero", "fan_in"),
+}
 
 
 def check_config(c: GPTConfig) -> None:

@@ -1,9 +1,9 @@
 """
 Generate text from a checkpoint: a prompt in, a story out.
 
-    python sample.py --prompt "Once upon a time there was a pumpkin."    # from the newest run
-    python sample.py --prompt "The dog" --num_samples 16 --seed 7        # 16 stories in one batch
-    python sample.py --interactive                                       # one prompt per line; Ctrl-D exits
+    python sample.py --prompt "Once upon a time"                     # from the newest run
+    python sample.py out/tiny --prompt "One day" --num_samples 16    # 16 stories in one batch
+    python sample.py --interactive                                   # one prompt per line, and /help
 
 The model is given end-of-text and the prompt in one forward pass, then one token at a time, with a KV cache.
 A story ends where the model predicts end-of-text. The prompt and its continuation go to stdout, everything
@@ -11,7 +11,6 @@ else to stderr. From Python, use nanostlm/generate.py.
 """
 
 import argparse
-import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -44,12 +43,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--prompt",
+        "run", nargs="?", metavar="RUN", help="run directory or checkpoint file; none: the newest run in out/"
+    )
+    add("--out_dir", help="the same as RUN")
+    add(
+        *("--prompt", "--start"),
         default="",
         help="beginning of the text; FILE:PATH reads it from a file, - from stdin "
         "(without one final line break)",
     )
-    add("--out_dir", help="run directory or checkpoint file; without it, the newest run in out/")
     add("--num_samples", type=int, default=1, help="number of texts, generated in one batch")
     add("--max_new_tokens", type=int, default=500, help="maximum length of the continuation in tokens")
     add("--temperature", type=float, default=DEFAULTS["temperature"], help="0: the most likely token")
@@ -79,6 +81,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="read one prompt per line; Ctrl-C stops a story, Ctrl-D exits",
     )
     options = parser.parse_args(argv)
+    if options.run and options.out_dir:
+        parser.error("RUN and --out_dir are the same option: leave one out")
     for name in ("num_samples", "max_new_tokens"):
         check_range(name, getattr(options, name), getattr(options, name) >= 1, "1 or more")
     options.sampling = {name: getattr(options, name) for name in SAMPLERS}
@@ -124,14 +128,36 @@ def print_samples(writer: Callable, prompts: list[str], seed: int) -> None:
     print(f"{n_tokens:,} tokens in {seconds:.2f} s: {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
-def converse(writer: Callable, first_seed: int) -> None:
+HELP = """\
+/again            another story for the last prompt
+/temperature T    sample at temperature T from now on; 0: the most likely tokens
+/help             this text
+Ctrl-C stops a story, Ctrl-D exits. Any other line is a prompt."""
+
+
+def converse(writer: Callable, seed: int) -> None:
     """Continue each prompt that is typed. The seed grows by 1, so a repeated prompt gives a new story."""
     with suppress(ImportError):
         import readline  # noqa: F401  enables line editing and history in input()
-    marker = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
-    for seed in itertools.count(first_seed):
+    marker, prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else "", ""
+    while True:
         try:
-            print_samples(writer, [input(marker)], seed)
+            line = input(marker)
+            command, *words = line.split() or [""]
+            if not command.startswith("/"):
+                prompt = line
+            elif command == "/temperature" and len(words) == 1:
+                temperature = settings.convert("/temperature", float, words[0])
+                chain(temperature=temperature)  # rejects invalid values
+                writer = partial(writer, temperature=temperature)
+                continue
+            elif command != "/again" or words:
+                print(HELP, file=sys.stderr)
+                continue
+            print_samples(writer, [prompt], seed)
+            seed += 1
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:
@@ -142,7 +168,7 @@ def converse(writer: Callable, first_seed: int) -> None:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     prompt = read_prompt(options.prompt)
-    path = checkpoint.find(options.out_dir or checkpoint.newest_run())
+    path = checkpoint.find(options.run or options.out_dir or checkpoint.newest_run())
     device = machine.choose_device(options.device)
     dtype = machine.inference_dtype(options.dtype, device)
     model, tokenizer = checkpoint.load(path, device)

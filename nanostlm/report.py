@@ -206,15 +206,18 @@ def plot_runs(folders: list[Path], file: str | Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    curves = []
     for folder in folders:
         lines = [x for x in runs.read_metrics(folder) if x["split"] == "val"]
         if not lines:
             raise ValueError(f"{folder} has no metrics.jsonl with evaluations: --plot takes run directories")
         for axes, key in zip(panels, ("tokens", "elapsed_s"), strict=True):
-            axes.plot([x[key] for x in lines], [x["bpb"] for x in lines], marker=".", label=str(folder))
+            [curve] = axes.plot([x[key] for x in lines], [x["bpb"] for x in lines], marker=".")
+        curves.append(curve)
     panels[0].set(xlabel="tokens", ylabel="bits per byte")
     panels[1].set(xlabel="seconds")
-    panels[0].legend(frameon=False)
+    for label in panels[1].legend(curves, map(str, folders), frameon=False).get_texts():
+        label.set_parse_math(False)  # the name of a directory is no formula
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 

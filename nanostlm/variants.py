@@ -236,10 +236,12 @@ class Copies(NamedTuple):
         """Log-probabilities from logits (B, T', vocab_size) of the last T' positions."""
         score = self.score[:, -logits.shape[1] :]
         log_z = torch.logaddexp(score.logsumexp(dim=-1, keepdim=True), self.sentinel)
-        tiny, copied = torch.finfo(score.dtype).tiny, torch.zeros_like(logits, dtype=score.dtype)
-        copied = copied.scatter_add(-1, self.ids[:, None].expand(score.shape), (score - log_z).exp())
+        top, total = score.detach().amax(dim=-1, keepdim=True), torch.zeros_like(logits, dtype=score.dtype)
+        total = total.scatter_add(-1, self.ids[:, None].expand(score.shape), (score - top).exp())
+        copied = total.clamp(min=torch.finfo(score.dtype).tiny).log() + top - log_z
+        copied = torch.where(total > 0, copied, -torch.inf)
         generated = F.log_softmax(logits.to(score.dtype), -1) + self.sentinel - log_z
-        return torch.logaddexp(generated, copied.clamp(min=tiny).log())
+        return torch.logaddexp(generated, copied)
 
     def mixed_with(self, head: nn.Module) -> "Mixture":
         return Mixture(head, self)
@@ -291,10 +293,8 @@ class Pointer(nn.Module):
         if cache is not None:
             ab, idx = cache.update_pointer(ab, idx)
         a, b = ab.chunk(2, dim=-1)
-        q, k = (
-            self.norm(q),
-            self.norm(a + b.roll(-1, dims=1)),
-        )  # (B, S, n_embd); the newest token has no s + 1
+        k = self.norm(a + b.roll(-1, dims=1))  # (B, S, n_embd); the newest token has no s + 1
+        q = self.norm(q)
         visible = attn.distance > 0
         if attn.attn_mask is not None:
             visible = visible & (attn.attn_mask[:, 0] > -torch.inf)

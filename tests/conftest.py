@@ -1,5 +1,6 @@
 """Shared fixtures. Tests use one thread: the models are tiny, and more threads would only add overhead."""
 
+import contextlib
 import os
 import random
 import signal
@@ -35,6 +36,14 @@ def corpus(tmp_path_factory) -> Path:
     (folder / "mini.txt").write_text("\n\n".join(stories), encoding="utf-8")
     prepare.prepare("mini", "byte", source=str(folder / "mini.txt"), data_dir=folder / "data")
     return folder / "data"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_optional(monkeypatch):
+    """What may fail with a warning at the end of a run, such as its curve, fails a test."""
+    from nanostlm import report
+
+    monkeypatch.setattr(report, "optional", contextlib.nullcontext)
 
 
 @pytest.fixture

@@ -536,6 +536,22 @@ def test_a_pointer_says_tokens_of_the_context_again():
     assert abs(model.train()(idx, targets)[1] - loss - 0.3 * sum(own) / 8) < 1e-9
 
 
+@pytest.mark.parametrize("sentinel", [-300.0, 7.0, 300.0])
+def test_improbable_copies_keep_their_probability(sentinel):
+    """Where exp underflows, losses from logits and from chunks agree, and no gradient is nan."""
+    found = []
+    for loss_chunk in (0, 5):
+        model, idx = tiny(pointer=True, loss_chunk=loss_chunk, pointer_loss=0.0), tokens(2, 12) % 9
+        model.pointer.sentinel.data.fill_(sentinel)
+        model.pointer.scale.data.fill_(15.0)
+        loss = model(idx, idx.roll(-1, dims=1))[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert found[0][0] > 87 or sentinel != -300.0
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all() and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("loss_chunk", [0, 7])
 def test_a_pointer_learns_to_copy(loss_chunk):
     """The same word twice in random rows: not above chance for a vocabulary alone, and known by pointing."""

@@ -728,6 +728,9 @@ def test_command_line(trained, tmp_path, monkeypatch, capsys):
         code, said = status("--to", to, dest)
         assert code == 2 and "exists already" in said
         assert status("--to", to, dest, "--overwrite", "--out_dir", trained / "best.pt")[0] == 0
+        assert status("--to", to, dest, trained, "--overwrite")[0] == 0
+    code, said = status("--to", "hf", hf, trained, "--out_dir", trained)
+    assert code == 2 and "RUN and --out_dir" in said
     code, said = status("--to", "llama2c", file.with_name("other.bin"))  # would replace m.bin's vocabulary
     assert code == 2 and "tokenizer.bin exists already" in said and not file.with_name("other.bin").exists()
     code, said = status("--to", "onnx", hf)

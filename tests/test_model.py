@@ -12,7 +12,9 @@ from conftest import ROOT
 from torch import nn
 
 from model import (
+    CHOICES,
     GPT,
+    MLPS,
     Attention,
     AttnInputs,
     Block,
@@ -30,6 +32,7 @@ from model import (
     sdpa,
 )
 from nanostlm import checkpoint, tokenizer
+from nanostlm.generate import chain, generate
 from nanostlm.kv_cache import KVCache
 
 V = 40
@@ -975,3 +978,42 @@ def test_whole_numbers_do_where_a_fraction_is_meant():
 def test_a_configuration_is_frozen():
     with pytest.raises(FrozenInstanceError):
         GPTConfig().n_layer = 3
+
+
+# ----------------------------------------------------------------------------------------------------------
+# GPT.generate, and a user's own layers
+
+
+def test_generate_is_the_plain_loop():
+    """Greedy: as with a cache while the context lasts, then from the last block_size tokens. Else top_k."""
+    model, prompt = tiny(separator=5), tokens(1, 3)
+    found = model.generate(prompt, 20, temperature=0)
+    assert found.shape == (1, 23) and torch.equal(found[:, :3], prompt)
+    cached = generate(model, [prompt[0, 1:].tolist()], 13, chain(temperature=0), eot=int(prompt[0, 0]))[0]
+    assert cached == found[0, 3 : 3 + len(cached)].tolist()
+    assert found[0, -1] == model(found[:, -17:-1])[0][0, -1].argmax()
+    torch.manual_seed(0)
+    few = model.generate(prompt.expand(200, 3), 1, top_k=3)[:, -1]
+    assert set(few.tolist()) == set(model(prompt)[0][0, -1].topk(3).indices.tolist())
+    assert torch.equal(model.generate(prompt, 5, top_k=1), found[:, :8])
+    assert torch.equal(model.generate(prompt, 0), prompt)
+
+
+class DepthwiseConv(nn.Module):
+    """A causal convolution over the last 3 tokens, as a user may write it in place of an MLP."""
+
+    def __init__(self, c, act):
+        super().__init__()
+        self.conv, self.act = nn.Conv1d(c.n_embd, c.n_embd, 3, groups=c.n_embd), act
+
+    def forward(self, x):
+        return self.act(self.conv(F.pad(x.mT, (2, 0))).mT)
+
+
+def test_a_layer_of_the_user_is_a_line_in_a_table(monkeypatch):
+    monkeypatch.setitem(MLPS, "conv", (DepthwiseConv, F.relu))
+    monkeypatch.setitem(CHOICES, "mlp", (*CHOICES["mlp"], "conv"))
+    model = GPT(GPTConfig(**TINY, mlp="conv"))
+    loss = model(tokens(2, 9), tokens(2, 9, seed=2))[1]
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())

@@ -126,9 +126,28 @@ def test_every_prompt_of_a_conversation_has_its_own_seed(main, monkeypatch):
     assert status == 0 and out == one + two and one != two
 
 
+def test_commands_of_a_conversation(main, monkeypatch):
+    """/again repeats the last prompt with the next seed, /temperature stays, all else prints the help."""
+    typed = "/help\nOnce\n/again\n/temperature 0\n/again\n/temperature -1\n/temperature\n/again\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    status, out, err = main("--interactive", "--max_new_tokens", 20, "--seed", 7)
+    once = ("--prompt", "Once", "--max_new_tokens", 20)
+    sampled = [main(*once, "--seed", seed)[1] for seed in (7, 8)]
+    greedy = main(*once, "--temperature", 0)[1]
+    assert status == 0 and out == "".join([*sampled, greedy, greedy])
+    assert err.count("/temperature T") == 2 and err.count("error: temperature must be 0") == 1
+
+
+def test_a_run_is_an_argument_or_an_option(main):
+    argument = main("out/old", "--start", "Once", "--seed", 3)
+    option = main("--out_dir", "out/old", "--prompt", "Once", "--seed", 3)
+    assert argument[:2] == option[:2] and argument[1].startswith("Once") and "out/old" in argument[2]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        ("out/old --out_dir out/new", "RUN and --out_dir are the same option"),
         ("--temperature -1", "temperature must be 0"),
         ("--top_p 1.5", "top_p must be between 0 and 1, not 1.5"),
         ("--top_k -3", "top_k"),
