@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, config, words
+from helpers import ROOT, cli_args, config
 
 import evaluate
 import export
@@ -166,13 +166,13 @@ LINES = {  # --setting=value on the command line of train.py -> what the error s
 
 
 @pytest.mark.parametrize("name, value", LINES, ids=lambda text: ascii(text)[:30])
-def test_the_plan_or_one_line(name, value, here):
+def test_the_plan_or_one_line(name, value, main):
     began = time.perf_counter()
-    status = here("", **{"max_iters": 0, name: value})
+    status = main("", **{"max_iters": 0, name: value})
     if LINES[name, value]:
-        assert LINES[name, value] in one_line(status, here.said)
+        assert LINES[name, value] in one_line(status, main.stderr)
     else:
-        assert status == 0 and "MB of memory" in here.said
+        assert status == 0 and "MB of memory" in main.stderr
     assert time.perf_counter() - began < 2 and not Path("out").exists()
 
 
@@ -193,11 +193,11 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def a_run(here, tmp_path_factory, corpus):
+def a_run(main, tmp_path_factory, corpus):
     """A current directory with a run in out/."""
     kept = tmp_path_factory.getbasetemp() / "a-run"
     if not kept.exists():
-        assert here("out/run", max_iters=2) == 0
+        assert main("out/run", max_iters=2) == 0
         shutil.copytree("out", kept)
     shutil.copytree(kept, "out", dirs_exist_ok=True)
 
@@ -221,30 +221,32 @@ TOO_LARGE = [
 
 
 @pytest.mark.parametrize("shape", TOO_LARGE, ids=str)
-def test_a_model_past_the_memory_is_refused_with_the_figures(shape, small, here, corpus):
+def test_a_model_past_the_memory_is_refused_with_the_figures(shape, small, main, corpus):
     began = time.perf_counter()
-    line = one_line(here("run", **shape), here.said)
+    line = one_line(main("run", **shape), main.stderr)
     assert "and cpu has 1,000 MB" in line or "10,000 layers take too long" in line, line
-    assert here("run", max_iters=0, **shape) == 0, "the plan is printed whatever the size"
-    assert "parameters" in here.said and time.perf_counter() - began < 5 and not Path("run").exists()
+    assert main("run", max_iters=0, **shape) == 0, "the plan is printed whatever the size"
+    assert "parameters" in main.stderr and time.perf_counter() - began < 5 and not Path("run").exists()
 
 
 @pytest.mark.parametrize(
     "rows", [dict(batch_size=10**8), dict(gradient_accumulation_steps=10**8), dict(batch_size=10**9)], ids=str
 )
-def test_a_batch_past_the_memory_is_refused_with_the_figures(rows, small, here):
-    assert "this takes at least" in one_line(here("run", **rows), here.said)
-    assert here("", max_iters=0, **rows) == 0
-    assert "WARNING: this machine has only 1,000 MB of memory" in here.said or "accumulation" in str(rows)
+def test_a_batch_past_the_memory_is_refused_with_the_figures(rows, small, main):
+    assert "this takes at least" in one_line(main("run", **rows), main.stderr)
+    assert main("", max_iters=0, **rows) == 0
+    assert "WARNING: this machine has only 1,000 MB of memory" in main.stderr or "accumulation" in str(rows)
 
 
-def test_a_run_that_may_not_fit_is_warned_and_runs(here, monkeypatch):
+def test_a_run_that_may_not_fit_is_warned_and_runs(main, monkeypatch):
     for module in (machine, report):
         monkeypatch.setattr(module, "total_memory", lambda device: 100 * 2**20)  # PyTorch alone takes more
     monkeypatch.setattr(machine.Machine, "run_memory", lambda self, c: 101 * 2**20)
-    assert here("run", max_iters=2) == 0 and "; WARNING: this machine has only 100 MB of memory" in here.said
+    assert (
+        main("run", max_iters=2) == 0 and "; WARNING: this machine has only 100 MB of memory" in main.stderr
+    )
     monkeypatch.setattr(machine.Machine, "run_memory", lambda self, c: 99 * 2**20)
-    assert here("more", max_iters=2) == 0 and "WARNING" not in here.said
+    assert main("more", max_iters=2) == 0 and "WARNING" not in main.stderr
 
 
 def test_a_shipped_shape_is_within_a_small_machine():
@@ -335,16 +337,16 @@ PROGRAMS = {  # numbers of the other programs
 
 
 @pytest.mark.parametrize("argv", PROGRAMS, ids=lambda argv: " ".join(argv)[:50])
-def test_numbers_of_the_other_programs(argv, here, capsys):
+def test_numbers_of_the_other_programs(argv, main, capsys):
     if argv[0] in ("sample", "evaluate"):
-        assert here("out/run", max_iters=2) == 0
+        assert main("out/run", max_iters=2) == 0
     status = MAINS[argv[0]](list(argv[1:]))
     assert PROGRAMS[argv] in one_line(status, capsys.readouterr().err)
     assert not Path("data").exists()
 
 
-def test_the_cache_of_many_samples_is_refused_with_the_figures(here, capsys, monkeypatch):
-    assert here("run", max_iters=2) == 0
+def test_the_cache_of_many_samples_is_refused_with_the_figures(main, capsys, monkeypatch):
+    assert main("run", max_iters=2) == 0
     monkeypatch.setattr(machine, "total_memory", lambda device: 100 * 2**20)
     status = sample.main(["--out_dir", "run", "--num_samples", "100000", "--max_new_tokens", "1"])
     assert "cpu has 100 MB" in one_line(status, capsys.readouterr().err)
@@ -411,7 +413,7 @@ def test_a_path_of_the_wrong_kind(argv, kind, a_run, corpus, capsys, monkeypatch
         monkeypatch.setattr(train, "Trainer", None)  # nothing may get that far
     line = [word.replace("PATH", path) for word in argv[1:]]
     if argv[0] == "train":
-        made = [word for word in words(corpus, max_iters=1) if word.split("=")[0] not in str(argv)]
+        made = [word for word in cli_args(corpus, max_iters=1) if word.split("=")[0] not in str(argv)]
         line = line + made
     before = sorted(str(p) for p in Path(".").rglob("*"))
     status = MAINS[argv[0]](line)
@@ -426,7 +428,7 @@ def test_a_path_of_the_wrong_kind(argv, kind, a_run, corpus, capsys, monkeypatch
 def test_a_folder_that_is_not_to_be_read_or_written(argv, a_run, corpus, capsys):
     Path("locked").mkdir()
     os.chmod("locked", 0)
-    made = words(corpus, max_iters=1) if argv[0] == "train" else []
+    made = cli_args(corpus, max_iters=1) if argv[0] == "train" else []
     made = [word for word in made if word.split("=")[0] not in str(argv)]
     try:
         status = MAINS[argv[0]]([word.replace("PATH", "locked/x") for word in argv[1:]] + made)

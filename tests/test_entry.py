@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MICRO, ROOT, kept, lines, numbers, same, trainer, words
+from helpers import MICRO, ROOT, bit_equal, cli_args, metrics, random_data, run_state, trainer
 
 import prepare
 import sample
@@ -458,7 +458,7 @@ def test_a_closed_stdin_is_empty(repository):
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("code", [errno.EPIPE, errno.ENOSPC, errno.EIO])
-def test_training_saves_when_its_output_is_lost(code, number, here, monkeypatch):
+def test_training_saves_when_its_output_is_lost(code, number, main, monkeypatch):
     """At the current step, not at the last checkpoint, and what follows is what would have been."""
     show = report.Console.show
 
@@ -467,15 +467,15 @@ def test_training_saves_when_its_output_is_lost(code, number, here, monkeypatch)
         if line["step"] == 7:
             monkeypatch.setitem(entry.lost, number, OSError(code, os.strerror(code)))
 
-    assert here("straight", log_interval=1) == 0
+    assert main("straight", log_interval=1) == 0
     with monkeypatch.context() as patch:
         patch.setattr(report.Console, "show", losing)
-        assert here("run", log_interval=1) == 1
+        assert main("run", log_interval=1) == 1
     entry.lost.clear()
-    assert f"error: [Errno {code}]" in here.said and "the run is saved at step 8" in here.said
-    assert kept("run")["step"] == 8
-    assert here("run", "--resume", log_interval=1) == 0
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    assert f"error: [Errno {code}]" in main.stderr and "the run is saved at step 8" in main.stderr
+    assert run_state("run")["step"] == 8
+    assert main("run", "--resume", log_interval=1) == 0
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
 LONG = dict(
@@ -484,34 +484,34 @@ LONG = dict(
 
 
 @posix
-def test_a_run_whose_reader_leaves(tmp_path, corpus, here):
+def test_a_run_whose_reader_leaves(tmp_path, corpus, main):
     """The real thing: `python train.py ... 2>&1 | head -9`."""
-    line = shlex.join([sys.executable, str(ROOT / "train.py"), *words(corpus, out_dir="run", **LONG)])
+    line = shlex.join([sys.executable, str(ROOT / "train.py"), *cli_args(corpus, out_dir="run", **LONG)])
     done = subprocess.run(
         ["bash", "-c", f"{{ {line}; echo $? > status; }} 2>&1 | head -9"], capture_output=True
     )
     assert Path("status").read_text() == "1\n" and done.stderr == b""
-    step = kept("run")["step"]
-    assert step == lines("run")[-1]["step"] >= 1
-    assert here("run", "--resume", alone=True, max_iters=step + 3) == 0
-    assert here("straight", **LONG | dict(max_iters=step + 3)) == 0
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    step = run_state("run")["step"]
+    assert step == metrics("run")[-1]["step"] >= 1
+    assert main("run", "--resume", micro=False, max_iters=step + 3) == 0
+    assert main("straight", **LONG | dict(max_iters=step + 3)) == 0
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
 @posix
 @signals
-def test_a_signal_in_the_final_report(number, here, monkeypatch):
+def test_a_signal_in_the_final_report(number, main, monkeypatch):
     def final(trainer, name):
         os.kill(os.getpid(), number)
         raise AssertionError("it went on")
 
     monkeypatch.setattr(report, "final", final)
-    assert here("run") == STATUS[number] and kept("run")["step"] == MICRO["max_iters"]
+    assert main("run") == STATUS[number] and run_state("run")["step"] == MICRO["max_iters"]
 
 
 @posix
 @signals
-def test_a_signal_in_the_last_evaluation(number, here, monkeypatch):
+def test_a_signal_in_the_last_evaluation(number, main, monkeypatch):
     """The run is finished: there is no report, and nothing to continue."""
     real = train.Trainer.val_step
 
@@ -521,8 +521,8 @@ def test_a_signal_in_the_last_evaluation(number, here, monkeypatch):
         return real(trainer)
 
     monkeypatch.setattr(train.Trainer, "val_step", val_step)
-    assert here("run") == STATUS[number] and "the run is finished" in here.said
-    assert kept("run")["step"] == MICRO["max_iters"]
+    assert main("run") == STATUS[number] and "the run is finished" in main.stderr
+    assert run_state("run")["step"] == MICRO["max_iters"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -547,9 +547,9 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_printed_command_is_read_back_by_a_shell(name, here, tmp_path, capsys):
-    assert here(f"./{name}", stop_after=2) == 143
-    command = shlex.split(here.said.rpartition("continue with: ")[2])
+def test_a_printed_command_is_read_back_by_a_shell(name, main, tmp_path, capsys):
+    assert main(f"./{name}", stop_after=2) == 143
+    command = shlex.split(main.stderr.rpartition("continue with: ")[2])
     assert command[:2] == ["python", "train.py"] and f"--out_dir=./{name}" in command
     assert command[-1] == "--resume"
     command = shlex.split(remedy(tmp_path / name / "mini" / "byte").partition(": ")[2])
@@ -560,9 +560,9 @@ def test_a_printed_command_is_read_back_by_a_shell(name, here, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", ["resume", "overwrite", "override"])
-def test_a_value_that_reads_like_a_flag_is_kept(name, here):
-    assert here("", "--out_dir", name, "--overwrite", stop_after=2) == 143
-    words = shlex.split(here.said.rpartition("continue with: ")[2])
+def test_a_value_that_reads_like_a_flag_is_kept(name, main):
+    assert main("", "--out_dir", name, "--overwrite", stop_after=2) == 143
+    words = shlex.split(main.stderr.rpartition("continue with: ")[2])
     assert words[words.index("--out_dir") + 1] == name and "--overwrite" not in words
 
 
@@ -570,7 +570,7 @@ def test_a_value_that_reads_like_a_flag_is_kept(name, here):
 def test_the_next_command_is_one_that_sample_reads(prompt, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "plot", lambda *args: None)
     monkeypatch.setattr(generate, "stories", lambda *args, **sampling: [])
-    data = numbers()._replace(meta={"corpus": "numbers", "val": dict(bytes=80, stories=10, tokens=90)})
+    data = random_data()._replace(meta={"corpus": "numbers", "val": dict(bytes=80, stories=10, tokens=90)})
     folder = tmp_path / f"of {prompt}"
     report.final(trainer(data, out_dir=folder, prompt=prompt), "run")
     command = shlex.split(capsys.readouterr().err.rpartition("next:  ")[2])

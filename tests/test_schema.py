@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Program, lines, trainer, words
+from helpers import Program, cli_args, metrics, trainer
 
 import evaluate
 import sample
@@ -198,7 +198,7 @@ def test_what_is_wrong_with_meta_json(harm, message, mini, capsys):
     (mini / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=message):
         datasets.load_data(mini)
-    status = train.main(words("data"))
+    status = train.main(cli_args("data"))
     assert "python prepare.py mini --tokenizer byte" in said(capsys, status) and status == 2
 
 
@@ -228,7 +228,7 @@ def test_bins_of_another_size(size, split, mini, capsys):
     content = (mini / f"{split}.bin").read_bytes()
     (mini / f"{split}.bin").write_bytes(content + b"ab" if size == 2 else content[:size])
     assert f"{split}.bin has" in refused(lambda: datasets.load_data(mini), f"{split}.bin")
-    assert train.main(words("data")) == 2 and f"{split}.bin has" in said(capsys, 2)
+    assert train.main(cli_args("data")) == 2 and f"{split}.bin has" in said(capsys, 2)
 
 
 def test_a_folder_instead_of_a_bin(mini):
@@ -241,7 +241,7 @@ def test_a_folder_instead_of_a_bin(mini):
 @pytest.mark.parametrize("setting", ["dataset", "tokenizer"])
 def test_names_that_are_paths(setting, name, mini, capsys):
     """Even where a path leads to prepared data."""
-    assert train.main(words("data", **{setting: name})) == 2
+    assert train.main(cli_args("data", **{setting: name})) == 2
     said(capsys, 2)
     assert [path.name for path in Path("data").iterdir() if not path.name.startswith(".")] == ["mini"]
 
@@ -275,13 +275,13 @@ def test_junk_in_metrics_jsonl(tmp_path, capsys):
     assert len(runs.read_metrics(tmp_path)) == 2 and not capsys.readouterr().err, "torn by a kill"
 
 
-def test_a_run_with_junk_in_its_metrics_resumes(here):
-    assert here("straight") == 0
-    assert here("run", stop_after=10) == 143
+def test_a_run_with_junk_in_its_metrics_resumes(main):
+    assert main("straight") == 0
+    assert main("run", stop_after=10) == 143
     with open("run/metrics.jsonl", "ab") as file:
         file.write(b'3\n{"step": 4}\n\xff\n')
-    assert here("run", "--resume") == 0 and here.said.count("WARNING: run/metrics.jsonl: 3 of") == 1
-    assert lines("run") == lines("straight")
+    assert main("run", "--resume") == 0 and main.stderr.count("WARNING: run/metrics.jsonl: 3 of") == 1
+    assert metrics("run") == metrics("straight")
 
 
 @pytest.mark.parametrize("content", BYTES, ids=lambda content: repr(content[:12]))
@@ -428,7 +428,7 @@ def test_a_tokenizer_that_does_not_fit_the_model(whole, tmp_path, monkeypatch):
 def stopped(tmp_path_factory, corpus) -> dict:
     """The dictionary in latest.pt of a run on the corpus `mini` that was stopped."""
     folder = tmp_path_factory.mktemp("stopped")
-    run = Program(words(corpus, out_dir="run", max_iters=6, save_interval=3), folder)
+    run = Program(cli_args(corpus, out_dir="run", max_iters=6, save_interval=3), folder)
     assert run.wait() == 0
     return checkpoint.read(folder / "run" / "previous.pt")
 
@@ -516,7 +516,7 @@ def optimizer(checkpoint: dict, **changes) -> dict:
 def test_a_checkpoint_that_does_not_resume(harm, stopped, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(harm(copy.deepcopy(stopped)), "latest.pt")
-    status = train.main(words(corpus, out_dir="run", max_iters=6, save_interval=3) + ["--resume"])
+    status = train.main(cli_args(corpus, out_dir="run", max_iters=6, save_interval=3) + ["--resume"])
     assert status == 2, capsys.readouterr().err
     said(capsys, status)
 
@@ -524,7 +524,7 @@ def test_a_checkpoint_that_does_not_resume(harm, stopped, corpus, tmp_path, monk
 def test_the_unharmed_checkpoint_resumes(stopped, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(stopped, "latest.pt")
-    assert train.main(words(corpus, out_dir="run", max_iters=6, save_interval=3) + ["--resume"]) == 0
+    assert train.main(cli_args(corpus, out_dir="run", max_iters=6, save_interval=3) + ["--resume"]) == 0
 
 
 def test_the_one_before_is_taken(stopped, whole, tmp_path, monkeypatch, capsys):
@@ -673,7 +673,7 @@ def truncate(file: str, size: int) -> None:
 def test_a_bin_truncated_during_a_run(file, size, mini, tmp_path):
     """Without the check, the process dies of SIGBUS, or trains on zeros."""
     path = str(mini / file)
-    run = Program(words("data", out_dir="run", save_interval=2), tmp_path, hook=(truncate, path, size))
+    run = Program(cli_args("data", out_dir="run", save_interval=2), tmp_path, hook=(truncate, path, size))
     assert run.wait() == 1, run.text
     found = [line for line in run.text.splitlines() if "error" in line]
     assert len(found) == 1 and f"{file} was truncated" in found[0]
