@@ -1,6 +1,6 @@
 """
-Evaluate checkpoints: bits per byte of validation stories, which compare across tokenizers. For toystories,
-a corpus whose entropy is known, also the distance to the entropy and the share of valid generated stories.
+Evaluate checkpoints: bits per byte of validation stories, comparable across tokenizers. For toystories, whose
+entropy is known, also the excess over the entropy and the fraction of generated stories that are valid.
 
     python evaluate.py                                    # the newest run, on the data it was trained on
     python evaluate.py out/tiny out/tiny-2                # one row per run, with the settings that differ
@@ -39,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     settings.check_path("--plot", options.plot, "file")
     options.tasks = options.tasks.split(",") if options.tasks else None
     if unknown := set(options.tasks or ()) - {"bpb", "grammar"}:
-        parser.error(f"there is no task {', '.join(sorted(unknown))}: there are bpb and grammar")
+        parser.error(f"unknown task {', '.join(sorted(unknown))}: there are bpb and grammar")
     return options
 
 
@@ -52,7 +52,7 @@ def load(path: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, Data
     folder = options.data
     if folder is None:
         if "train_config" not in state:
-            raise ValueError(f"{path} does not say what data it was trained on: give --data")
+            raise ValueError(f"{path} does not name its training data: pass --data")
         trained = state["train_config"]
         folder = f"{trained['data_dir']}/{trained['dataset']}/{trained['tokenizer']}"
     data = load_data(folder, tokenizer=tokenizer)
@@ -75,9 +75,7 @@ def main(argv: list[str]) -> None:
             rows.append((path, state, bpb))
         if "grammar" in options.tasks if options.tasks else grammar:
             if not grammar:
-                raise ValueError(
-                    f"the corpus {data.meta['corpus']} has no grammar: leave out the task grammar"
-                )
+                raise ValueError(f"task grammar is not available for {data.meta['corpus']}")
             print(*tasks.grammar_report(model, data, options.rows), sep="\n", flush=True)
     if len(rows) > 1:
         print(report.comparison(rows))

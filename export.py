@@ -5,9 +5,9 @@ Write a trained model in the format of another program.
     python export.py --to llama2c llama.bin out/llama          # run.c's model file, and tokenizer.bin
     python train.py config/finetune.py --init_from=hf:out/tiny-hf    # the way back; or a Hub id: hf:gpt2
 
-The exported model gives the same logits and the same tokens. If the other program has no equivalent of a
-setting, the export is refused with the name of the setting. Shared layers are written out for each layer,
-LoRA is merged, and the padding of the vocabulary is left out.
+The exported model gives the same logits and the same tokens. An unsupported setting is an error that names
+it. Shared layers are written out for each layer, LoRA is merged, and the padding of the vocabulary is left
+out.
 """
 
 from nanostlm.entry import script  # first, to handle signals during the other imports
@@ -41,9 +41,11 @@ def main(argv: list[str]) -> None:
     settings.check_path("DEST", options.dest, "folder" if options.to == "hf" else "file")
     dest = Path(options.dest)
     files = [dest / "config.json"] if options.to == "hf" else [dest, dest.with_name("tokenizer.bin")]
+    if files[0] == files[-1] and options.to == "llama2c":
+        raise ValueError("tokenizer.bin is the name of the vocabulary beside the model: choose another DEST")
     existing = [str(file) for file in files if file.exists()]
     if existing and not options.overwrite:
-        raise ValueError(f"{existing[0]} exists already; --overwrite replaces it")
+        raise ValueError(f"{existing[0]} exists; use --overwrite to replace it")
     source = checkpoint.find(options.out_dir if options.run is None else options.run)
     model, tokenizer = checkpoint.load(source)
     print(f"{source}: {model.config.estimate()['parameters'] / 1e6:.1f}M parameters, {tokenizer.name}")

@@ -9,8 +9,8 @@ The model: GPT(GPTConfig(...)), a decoder of three replaceable parts, as in "Sup
     logits, _ = model(idx)              # idx (B, T) int64 -> (B, T, vocab_size)
     _, loss = model(idx, targets)       # mean cross-entropy in nats; targets of -1 are ignored
 
-GPT-2 and Llama shapes need this file alone: copy it where you like. Components that only some settings select
-are in nanostlm/variants.py. The fast paths at the end compute the same as the plain code before them.
+This file alone supports GPT-2 and Llama shapes and can be copied into other projects. Optional components are
+in nanostlm/variants.py. The fast paths at the end compute the same results as the plain code above them.
 """
 
 import math
@@ -79,7 +79,7 @@ class GPTConfig:
         return 64 * math.ceil(self.vocab_size / 64)
 
     def validate(self) -> None:
-        """Raise a ValueError with one clear line if these settings do not make a model."""
+        """Raise a one-line ValueError if the settings are invalid."""
         check_config(self)
 
     def estimate(self) -> dict[str, int]:
@@ -87,15 +87,15 @@ class GPTConfig:
         return count_config(self)
 
     def memory(self, tokens: int, itemsize: int) -> int:
-        """Bytes that training on `tokens` tokens at a time holds, roughly, in a dtype of `itemsize` bytes."""
+        """Approximate bytes to train on micro-batches of `tokens` tokens, in a dtype of `itemsize` bytes."""
         counts, logits = self.estimate(), (min(self.loss_chunk, tokens) or tokens) * self.padded_vocab
         states = 16 + 2 * itemsize * (itemsize < 4)  # float32: weights, gradients, optimizer; copies in dtype
-        kept = (itemsize + 2) * counts["activations_per_token"]  # some stay float32, freed blocks leave gaps
+        kept = (itemsize + 2) * counts["activations_per_token"]  # some are float32; fragmentation
         return states * counts["parameters"] + kept * tokens + (8 + itemsize) * logits
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What all layers share: positions and masks
+# Positions and masks, shared by all layers
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False, dropout=0.0) -> Tensor:
@@ -105,12 +105,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False, dropo
 
 
 class AttnInputs(NamedTuple):
-    """What every attention layer of a forward pass gets besides x; T queries attend to S keys."""
+    """Inputs of every attention layer besides x; T queries attend to S keys."""
 
     rope: tuple[Tensor, Tensor] | None  # cos and sin of the positions, (1 or (B, 1), T, head_dim / 2)
     attn_mask: Tensor | None  # added to the scores, broadcasts to (B, n_head, T, S)
-    is_causal: bool  # whether the causal mask is all that is needed
-    distance: Tensor | None = None  # (T, S): position of the query - position of the key, where needed
+    is_causal: bool  # whether attn_mask is None and causal masking applies
+    distance: Tensor | None = None  # (T, S): query position - key position; None if not needed
     kernel: Callable[..., Tensor] = sdpa  # computes attention; called like sdpa
 
 
@@ -137,7 +137,7 @@ def attn_inputs(c: GPTConfig, idx: Tensor, segments: Tensor | None = None) -> tu
     starts = None  # where the segment of each token starts
     if segments is None and c.separator >= 0:
         segments = (idx == c.separator).cumsum(dim=1)
-    if segments is not None:  # each starts at position 0, as if it stood alone
+    if segments is not None:  # positions start at 0 in each segment
         begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
         starts = (steps * begins).cummax(dim=1).values
         positions = steps - starts
@@ -271,7 +271,7 @@ GATES = tuple(name for name, (layer, _) in MLPS.items() if layer is GatedMLP)
 
 
 class Block(nn.Module):
-    """A transformer layer with the norms before its two parts."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, c: GPTConfig):
         super().__init__()
@@ -343,8 +343,8 @@ class Head(nn.Module):
 
 class GPT(nn.Module):
     """
-    The whole model. Each of the three parts can be given instead of built: an embedder called with (ids,
-    positions), a core called with (x, attn, cache), a head with forward(x) and loss(x, targets).
+    The whole model. Custom modules can replace the three parts: an embedder called with (ids, positions), a
+    core called with (x, attn, cache), a head with forward(x) and loss(x, targets).
     """
 
     def __init__(self, config: GPTConfig, embedder=None, core=None, head=None):
@@ -366,9 +366,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, segments=None, last=False):
         """
         idx (B, T) int64 -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, mean loss, nats).
-        cache: a KVCache (nanostlm/kv_cache.py) of the tokens before idx, which takes idx in. segments (B, T):
-        each run of equal numbers is a text of its own, whatever config.separator says. last: the logits of
-        the last position only, (B, 1, vocab_size). With a pointer, logits are log-probabilities.
+        cache: a KVCache (nanostlm/kv_cache.py) of the previous tokens; idx is appended to it. segments
+        (B, T): runs of equal numbers are independent documents; overrides config.separator. last: the logits
+        of the last position only, (B, 1, vocab_size). With a pointer, logits are log-probabilities.
         """
         if cache is None:
             positions, attn = attn_inputs(self.config, idx, segments)
@@ -408,14 +408,14 @@ def gpt2_std(c: GPTConfig, name: str, fan_in: int) -> float:
 
 
 def init_weights(model: GPT, given: list[nn.Module]) -> None:
-    """Draw matrices from N(0, std^2), std by config.init; biases 0. Given parts keep their weights."""
+    """Draw matrices from N(0, std^2), std by config.init; biases 0. Custom parts keep their weights."""
     c, std_of, done = model.config, gpt2_std, {id(p) for part in given for p in part.parameters()}
     if c.init != "gpt2" or c.share == "lora":
         from nanostlm.variants import init_std as std_of
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding) or id(module.weight) in done:
             continue
-        done.add(id(module.weight))  # a tied head comes after the embedding
+        done.add(id(module.weight))  # a tied head shares the embedding's weight
         nn.init.normal_(module.weight, std=std_of(c, name, module.weight.shape[-1]))
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
@@ -427,7 +427,7 @@ def init_weights(model: GPT, given: list[nn.Module]) -> None:
 
 def make_attn_mask(c: GPTConfig, distance: Tensor, starts=None, key_starts=None) -> Tensor:
     """
-    The one rule of visibility: a query sees a key of the same segment at 0 <= distance < window (|distance| <
+    The attention mask: a query attends to a key of the same segment at 0 <= distance < window (|distance| <
     window if not causal). distance (T, S); starts (B, T) and key_starts (B, S): where the segments of queries
     and keys start. -> 0 or -inf, plus ALiBi's bias: (1 or B, 1 or n_head, T, S).
     """
@@ -494,8 +494,8 @@ def check_config(c: GPTConfig) -> None:
 def count_config(c: GPTConfig) -> dict[str, int]:
     """
     Parameters, shared ones once; those of embedder and head; FLOPs of a token's forward and backward pass: 6
-    per weight of a matrix and 12 * block_size * n_embd per layer; numbers that a token leaves for the
-    backward pass, roughly.
+    per weight of a matrix and 12 * block_size * n_embd per layer; and the approximate number of activations
+    per token that are saved for the backward pass.
     """
     C, d, L, pointer, masked = c.n_embd, c.head_dim, c.n_layer, c.pointer, c.separator >= 0
     norm = C * c.norm_weight * {"rmsnorm": 1, "layernorm": 1 + c.bias, "none": 0}[c.norm]
@@ -505,7 +505,7 @@ def count_config(c: GPTConfig) -> dict[str, int]:
     shaw, of_layer = distances * (1 + c.shaw_values) * d, 14 * C + 3 * c.hidden + c.n_head * distances
     lora = (c.share == "lora") * c.lora_rank * (5 * C + qkv + fc + c.hidden)
     rest = 2 * norm + 2 * d * c.qk_norm * c.norm_weight + shaw + lora  # of a layer
-    # how many layers have an attention, an MLP and a rest of their own
+    # number of distinct attention modules, MLPs and remaining parameters
     n = {"none": (L, L, L), "mlp": (L, 1, L), "layers": (1, 1, 1), "lora": (1, 1, L)}[c.share]
     core = n[0] * (attn + c.bias * (qkv + C)) + n[1] * (mlp + c.bias * (fc + C)) + n[2] * rest
     embedding = c.padded_vocab * C * (2 - c.tied) + norm * (1 + c.embed_norm)
@@ -524,7 +524,7 @@ def count_config(c: GPTConfig) -> dict[str, int]:
 
 
 def cpu_attention(q, k, v, attn_mask, is_causal, dropout) -> Tensor:
-    """sdpa for causal models on a CPU, by BlockAttention where that is faster (bench/attention.py)."""
+    """sdpa for causal models on a CPU; uses BlockAttention where it is faster (bench/attention.py)."""
     T, fixed = q.shape[2], is_causal or attn_mask is not None and not attn_mask.requires_grad
     faster = q.dtype == torch.bfloat16 or q.shape[3] >= 64
     if not (fixed and faster and 1 < T <= 1024 and not dropout):
@@ -536,9 +536,9 @@ def cpu_attention(q, k, v, attn_mask, is_causal, dropout) -> Tensor:
 
 class BlockAttention(torch.autograd.Function):
     """
-    Causal attention of q, k, v (B, n_head, T, head_dim), 64 queries at a time over the keys up to the last of
-    them; the probabilities are kept for the backward pass. attn_mask, which broadcasts to (B, n_head, T, T),
-    must hide later keys itself.
+    Causal attention of q, k, v (B, n_head, T, head_dim), in blocks of 64 queries, each over the keys up to
+    its last query; the probabilities are saved for the backward pass. attn_mask, which broadcasts to (B,
+    n_head, T, T), must hide later keys itself.
     """
 
     @staticmethod
@@ -589,8 +589,8 @@ def chunked_cross_entropy(
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
-    With `learn`, the forward pass also computes the gradient of each chunk while its logits exist: they are
-    neither kept nor computed twice. With 50,257 ids they would be most of a small model's memory.
+    With `learn`, the forward pass also computes the gradient of each chunk right away, so that logits are
+    neither stored nor recomputed. With 50,257 ids they would take most of a small model's memory.
     """
 
     @staticmethod
@@ -600,7 +600,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         dx, dgate, dcopied = [], [], []
         dw = torch.zeros_like(weight, dtype=total.dtype) if learn else None
-        # every chunk uses the same buffers, so that they stay in the processor's cache
+        # chunks share buffers, which then stay in the CPU cache
         rows = min(len(x), c.loss_chunk)
         wide, probs = (w.new_empty(rows, len(w), dtype=total.dtype) for _ in range(2))
         narrow = wide if dtype == total.dtype else w.new_empty(rows, len(w))
@@ -614,7 +614,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             target = logits.gather(1, y)[:, 0]
             slope = 1 - (logits / c.softcap).square() if c.softcap and learn else None  # of the softcap
             top = logits.amax(dim=-1)
-            grad = torch.softmax(logits, dim=-1, out=probs[:n])  # its largest is 1 / sum of exp(x - top)
+            grad = torch.softmax(logits, dim=-1, out=probs[:n])  # the maximum is 1 / sum(exp(logits - top))
             nll = top - grad.amax(dim=-1).log() - target
             share = 1.0  # the vocabulary's part of the target's probability
             if gate is not None:
@@ -626,7 +626,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total = total + (nll * kept).sum()
             if not learn:
                 continue
-            # d nll / d logits; divided by count only at the end, because fp16 would round that to 0
+            # d nll / d logits; divided by count only at the end, because fp16 would underflow
             grad.mul_((kept * share)[:, None])
             grad.scatter_add_(1, y, (-kept * share)[:, None])
             if slope is not None:

@@ -1,14 +1,15 @@
 """Prepare a corpus for training: text -> train.bin, val.bin and meta.json in data/CORPUS/TOKENIZER/.
 
-    python prepare.py tinystories                        # all of it, from the Hugging Face Hub
-    python prepare.py tinystories --stories 100000       # only the first ones, streamed: about a minute
+    python prepare.py tinystories                        # the whole corpus from the Hugging Face Hub
+    python prepare.py tinystories --stories 100000       # only the first 100,000, streamed: about a minute
     python prepare.py tinystories --source FOLDER        # a local copy of the Hub's files
     python prepare.py toystories                         # built in, needs no network
     python prepare.py mine --source mine.txt             # .txt, .jsonl, .parquet, a folder of these, a Hub id
     python prepare.py mine --source FOLDER --split file  # every .txt file is one story
 
 nanostlm/data.py describes the files. The corpus is streamed: only a few batches are in memory at a time, and
-threads encode them. The folder appears once all files are complete; an interrupted prepare changes nothing.
+threads encode them. The folder is renamed into place when all files are complete; an interrupted run changes
+nothing.
 """
 
 from nanostlm.entry import script  # first, to handle signals during the other imports
@@ -46,10 +47,10 @@ def make(
     tokenizer: Tokenizer | None = None,
     split: str | None = None,
 ) -> dict:
-    """Write the files of a corpus into the empty `folder`, meta.json last, and return what meta.json says."""
+    """Write the files of a corpus into the empty `folder`, meta.json last, and return its contents."""
     known, counts = sources.corpus(corpus), Counter(dropped_empty=0, dropped_in_val=0, repaired_marks=0)
     too_few = ValueError(
-        f"{source} has too few stories: it takes two that differ, one of them for validation"
+        f"{source} has too few stories: at least two different ones are needed, one of them for validation"
     )
     if tokenizer is not None:
         name = tokenizer.name
@@ -71,7 +72,7 @@ def make(
         tokenizer = tokenizers.train_bpe(texts, tokenizers.bpe_size(name))
         tokenizer.save(folder / "tokenizer.json")
         items = chain(sample, items)
-        del sample  # the chain frees it story by story
+        del sample  # chain() frees the stories one by one
     train, val = Bin(folder / "train.bin", tokenizer), Bin(folder / "val.bin", tokenizer, known.check)
     encode_all(items, train, val, workers, corpus)
     totals = {"train": train.close(), "val": val.close()}
@@ -115,7 +116,7 @@ def locked(path: Path, folder: Path) -> Iterator[bool]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        print(f"another prepare is at work in {folder}: waiting for it", flush=True)
+        print(f"waiting for another prepare.py in {folder}", flush=True)
         lock.acquire()
     except OSError:
         yield False
@@ -124,12 +125,12 @@ def locked(path: Path, folder: Path) -> Iterator[bool]:
         yield True
     finally:
         with suppress(OSError):
-            path.unlink()  # while it is held: FileLock notices that the file is gone, and creates another one
+            path.unlink()  # while locked: a waiting FileLock detects the deletion and creates a new file
         lock.release()
 
 
 def earlier_source(folder: Path, hub_id: str | None, given: Tokenizer | None) -> tuple[str, str | None]:
-    """The source that the corpus of `folder` was prepared from, with any tokenizer, and how it was split.
+    """The source and split rule with which the corpus of `folder` was prepared earlier, for any tokenizer.
 
     If there is none, `hub_id` is the source.
     """
@@ -149,10 +150,10 @@ def earlier_source(folder: Path, hub_id: str | None, given: Tokenizer | None) ->
     if not found:
         names = " and ".join(sources.CORPORA)
         raise ValueError(f"dataset {corpus!r} not found: {command} (only {names} need no source)")
-    state = f"is prepared with {others}, not with {wanted}" if others else "must be made anew"
+    state = f"is prepared with {others}, not with {wanted}" if others else "must be rebuilt"
     command = "add --source=PATH" if given else f"{command} --tokenizer {tokenizer}"
     source = next(iter(found.values()))["source"]
-    raise ValueError(f"dataset {corpus!r} {state}, and its source {source} is gone: {command}")
+    raise ValueError(f"dataset {corpus!r} {state}, and its source {source} no longer exists: {command}")
 
 
 def prepare(
@@ -167,21 +168,21 @@ def prepare(
 ) -> Path:
     """Return the folder of a prepared corpus: its first `stories` (None: all), from `source` if it is given.
 
-    The folder is made if it does not exist or has fewer stories. Without `source`, it is made from the source
-    of data that the corpus already has, such as those of another tokenizer. With a tokenizer `given`,
+    Prepares the folder if it does not exist or has fewer stories. `source` defaults to the one used before,
+    for example with another tokenizer. With a tokenizer `given`,
     `tokenizer` only names the folder. ValueError and FileNotFoundError are user errors; OSError and
     RuntimeError are failures of the machine; Unreachable (an OSError) means that only the network is missing.
     """
     known = sources.corpus(corpus)
     if not re.fullmatch(r"\w[\w.-]*", corpus) or Path(corpus).suffix in sources.SUFFIXES:
         command = shlex.join(["python", "prepare.py", "NAME", "--source", corpus])
-        raise ValueError(f"{corpus} is no name for a corpus: {command}")
+        raise ValueError(f"{corpus} is not a valid corpus name: {command}")
     for name, value, most in (("stories", stories, 10**9), ("workers", workers, 1024)):
         if value is not None and not 1 <= value <= most:
             raise ValueError(f"{name} must be between 1 and {most:,}, not {value!r:.60}")
     settings.check_path("data_dir", data_dir, "folder")
     if (source or split) and known.generate:
-        raise ValueError(f"{corpus} is built in and takes no --source and no --split")
+        raise ValueError(f"{corpus} is built in: --source and --split do not apply")
     stories = stories or known.stories
     if given is None:
         tokenizers.bpe_size(tokenizer)
@@ -200,10 +201,11 @@ def prepare(
                 source, earlier_split = earlier_source(folder, known.hub_id, given)
                 split = sources.split_rule(source, split or earlier_split)
             if folder.exists():
-                print(f"{folder} is made anew: {reason}", flush=True)
-            for stale in folder.parent.glob(f".{tokenizer}-*") if is_locked else ():  # of a killed prepare
+                print(f"{folder} is rebuilt: {reason}", flush=True)
+            # left by a killed prepare
+            for stale in folder.parent.glob(f".{tokenizer}-*") if is_locked else ():
                 shutil.rmtree(stale, ignore_errors=True)
-            folder.parent.mkdir(exist_ok=True)  # another prepare that failed may have removed it
+            folder.parent.mkdir(exist_ok=True)  # a concurrent prepare that failed may have removed it
             work = Path(tempfile.mkdtemp(prefix=f".{tokenizer}-", dir=folder.parent))
             try:
                 (work / "new").mkdir()
@@ -216,7 +218,7 @@ def prepare(
                 shutil.rmtree(work, ignore_errors=True)
     finally:
         with suppress(OSError):
-            folder.parent.rmdir()  # fails unless it is empty, which means that nothing was made
+            folder.parent.rmdir()  # removes the folder only if it is empty, i.e. nothing was written
     print(
         f"{folder}: {meta['tokenizer']['vocab_size']:,} ids; dropped {meta['dropped_empty']:,} empty stories "
         f"and {meta['dropped_in_val']:,} training stories that are also in the validation split; repaired "
@@ -245,8 +247,8 @@ def prepare_missing(
     fallback: str,
 ) -> str:
     """
-    Prepare a corpus for training unless its folder exists. If it is unreachable, do this for `fallback`.
-    Returns the name of the corpus that is prepared.
+    Prepare a corpus for training unless its folder exists. If its source is unreachable, prepare `fallback`
+    instead. Returns the name of the corpus that is prepared.
     """
     try:
         folder = Path(data_dir, corpus, tokenizer)

@@ -1,13 +1,13 @@
 """
-Generate text from a checkpoint: a prompt in, a story out.
+Generate text from a checkpoint: continue a prompt.
 
     python sample.py --prompt "Once upon a time"                     # from the newest run
     python sample.py out/tiny --prompt "One day" --num_samples 16    # 16 stories in one batch
     python sample.py --interactive                                   # one prompt per line, and /help
 
 The model is given end-of-text and the prompt in one forward pass, then one token at a time, with a KV cache.
-A story ends where the model predicts end-of-text. The prompt and its continuation go to stdout, everything
-else to stderr. From Python, use nanostlm/generate.py.
+Generation stops at end-of-text. The prompt and its continuation go to stdout, all other output to stderr.
+From Python, use nanostlm/generate.py.
 """
 
 from nanostlm.entry import script  # first, to handle signals during the other imports
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     if options.run and options.out_dir:
-        parser.error("RUN and --out_dir are the same option: leave one out")
+        parser.error("RUN and --out_dir are mutually exclusive")
     for name, most in (("num_samples", 100_000), ("max_new_tokens", 1_000_000)):
         n = getattr(options, name)
         check_range(name, n, 1 <= n <= most, f"between 1 and {most:,}")
@@ -98,7 +98,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def read_prompt(prompt: str) -> str:
-    """The text that --prompt stands for."""
+    """The prompt: the option's text, the contents of a file, or stdin."""
     if prompt != "-" and not prompt.startswith("FILE:"):
         return prompt
     path = prompt.removeprefix("FILE:")
@@ -135,14 +135,14 @@ def print_samples(writer: Callable, prompts: list[str], seed: int) -> None:
 
 
 HELP = """\
-/again            another story for the last prompt
+/again            sample again from the last prompt
 /temperature T    sample at temperature T from now on; 0: the most likely tokens
 /help             this text
 Ctrl-C stops a story, Ctrl-D exits. Any other line is a prompt."""
 
 
 def converse(writer: Callable, seed: int) -> None:
-    """Continue each prompt that is typed. The seed grows by 1, so a repeated prompt gives a new story."""
+    """Read prompts from stdin and continue each; the seed increases by 1 per prompt."""
     with suppress(ImportError):
         import readline  # noqa: F401  enables line editing and history in input()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -183,7 +183,7 @@ def main(argv: list[str]) -> None:
     print(f"{path}: {size:.1f}M parameters, {tokenizer.name}, {kind} on {device}", file=sys.stderr)
     c, step = model.config, None
     cache = 2 * c.n_layer * c.kv_heads * c.head_dim * c.block_size * dtype.itemsize  # bytes of a sample's
-    machine.check_size(c, device, options.num_samples * cache)
+    machine.check_memory(c, device, options.num_samples * cache)
     if dtype == torch.int8:
         quantize(model)
     else:

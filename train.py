@@ -25,7 +25,7 @@ import torch
 
 from model import GPT, GPTConfig, check_settings
 from nanostlm import checkpoint, machine, optim, report, runs, score, settings, sources
-from nanostlm.data import Batches, Data, check_size, folder_name, load_data
+from nanostlm.data import Batches, Data, check_not_truncated, folder_name, load_data
 from nanostlm.machine import print0
 from nanostlm.schema import NAME, check
 from nanostlm.tokenizer import Tokenizer, from_state
@@ -37,10 +37,10 @@ from nanostlm.tokenizer import Tokenizer, from_state
 @dataclass(frozen=True)
 class TrainConfig:
     # -- everyday
-    dataset: str = "tinystories"  # a folder under data_dir, made by prepare.py (or on the spot)
-    tokenizer: str = "bpe4096"  # gpt2 | byte | bpeN, N ids in all
+    dataset: str = "tinystories"  # a folder under data_dir; prepared by prepare.py, or automatically
+    tokenizer: str = "bpe4096"  # gpt2 | byte | bpeN (a vocabulary of N ids)
     stories: int = 0  # train on the first N training stories of the dataset; 0 = all
-    out_dir: str = ""  # where the run is kept; empty = out/RECIPE, then out/RECIPE-2, ...
+    out_dir: str = ""  # run directory; empty = out/RECIPE, then out/RECIPE-2, ...
     max_iters: int = 1000  # updates of the weights; 0 = print the plan and exit
     eval_interval: int = 250  # updates between evaluations
     log_interval: int = 10  # updates between lines in metrics.jsonl
@@ -50,15 +50,15 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1  # micro-batches per update, over all processes
     learning_rate: float = 1e-3  # AdamW's peak learning rate
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    dtype: str = "auto"  # auto | bfloat16 | float16 | float32; of matrix products, weights stay float32
+    dtype: str = "auto"  # auto | bfloat16 | float16 | float32; autocast dtype; weights stay float32
     compile: str = "auto"  # auto | True | False; auto compiles only long runs on CUDA
-    seed: int = 1337  # of the weights, the order of the data, and dropout
+    seed: int = 1337  # random seed of initialization, data order and dropout
     # -- data
     data_dir: str = "data"  # holds DATASET/TOKENIZER/{train.bin,val.bin,meta.json}
-    source: str = ""  # where prepare.py finds a dataset that is not there yet: a path or a Hub id
+    source: str = ""  # source of a dataset that is not prepared yet: a path or a Hub id
     fallback: str = ""  # dataset to use if this one is unreachable
     story_windows: bool = False  # document alignment: windows of block_size begin where stories do
-    context_schedule: str = ""  # share of the run: share of block_size, "0:0.25, 0.5:1"; empty = off
+    context_schedule: str = ""  # fraction of the run: fraction of block_size, "0:0.25, 0.5:1"; empty = off
     pair_tokens: int = 0  # bigram initialization from this many training tokens; 0 = off
     cross_stories: bool = True  # False: document masking, no attention to the previous story
     eval_tokens: int = 0  # tokens of the validation file that an evaluation reads; 0 = all
@@ -67,15 +67,15 @@ class TrainConfig:
     muon_lr: float = 0.01  # Muon's peak learning rate, scaled to AdamW's update size
     muon_momentum: float = 0.95  # Muon's momentum
     embedding_lr: float = 0.0  # the embedding's own learning rate; 0 = learning_rate
-    head_lr: float = 0.0  # the same for a head that is not tied to the embedding
+    head_lr: float = 0.0  # the untied head's own learning rate; 0 = learning_rate
     schedule: str = "cosine"  # cosine | linear | wsd | constant
     warmup_iters: int = 100  # updates of linear warmup
     lr_decay_iters: int = 0  # update at which the learning rate reaches min_lr; 0 = max_iters
-    decay_share: float = 0.2  # schedule=wsd: share of the run that decays
-    min_lr: float = 0.0  # learning rate at the end (the others in proportion)
+    decay_share: float = 0.2  # schedule=wsd: fraction of the run with a decaying learning rate
+    min_lr: float = 0.0  # final learning rate; other groups are scaled alike
     weight_decay: float = 0.1  # on matrices only
-    beta1: float = 0.9  # AdamW's
-    beta2: float = 0.95  # AdamW's
+    beta1: float = 0.9  # AdamW's beta1
+    beta2: float = 0.95  # AdamW's beta2
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     dropout_schedule: str = ""  # dropout by update, linear between points: "0:0.0, 500:0.1"; empty = dropout
     # -- run
@@ -87,7 +87,7 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def validate(self) -> None:
-        """Raise a ValueError with one clear line if these settings make no run."""
+        """Raise a one-line ValueError if the settings are invalid."""
         check_settings(self, RANGES, CHOICES)
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}")
@@ -122,8 +122,8 @@ CHOICES = {
     "logger": ["", "tensorboard", "wandb"],
 }
 
-# A resumed run may change these settings and says so; any other would silently make it a different run.
-# dtype and loss_chunk change the rounding.
+# Settings that may change on resume, and are then printed; others would make it a different run. Changing
+# dtype or loss_chunk changes rounding.
 MAY_CHANGE = (
     *("max_iters", "eval_interval", "log_interval", "save_interval", "sample_interval", "batch_size"),
     *("patience", "prompt", "gradient_accumulation_steps", "device", "dtype", "compile", "threads"),
@@ -131,7 +131,7 @@ MAY_CHANGE = (
 )
 FLAGS = {
     "resume": "continue the run in out_dir, or this recipe's newest unfinished one",
-    "overwrite": "discard the run in out_dir and start anew",
+    "overwrite": "discard the run in out_dir and start again",
     "override": "with --resume: accept changed settings that make it a different run",
 }
 
@@ -145,7 +145,7 @@ RESOLVED = {  # settings that follow from others
 
 
 class Plan(NamedTuple):
-    """What the command line asks for."""
+    """The resolved command line."""
 
     config: TrainConfig
     machine: machine.Machine
@@ -206,7 +206,7 @@ def configure(argv: list[str]) -> Plan:
 
 
 def load_weights(c: TrainConfig) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of init_from, the model with the settings of `c` that weights allow."""
+    """The model and tokenizer of init_from; settings of `c` that do not affect the weights are applied."""
     if c.init_from.startswith("hf:"):
         from nanostlm.formats.hf import from_hf
 
@@ -238,7 +238,7 @@ def find_data(c: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TrainConfig,
 
 
 def build_model(plan: Plan) -> GPT:
-    """A new model of the plan's configuration, with the weights it starts from."""
+    """Build the model of the plan and load its initial weights."""
     c = plan.config
     torch.manual_seed(c.seed)
     model = GPT(c.model)
@@ -247,7 +247,9 @@ def build_model(plan: Plan) -> GPT:
     elif c.pair_tokens and plan.state is None:
         from nanostlm.variants import bigram_init
 
-        bigram_init(model, torch.from_numpy(plan.data.train[: c.pair_tokens].astype(np.int64)))
+        if plan.machine.rank == 0:
+            bigram_init(model, torch.from_numpy(plan.data.train[: c.pair_tokens].astype(np.int64)))
+        machine.broadcast(model.to(plan.machine.device))
     return model
 
 
@@ -256,7 +258,7 @@ def build_model(plan: Plan) -> GPT:
 
 
 class Diverged(RuntimeError):
-    """Several updates in a row were not finite."""
+    """Several consecutive updates were not finite."""
 
 
 class Trainer:
@@ -300,7 +302,7 @@ class Trainer:
         self.model = model.to(self.machine.device)
         self.forward = self.model  # compiled or not; the weights are always those of self.model
         self.parallel: torch.nn.Module | None = None  # self.forward, with gradients averaged over processes
-        self.optimizers = optim.build(self.model, c, fused=self.machine.device.type in ("cuda", "cpu"))
+        self.optimizers = optim.build(self.model, c)
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.needs_scaler)
         self.dropout = optim.points("dropout_schedule", c.dropout_schedule) if c.dropout_schedule else None
         self.progress = runs.Progress()
@@ -319,8 +321,8 @@ class Trainer:
 
     def train_step(self, step: int) -> dict[str, float | torch.Tensor]:
         """
-        Make one update from the batch of `step`. -> loss (nats per token, of this process' rows), lr,
-        grad_norm. Loss and norm stay on the device: reading one waits for the update.
+        Make one update from the batch of `step`. -> loss (nats per token, whole batch), lr, grad_norm. Loss
+        and norm stay on the device: reading one waits for the update.
         """
         c, began = self.config, time.perf_counter()
         lr = optim.schedule(c, step)
@@ -338,7 +340,7 @@ class Trainer:
             last = micro == self.batches.micro_batches - 1
             with self.machine.autocast(), machine.averaging(self.parallel, last):
                 _, loss = self.parallel(idx, targets)
-            loss = loss / self.batches.micro_batches  # all have as many targets: the mean of their means
+            loss = loss / self.batches.micro_batches  # of as many targets each: the mean of the means
             self.scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in self.optimizers:
@@ -385,10 +387,10 @@ class Trainer:
         self.stop = machine.signal_of(votes) if votes else self.stop
         if math.isfinite(norm) and math.isfinite(loss):
             self.skipped_in_a_row = 0
-        elif not (self.machine.needs_scaler and math.isfinite(loss)):  # else fp16 overflowed: see the scaler
+        elif not (self.machine.needs_scaler and math.isfinite(loss)):  # the GradScaler skips overflows
             self.progress.skipped += 1
             self.skipped_in_a_row += 1
-            print0(f"update {step} left out: loss {loss}, gradient norm {norm}")
+            print0(f"update {step} skipped: loss {loss}, gradient norm {norm}")
             if self.skipped_in_a_row >= 5:
                 lr = self.config.learning_rate * optim.schedule(self.config, step)
                 raise Diverged(
@@ -398,7 +400,7 @@ class Trainer:
                 )
 
     def compile(self) -> None:
-        """Compile the model and try it on the first batch. If that fails, warn and stay uncompiled."""
+        """Compile the model and run it on one batch. If that fails, warn and use the uncompiled model."""
         if not self.machine.compile:
             return
         c, began = self.config, time.perf_counter()
@@ -415,7 +417,7 @@ class Trainer:
                 compiled(idx, idx + 1)  # as in val_step
             self.forward = compiled
             print0(f"compiled in {time.perf_counter() - began:.0f} s")
-        except Exception as error:  # compilers raise all kinds; the run continues without one
+        except Exception as error:  # compilers raise many kinds of exceptions
             print0(f"WARNING: this run is not compiled, and slower: {machine.compile_failure(error)}")
         self.model.zero_grad(set_to_none=True)
 
@@ -425,7 +427,7 @@ class Trainer:
         """Loss (nats per token) and bits per byte of the validation file."""
         c, part = self.config, (self.machine.rank, self.machine.world_size)
         ids = self.data.val[: c.eval_tokens or None]
-        check_size(ids)
+        check_not_truncated(ids)
         self.model.eval()
         with self.machine.autocast():
             eot, T, device = self.data.tokenizer.eot, c.model.block_size, self.machine.device
@@ -441,7 +443,7 @@ class Trainer:
 
     def keep_best(self, step: int, result: dict[str, float]) -> None:
         """
-        Save the weights as best.pt if this evaluation is the best so far. A closing evaluation off the
+        Save the weights as best.pt if this evaluation is the best so far. A final evaluation off the
         interval counts for best.pt only: a run that is extended later continues as if it had not ended.
         """
         progress, best = self.progress, result["loss"] < self.progress.best
@@ -486,7 +488,7 @@ class Trainer:
         return known | {"machine": self.machine.description}
 
     def inference_state(self, step: int) -> dict[str, Any]:
-        """What using the model takes: weights, configuration, tokenizer, and provenance."""
+        """All that inference needs: weights, configuration, tokenizer; and provenance."""
         return {
             "model": self.model.state_dict(),
             "model_config": asdict(self.config.model),
@@ -497,7 +499,7 @@ class Trainer:
         }
 
     def save_checkpoint(self, step: int) -> None:
-        """Write latest.pt with everything a resume takes; the one before it stays as previous.pt."""
+        """Write latest.pt with the full training state; the previous one becomes previous.pt."""
         self.read_outcome()
         self.requests.save = False
         if not self.directory or self.machine.rank:
@@ -516,25 +518,20 @@ class Trainer:
     def load_checkpoint(self, state: dict) -> int:
         """Continue from what checkpoint.read returned. -> the number of finished updates."""
         if state["data"] != self.fingerprint:
-            raise ValueError(f"the files in {self.data.folder} are not those that this run began with")
+            raise ValueError(
+                f"the files in {self.data.folder} differ from the data that this run was started with"
+            )
         try:
             checkpoint.fit(state["model"], self.model.state_dict())
             self.model.load_state_dict(state["model"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                current = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-                optimizer.load_state_dict(saved)
-                for group, values in zip(optimizer.param_groups, current, strict=True):
-                    group.update(values)  # moments come from the checkpoint, learning rates from the settings
-                    for p in filter(optimizer.state.get, group["params"]):
-                        wanted = {k: p if like else torch.zeros(()) for k, like in optimizer.kept.items()}
-                        checkpoint.fit(optimizer.state[p], wanted)
-            if state["scaler"]:  # empty if it ran in a precision that needs none
+            optim.load_states(self.optimizers, state["optimizers"], checkpoint.fit)
+            if state["scaler"]:  # empty if the run used no GradScaler
                 self.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError) as error:  # what --override cannot change: shapes, groups
+        except (RuntimeError, ValueError, KeyError) as error:  # shapes and parameter groups cannot change
             raise ValueError(f"the checkpoint does not fit these settings: {error}") from error
         self.progress = runs.Progress(**state["progress"])
-        if state["machine"] != self.machine.description:  # its precision may differ
-            print0(f"the steps so far were made on {state['machine']}")
+        if state["machine"] != self.machine.description:  # dtype or device may differ
+            print0(f"previous steps ran on {state['machine']}")
         if self.progress.step:
             optim.set_lr(self.optimizers, optim.schedule(self.config, self.progress.step - 1))  # as saved
         return self.progress.step
@@ -579,15 +576,12 @@ def main(argv: list[str]) -> int:
     print0(report.plan(c, plan.data, plan.machine, iters))
     if not c.max_iters:
         return 0
-    parameters, rows = c.model.estimate()["parameters"], c.batch_size * c.gradient_accumulation_steps
-    # what is certain: weights and optimizer state, the numbers of the rows, a part of the estimate
-    need = max(12 * parameters, 48 * rows, plan.machine.run_memory(c) // 4)
-    machine.check_size(c.model, plan.machine.device, need)
+    plan.machine.check_run(c)
     trainer = Trainer(c, build_model(plan), plan.data, plan.folder, plan.machine, plan.recipe)
     if plan.state:
         trainer.load_checkpoint(plan.state)
-    disk, claim = report.CHECKPOINT_BYTES * parameters, contextlib.nullcontext()
-    if rank == 0:  # only now, because it discards what an earlier run left
+    disk, claim = report.CHECKPOINT_BYTES * c.model.estimate()["parameters"], contextlib.nullcontext()
+    if rank == 0:  # as late as possible, because it deletes the files of an earlier run
         claim = trainer.directory.claim(disk, plan.state, c.max_iters)
     with claim:
         if rank == 0:
@@ -600,7 +594,7 @@ def main(argv: list[str]) -> int:
                 train(trainer)
         except torch.OutOfMemoryError:
             raise RuntimeError(
-                f"out of memory on {plan.machine.device}: for the same run in less of it, lower "
+                f"out of memory on {plan.machine.device}: for the same run with less memory, lower "
                 f"--batch_size={c.batch_size} and raise --gradient_accumulation_steps by as much"
             ) from None
     step, stop = trainer.progress.step, trainer.stop or trainer.requests.stop

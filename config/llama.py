@@ -1,5 +1,5 @@
 """
-A plain Llama (RMSNorm, RoPE, SwiGLU, no bias), which other programs read: python export.py --to hf DIR.
+A plain Llama (RMSNorm, RoPE, SwiGLU, no bias), which other programs can load: python export.py --to hf DIR.
 7.2M parameters, 16% of them embeddings (also the head). Meant for one GPU.
 """
 
@@ -10,7 +10,7 @@ n_layer = 6
 n_head = 6
 n_embd = 288
 block_size = 256  # 84% of the stories fit
-mlp = "swiglu"  # from here to `tied`: what Llama is, and what run.c requires
+mlp = "swiglu"  # from here to `tied`: the Llama architecture, as run.c requires
 norm = "rmsnorm"
 norm_eps = 1e-5
 position = "rope"

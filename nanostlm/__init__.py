@@ -1,1 +1,1 @@
-"""What the scripts at the top level share: read model.py and train.py first."""
+"""Modules shared by the top-level scripts. Read model.py and train.py first."""

@@ -1,10 +1,10 @@
 """
-Checkpoints: save, verify, load. `load(path)` is the one way from a file to a model that works.
+Checkpoints: save, verify, load. `load(path)` returns a model that is ready to use.
 
 A checkpoint is a zip as torch.save writes it, of tensors and plain data only: torch.load(weights_only=True)
 opens it, and nothing read from disk is ever executed. Its last 64 bytes, the zip's comment, are the SHA-256
-of all before them, so that one flipped bit anywhere is found. A file is written beside its final name,
-synced, and then renamed: whatever happens, a name stands for a whole checkpoint, the old one or the new one.
+of all before them, so any flipped bit is detected. A file is written beside its final name, synced, and then
+renamed: at any time, the final name refers to a complete checkpoint, either the old or the new one.
 
     model, tokenizer = checkpoint.load("out/tiny")        # a run's folder, or one .pt file
 """
@@ -26,7 +26,7 @@ from nanostlm import machine, settings
 from nanostlm import tokenizer as tokenizers
 from nanostlm.schema import COUNT, NAME, NONE, TEXT, TYPES, WHOLE, check, naming
 
-FORMAT = 2  # of the dictionary inside; readers refuse what is newer
+FORMAT = 2  # of the dictionary inside; newer formats are rejected
 TENSOR = "a tensor", lambda x: getattr(x, "is_cpu", 0) and x.layout == torch.strided and x.is_contiguous()
 STATE = {  # of every checkpoint
     "model": {"*": TENSOR},
@@ -36,7 +36,7 @@ STATE = {  # of every checkpoint
     "train_config?": {"data_dir": TEXT, "dataset": NAME, "tokenizer": NAME},
 }
 WEIGHTLESS = ("dropout", "label_smoothing", "z_loss", "loss_chunk", "block_size", "separator")
-CODE = (  # the files that a run's numbers depend on
+CODE = (  # the source files that affect a run's results
     *("model.py", "train.py", "nanostlm/variants.py", "nanostlm/data.py", "nanostlm/machine.py"),
     *("nanostlm/optim.py", "nanostlm/score.py"),
 )
@@ -44,8 +44,8 @@ CODE = (  # the files that a run's numbers depend on
 
 def save(path: str | Path, state: dict, previous: Path | None = None) -> None:
     """
-    Write `state` (tensors and plain data) to `path`, whole or not at all; what was there stays as `previous`.
-    OSError or RuntimeError: it failed, and nothing has changed.
+    Write `state` (tensors and plain data) to `path`, atomically; the old file is renamed to `previous`.
+    Raises OSError or RuntimeError on failure, and then changes nothing.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -67,7 +67,7 @@ def save(path: str | Path, state: dict, previous: Path | None = None) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut (where the system lets a folder be synced)."""
+    """fsync a directory, so that renames in it survive a power failure (POSIX only)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -77,13 +77,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def read(path: str | Path) -> dict:
-    """The dictionary in a checkpoint, on the CPU. ValueError names what is wrong with the file."""
+    """The dictionary in a checkpoint, on the CPU. Raises ValueError with the problem of the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
         whole = digest_holds(path)
-        if not whole:  # perhaps another program's file: then the zip's own checksums must do
+        if not whole:  # perhaps written by another program: use the checksums of the zip
             with zipfile.ZipFile(path) as file:
                 broken = file.testzip()
             if broken:
@@ -96,7 +96,7 @@ def read(path: str | Path) -> dict:
             raise ValueError("its checksum does not fit its content")
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain data, so it was not opened") from error
-    except Exception as error:  # a broken zip makes its readers throw all kinds, OSError too
+    except Exception as error:  # reading a damaged zip raises many kinds of exceptions, including OSError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
     if state["format"] > FORMAT:
@@ -108,8 +108,8 @@ def read(path: str | Path) -> dict:
 
 def upgrade(state: dict) -> dict:
     """
-    Bring the dictionary of an earlier format to today's. Format 1 had document masking among the training
-    settings, the progress of a run in separate entries and, with `ema`, an average of the weights.
+    Convert the dictionary of an earlier format to the current one. Format 1 had document masking among the
+    training settings, the progress of a run in separate entries and, with `ema`, an average of the weights.
     """
     if state["format"] >= 2:
         return state
@@ -158,7 +158,7 @@ def build(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, "tokeniz
     state = read(path)
     with naming(path):
         config = GPTConfig(**state["model_config"])
-        machine.check_size(config, device)
+        machine.check_memory(config, device)
         model, tokenizer = GPT(config), tokenizers.from_state(state["tokenizer"])
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"model_config.vocab_size must be the tokenizer's {tokenizer.vocab_size}")
@@ -177,8 +177,8 @@ def fit(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None
 
 def adapt(model: GPT, wanted: GPTConfig, source: str) -> GPT:
     """
-    A model with the weights of `model` and those settings of `wanted` on which no weight depends. ValueError
-    if `wanted` differs from the defaults in another setting; `source` is named as where the model comes from.
+    A model with the weights of `model` and the settings of `wanted` that do not affect the weights.
+    ValueError if `wanted` differs from the defaults in another setting; `source` names the model in it.
     """
     own, default, asked = asdict(model.config), asdict(GPTConfig()), asdict(wanted)
     other = [
@@ -187,7 +187,7 @@ def adapt(model: GPT, wanted: GPTConfig, source: str) -> GPT:
         if value not in (own[name], default[name]) and name not in WEIGHTLESS
     ]
     if other:
-        raise ValueError(f"{source} is another model than one with {', '.join(other)}: leave that out")
+        raise ValueError(f"{source} does not match {', '.join(other)}: remove these settings")
     config = replace(model.config, **{name: asked[name] for name in WEIGHTLESS})
     state = model.state_dict()
     if config.position == "learned":
@@ -213,7 +213,7 @@ def newest_run(root: str | Path = "out") -> Path:
 
 
 def provenance() -> dict[str, str]:
-    """What made this checkpoint: versions, the git commit, and whether the code had been changed since."""
+    """Versions, git commit (with -dirty if modified) and hashes of the source files."""
     here = Path(__file__).resolve().parent.parent
     made = {
         "python": platform.python_version(),

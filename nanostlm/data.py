@@ -27,7 +27,7 @@ from nanostlm import tokenizer as tokenizers
 from nanostlm.schema import COUNT, FINITE, NAME, TEXT, read_json
 from nanostlm.tokenizer import Tokenizer, Unreachable
 
-BATCH = 500_000  # characters that a thread encodes at a time
+BATCH = 500_000  # characters per encoding task
 SPLIT = {"stories": COUNT, "tokens": COUNT, "bytes": COUNT}
 META = {
     "corpus": NAME,
@@ -42,7 +42,7 @@ META = {
 
 
 class Bin:
-    """A .bin file while it is written: the stories that wait to be encoded, and totals of what is written.
+    """Writer of a .bin file: buffers stories to be encoded, and counts what has been written.
 
     With `check`, logprob is the total log-probability of the stories.
     """
@@ -58,7 +58,7 @@ class Bin:
     def encode(self, texts: list[str]) -> tuple[np.ndarray, list[str]]:
         ids = self.tokenizer.encode_stories(texts)
         if ids.max(initial=0) >= self.tokenizer.vocab_size:
-            raise RuntimeError(f"the tokenizer made an id {ids.max()} of {self.tokenizer.vocab_size:,}")
+            raise RuntimeError(f"the tokenizer returned id {ids.max()} of {self.tokenizer.vocab_size:,}")
         return ids.astype(self.dtype), texts
 
     def write(self, ids: np.ndarray, texts: list[str]) -> None:
@@ -131,7 +131,7 @@ def load_data(folder: str | Path, stories: int = 0, tokenizer: Tokenizer | None 
     """
     Open and check prepared data; `train` has the first `stories` of the training split, or all if it is 0.
     If `tokenizer` is given, the data must have been prepared with it. ValueError names the damaged file and
-    the command that makes it anew.
+    the command to prepare it again.
     """
     folder, given = Path(folder), tokenizer
     try:
@@ -141,7 +141,7 @@ def load_data(folder: str | Path, stories: int = 0, tokenizer: Tokenizer | None 
             trained = folder / "tokenizer.json" if tokenizers.bpe_size(name) else None
             tokenizer = tokenizers.load(trained, name) if trained else tokenizers.get(name)
             if (tokenizer.sha256, tokenizer.vocab_size) != (sha256, size):
-                raise ValueError(f"{folder} was made with another vocabulary than this {name}")
+                raise ValueError(f"{folder} was prepared with a different {name} vocabulary")
     except ValueError as error:
         raise ValueError(f"{error}; {remedy(folder)}") from None
     if (tokenizer.sha256, tokenizer.vocab_size) != (sha256, size):
@@ -181,7 +181,7 @@ def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
     return meta, *bins
 
 
-def check_size(ids: np.ndarray) -> None:
+def check_not_truncated(ids: np.ndarray) -> None:
     """
     OSError if a memory-mapped file was truncated: reading past its end is a SIGBUS, the end of the process.
     Called at each step and evaluation; a file that is truncated after the call still ends it that way.
@@ -193,8 +193,8 @@ def check_size(ids: np.ndarray) -> None:
 
 def folder_name(data_dir: str | Path, corpus: str, tokenizer: Tokenizer) -> str:
     """
-    The name of the folder for a corpus in this vocabulary. It is not simply the tokenizer's name, because a
-    trained vocabulary may differ from the one trained on that corpus.
+    The name of the folder for a corpus in this vocabulary. It is the tokenizer's name, plus a hash if the
+    vocabulary was trained on a different corpus.
     """
     found = prepared(Path(data_dir, corpus)).get(tokenizer.name)
     if tokenizer.name in ("gpt2", "byte") or found and found["tokenizer"]["sha256"] == tokenizer.sha256:
@@ -203,10 +203,10 @@ def folder_name(data_dir: str | Path, corpus: str, tokenizer: Tokenizer) -> str:
 
 
 def remedy(folder: Path) -> str:
-    """The command that makes this data/CORPUS/TOKENIZER."""
+    """A hint with the command that prepares data/CORPUS/TOKENIZER."""
     corpus, data_dir = folder.parent.name, folder.parent.parent
     if "-" in folder.name:  # see folder_name
-        return f"remove {folder}, and train.py makes it anew"
+        return f"remove {folder}, and train.py will prepare it again"
     source = ["--source", "PATH"] if sources.corpus(corpus).needs_source else []
     where = [] if data_dir == Path("data") else ["--data_dir", str(data_dir)]
     command = ["python", "prepare.py", corpus, "--tokenizer", folder.name, *source, *where]
@@ -234,7 +234,7 @@ def outdated(corpus: str, meta: dict) -> str | None:
 def rebuild_reason(
     folder: Path, source: str | None, stories: int | None, split: str | None = None
 ) -> str | None:
-    """Why the data in `folder` do not satisfy a request for `stories` of `source`; None if they do."""
+    """The reason to prepare `folder` again for this request; None if its data are up to date."""
     try:
         meta = load_data(folder).meta
     except Unreachable:  # only the vocabulary of gpt2 is missing
@@ -260,7 +260,7 @@ def rebuild_reason(
 
 
 class Stage(NamedTuple):
-    """A part of a run whose windows have one length."""
+    """A phase of a run with a fixed window length."""
 
     first_step: int
     length: int  # tokens in a window
@@ -310,7 +310,7 @@ class Batches:
                 starts = np.arange(0, max(0, len(ids) - length), length)
             if not len(starts):
                 raise ValueError(
-                    f"the training data have {len(ids):,} tokens, too few for one window of "
+                    f"the training data have {len(ids):,} tokens, fewer than one window of "
                     f"block_size={length} and its next token"
                 )
             rows = np.arange(self.tokens_per_step // length).reshape(gradient_accumulation_steps, -1)
@@ -324,7 +324,7 @@ class Batches:
 
     def windows(self, step: int) -> tuple[np.ndarray, int]:
         """Where this process' windows of `step` begin, (micro-batches, rows), and their length."""
-        check_size(self.ids)
+        check_not_truncated(self.ids)
         index = max(i for i, stage in enumerate(self.stages) if stage.first_step <= step)
         first_step, length, starts, rows = self.stages[index]
         places = (step - first_step) * (self.tokens_per_step // length) + rows

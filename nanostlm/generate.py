@@ -105,7 +105,7 @@ def repetition_penalty(penalty: float) -> Sampler:
     return sampler
 
 
-SAMPLERS = {  # in the order of application: name -> (function, the value that changes nothing)
+SAMPLERS = {  # in the order of application: name -> (function, the neutral value)
     "repetition_penalty": (repetition_penalty, 1),
     "temperature": (temperature, 1),
     "top_k": (top_k, 0),
@@ -157,7 +157,7 @@ def stop_string(tokenizer, text: str) -> Stop:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# From token ids to token ids
+# Token ids to token ids
 
 
 class Batch:
@@ -168,7 +168,7 @@ class Batch:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         ids = [[eot, *prompt[max(0, len(prompt) - self.context + 1) :]] for prompt in prompts]
-        self.lengths = [len(row) for row in ids]  # tokens at the end of each row of the history in use
+        self.lengths = [len(row) for row in ids]  # number of tokens of the history that each row attends to
         padded = [[eot] * (max(self.lengths) - len(row)) + row for row in ids]
         self.history = torch.tensor(padded, device=self.device)  # (B, T)
         self.identical = all(row == ids[0] for row in ids)
@@ -206,7 +206,7 @@ class Batch:
         return logits
 
     def append(self, ids: Tensor) -> None:
-        """Append ids (B, 1). When absolute positions run out, the last half of the context starts anew."""
+        """Append ids (B, 1). When absolute positions run out, restart with the last half of the context."""
         self.history = torch.cat((self.history, ids), dim=1)
         self.lengths = [n + 1 for n in self.lengths]
         if self.model.config.position in ("learned", "sinusoidal") and max(self.lengths) > self.context:
@@ -241,9 +241,9 @@ def stream(
     Prompt i draws from its own generator, seeded by (seed, i): in float32, its continuation does not depend
     on the rest of the batch.
 
-    Of a prompt longer than the context, the end is used. Past the context, relative positions (rope, shaw,
-    alibi, none) continue with a sliding window of block_size tokens; absolute ones (learned, sinusoidal)
-    start again from the last block_size // 2 tokens.
+    A prompt longer than the context is truncated on the left. Past the context, relative positions (rope,
+    shaw, alibi, none) continue with a sliding window of block_size tokens; absolute ones (learned,
+    sinusoidal) restart with the last block_size // 2 tokens.
     """
     if not prompts:
         return
@@ -292,7 +292,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], *args, **kwargs) -> l
 
 
 # ----------------------------------------------------------------------------------------------------------
-# From text to text
+# Text to text
 
 
 class Story:
@@ -355,7 +355,7 @@ def stories(model: GPT, tokenizer, prompt: str = "", n: int = 1, *args, **kwargs
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Faster decoding. These change a model in place, for inference only
+# Faster decoding: these functions modify the model in place, for inference only
 
 
 def column_major(model: GPT) -> None:
@@ -439,7 +439,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > 16:  # the kernel is made for a few rows; for a prompt, floats are faster
+        if len(rows) > 16:  # the int8 kernel is fast for few rows; for prompts, float matmul is faster
             return F.linear(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
         y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
         y = y.view(*x.shape[:-1], -1).to(x.dtype)

@@ -1,5 +1,5 @@
 """
-Keys and values of the tokens that a model has seen, so that generation computes each token once.
+KV cache: keys and values of previous tokens, so that generation computes each token once.
 
     cache = KVCache(model.config, batch_size=2)
     logits, _ = model(prompt, cache=cache)      # (2, T): the first pass takes the whole prompt
@@ -22,7 +22,7 @@ from model import AttnInputs, GPTConfig, attn_inputs, make_attn_mask, rope_table
 
 class Columns:
     """
-    What both caches share: tensors (..., size, width), in which the token at position p has column p % size.
+    Base class of both caches: tensors (..., size, width), with position p in column p % size.
     """
 
     def __init__(self, config: GPTConfig, k, v, states: Tensor, ids: Tensor, starts: Tensor | None):
@@ -59,7 +59,7 @@ class Columns:
         if masked or c.pointer:
             age = (seen + T - 1 - torch.arange(S, device=device)) % self.size  # (S,): 0 is the newest token
             distance = age - torch.arange(T - 1, -1, -1, device=device)[:, None] if T > 1 else age[None]
-            if isinstance(seen, Tensor):  # all columns are exposed: hide those that are not filled yet
+            if isinstance(seen, Tensor):  # all columns are returned: mask those that are not filled yet
                 distance = torch.where(age >= seen + T, -1, distance)  # (T, S)
         if masked:
             mask = make_attn_mask(c, distance, starts, key_starts)
@@ -69,8 +69,8 @@ class Columns:
 
 class KVCache(Columns):
     """
-    A cache of min(block_size, window) + max_draft columns, allocated once. Generation can go on past the
-    context's end: each token attends to the block_size tokens up to itself.
+    A cache of min(block_size, window) + max_draft columns, allocated once. Generation can continue past the
+    context: each token attends to the block_size tokens up to itself.
 
     Padding on the left of a prompt is a segment of its own: pass the model segments of 0 for padding and 1
     for text. With config.separator, each separator begins a segment, in the prompt and after it.
@@ -147,8 +147,8 @@ class KVCache(Columns):
 
     def drop(self, n: int) -> None:
         """
-        Forget the last n tokens: as many as max_draft, counted from the furthest token so far, or more as
-        long as every position that a later token needs is still stored. Else ValueError.
+        Forget the last n tokens: up to max_draft before the furthest position so far, or more if every
+        position that later tokens attend to is still stored. Otherwise raises ValueError.
         """
         kept = self.seen - n
         needed = max(0, kept - max(1, self.config.window - 1))  # the oldest position that is needed
@@ -157,7 +157,7 @@ class KVCache(Columns):
         self.seen = kept
 
     def select(self, rows: list[int]) -> None:
-        """Make these rows of the batch the batch; a row may be taken more than once."""
+        """Index the batch by `rows`, with repetition allowed."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.ids, self.states = self.ids[rows], self.states[rows]
         self.starts = None if self.starts is None else self.starts[rows]
@@ -171,8 +171,8 @@ class KVCache(Columns):
 
 class StaticKVCache(Columns):
     """
-    A cache after its prompt, of which one compiled step serves every token: the number of tokens seen is a
-    tensor, and all columns are exposed, filled or not. Its rows stay to the end.
+    A cache after the prompt, for a single compiled step: the number of tokens seen is a
+    tensor, and all columns are exposed, filled or not. The batch size is fixed.
     """
 
     def __init__(self, cache: KVCache):

@@ -1,5 +1,5 @@
 """
-The hardware: device, precision, compiling, threads, processes, memory. Every such decision is made here.
+Device, precision, compiling, threads, processes, memory, energy: all decisions that depend on hardware.
 
     machine = choose("auto", "auto", "auto", max_iters=1000)     # for training
     machine.set_up(threads=0)
@@ -28,7 +28,7 @@ from nanostlm import entry
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_LAYERS = 10_000  # constructing so many layers of any width takes several seconds
-MIN_ITERS_TO_COMPILE = 500  # updates after which compiling, about a minute on a GPU, has paid off
+MIN_ITERS_TO_COMPILE = 500  # compiling, about a minute on a GPU, pays for longer runs only
 LATER_LIBRARIES = 60 * 2**20  # bytes that PyTorch's kernels and matplotlib add after the plan is printed
 RAPL = "/sys/class/powercap"  # energy counters of Intel's and AMD's CPUs
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -39,7 +39,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 def choose_device(name: str = "auto") -> torch.device:
     """
-    The device that `name` (auto | cpu | cuda | cuda:N | mps) stands for on this machine. With several
+    The device for `name` (auto | cpu | cuda | cuda:N | mps). With several
     processes, cuda is the GPU of this process. ValueError if there is no such device.
     """
     if name == "auto":
@@ -49,10 +49,10 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r:.60}")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device=mps, but this is no Mac with Metal; --device=cpu needs none")
+        raise ValueError("device=mps, but Metal is not available; use --device=cpu")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("device=cuda, but PyTorch finds no CUDA GPU here; --device=cpu needs none")
+            raise ValueError("device=cuda, but no CUDA GPU was found; use --device=cpu")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
@@ -87,7 +87,7 @@ def compiled(model: torch.nn.Module) -> Callable:
 
 
 def compile_failure(error: Exception) -> str:
-    """Say in one line why torch.compile failed."""
+    """The reason of a torch.compile failure, in one line."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     if re.search(r"InvalidCxxCompiler|Compiler: \S+ is not found", reason):  # the latter on Windows
         return "no C++ compiler found; install g++ or clang++, or set CXX to one"
@@ -123,7 +123,7 @@ class Machine(NamedTuple):
         return x.to(self.device)
 
     def set_up(self, threads: int = 0) -> None:
-        """Make the process-wide settings. threads=0: PyTorch's choice, or a fair share of the cores."""
+        """Apply process-wide settings. threads=0: PyTorch's default, or cores / world_size."""
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -152,7 +152,7 @@ class Machine(NamedTuple):
 
     def matmul_rate(self, dtype: torch.dtype | None = None) -> float:
         """Operations per second of a square matrix product in this precision, measured in a few ms."""
-        for size in (256, 512, 1024, 2048, 4096):  # as large as it takes to measure the device at work
+        for size in (256, 512, 1024, 2048, 4096):  # until one product takes long enough to be measured
             a = torch.ones(size, size, dtype=dtype or self.dtype, device=self.device)
             times = []
             for _ in range(2):
@@ -164,7 +164,7 @@ class Machine(NamedTuple):
         return 2 * size**3 / min(times)
 
     def base_memory(self) -> int:
-        """Bytes that a run holds besides its model: on a CPU, this process now and the libraries to come."""
+        """Memory in bytes besides the model: on a CPU, this process and libraries loaded later."""
         if self.device.type == "cuda":
             return 0
         try:
@@ -179,6 +179,12 @@ class Machine(NamedTuple):
         """Bytes of memory that a run of a TrainConfig takes, roughly."""
         model = c.model.memory(c.batch_size * c.model.block_size, self.dtype.itemsize)
         return model + self.base_memory()
+
+    def check_run(self, c) -> None:
+        """ValueError if a run of a TrainConfig certainly takes more memory than the device has."""
+        states = 12 * c.model.estimate()["parameters"]  # weights and optimizer state
+        rows = 48 * c.batch_size * c.gradient_accumulation_steps  # their numbers, in every step
+        check_memory(c.model, self.device, max(states, rows, self.run_memory(c) // 4))
 
     def peak_memory(self) -> float:
         """Peak memory so far in MB: allocated on the GPU, else resident in this process."""
@@ -278,7 +284,7 @@ def total_memory(device: torch.device) -> int:
     return min(found)
 
 
-def check_size(c, device: str | torch.device = "cpu", need: int = 0) -> None:
+def check_memory(c, device: str | torch.device = "cpu", need: int = 0) -> None:
     """
     ValueError unless a GPTConfig is valid, its model can be constructed in some seconds, and it fits into the
     memory of the device. `need`: the bytes that are certain there, if they are more than its weights.
@@ -329,18 +335,23 @@ def lost_processes():
     except RuntimeError as error:
         if world_size() == 1 or not re.search("gloo|nccl|process group|connection", str(error), re.I):
             raise
-        raise ConnectionError(
-            f"another process of this run is gone, so this one ends too: {error}"
-        ) from error
+        raise ConnectionError(f"another rank of this run has exited: {error}") from error
 
 
 def from_rank0(compute: Callable[[], Any]) -> Any:
-    """compute() in the first process; every process gets its result."""
+    """Call compute() on rank 0 and broadcast the result."""
     if not dist.is_initialized():
         return compute()
     box = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def broadcast(model: torch.nn.Module) -> None:
+    """Give the model the parameters of rank 0, in every process."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            dist.broadcast(p.detach(), 0)
 
 
 def data_parallel(forward: torch.nn.Module) -> torch.nn.Module:

@@ -4,17 +4,18 @@ Optimizers and schedules by name.
     optimizers = optim.build(model, config)                 # a list: one or two torch optimizers
     optim.set_lr(optimizers, optim.schedule(config, step))  # each group's base_lr times a factor
 
-All functions of the step are pure: nothing but the step has to be saved to go on with them.
+Schedules are pure functions of the step, so a resume needs only the step.
 """
 
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 
-class Plain:
+class WithoutCompile:
     """torch.optim's methods without their wrapping for torch.compile, which takes 0.8 s to import."""
 
     add_param_group, zero_grad, state_dict, load_state_dict = (
@@ -23,7 +24,7 @@ class Plain:
     )
 
 
-class AdamW(Plain, torch.optim.AdamW):
+class AdamW(WithoutCompile, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     kept = {"step": False, "exp_avg": True, "exp_avg_sq": True}  # of a parameter: True is a tensor like it
 
@@ -42,7 +43,7 @@ def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if g.shape[1] > g.shape[2] else x
 
 
-class Muon(Plain, torch.optim.Optimizer):
+class Muon(WithoutCompile, torch.optim.Optimizer):
     """
     SGD with Nesterov momentum whose updates are orthogonalized matrices, scaled to the size of AdamW's (Liu
     et al. 2025, arXiv 2502.16982). It computes what torch.optim.Muon does, for all matrices of one shape at
@@ -88,7 +89,7 @@ def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer
     rest: embeddings, head, norms, biases, convolutions. Vectors do not decay. Each group has its `base_lr`.
     """
     groups = {kind: [] for kind in ("matrix", "embedding", "head", "vector", "tensor")}
-    for name, p in model.named_parameters():  # a tied or shared tensor comes once, under its first name
+    for name, p in model.named_parameters():  # named_parameters yields tied and shared tensors once
         kind = "vector" if p.ndim < 2 else name.split(".")[0]
         inside = "tensor" if p.ndim > 2 and c.optimizer == "muon" else "matrix"
         groups[{"embedder": "embedding", "head": "head", "vector": "vector"}.get(kind, inside)].append(p)
@@ -112,20 +113,32 @@ def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer
     return found
 
 
+def load_states(optimizers: list, states: list[dict], fit: Callable[[dict, dict], None]) -> None:
+    """Load the moments of saved states; learning rates stay as they are. `fit` is checkpoint.fit."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        current = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, current, strict=True):
+            group.update(values)
+            for p in filter(optimizer.state.get, group["params"]):
+                wanted = {k: p if like else torch.zeros(()) for k, like in optimizer.kept.items()}
+                fit(optimizer.state[p], wanted)
+
+
 def schedule(c, step: int) -> float:
     """
     The factor on every learning rate at `step` (0, 1, ... before its update): linear warmup over
-    warmup_iters, then by name down to min_lr / learning_rate, reached exactly at the last update and kept
-    after it.
+    warmup_iters, then the decay c.schedule to min_lr / learning_rate, which is reached at the last update and
+    held after it.
     """
     if step < c.warmup_iters:
         return (step + 1) / (c.warmup_iters + 1)
-    floor, end = c.min_lr / c.learning_rate, c.lr_decay_iters or c.max_iters
+    min_factor, end = c.min_lr / c.learning_rate, c.lr_decay_iters or c.max_iters
     start = c.warmup_iters
     if c.schedule == "wsd":  # warmup, stable, decay: arXiv 2404.06395
         start = max(start, round(end * (1 - c.decay_share)))
     done = min(1.0, max(0.0, (step - start) / max(1, end - 1 - start)))  # 1 at the last update, end - 1
-    return floor + (1 - floor) * SCHEDULES[c.schedule](done)
+    return min_factor + (1 - min_factor) * SCHEDULES[c.schedule](done)
 
 
 SCHEDULES = {  # the share of the way down that is left when `done` (0 to 1) of it has passed
@@ -143,21 +156,21 @@ def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
 
 
 def points(name: str, text: str, low: float = 0.0, high: float = 0.999) -> list[tuple[float, float]]:
-    """'0:0.0, 500:0.1' -> [(0, 0.0), (500, 0.1)]. ValueError unless steps rise and values fit."""
+    """'0:0.0, 500:0.1' -> [(0, 0.0), (500, 0.1)]. ValueError unless steps and values are valid."""
     try:
         found = [(float(step), float(value)) for step, value in (pair.split(":") for pair in text.split(","))]
     except ValueError:
         raise ValueError(f"{name} is a list like '0:0.0, 500:0.1', not {text!r:.60}") from None
     steps = [step for step, _ in found]
     if not all(0 <= step <= 10**9 for step in steps) or sorted(set(steps)) != steps:
-        raise ValueError(f"the steps of {name} must rise, from 0 on: {text!r:.60}")
+        raise ValueError(f"the steps of {name} must increase, from 0 on: {text!r:.60}")
     if not all(low <= value <= high for _, value in found):
         raise ValueError(f"the values of {name} must be between {low} and {high}: {text!r:.60}")
     return found
 
 
 def interpolate(schedule: list[tuple[float, float]], step: int) -> float:
-    """The value at `step` on the line through (step, value) points, the outer values kept beyond them."""
+    """The value at `step` on the line through (step, value) points, constant outside of them."""
     if step <= schedule[0][0]:
         return schedule[0][1]
     for (a, x), (b, y) in zip(schedule, schedule[1:], strict=False):

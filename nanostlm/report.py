@@ -1,5 +1,5 @@
 """
-What a run says: the plan before it, the loggers during it, the curve, summary and stories after it.
+Output of a run: the plan, loggers, progress bar, and the final report.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ FINAL_TOKENS = 1_000_000  # of the validation file, scored at the end of a run: 
 
 @contextlib.contextmanager
 def optional(what: str) -> Iterator[None]:
-    """Inside, any failure is only a warning: the run itself does not depend on `what`."""
+    """Turn any exception inside into a warning, because the run does not depend on `what`."""
     try:
         yield
     except Exception as error:
@@ -52,7 +52,7 @@ def plan(c, data, machine: Machine, iters: int) -> str:
 
 
 def logger(c, folder: Path | None) -> Callable[[dict], None] | None:
-    """A function that takes lines of metrics, for TensorBoard or W&B, imported only when requested."""
+    """A function that logs a line of metrics to TensorBoard or W&B, which are imported on demand."""
     if not c.logger or folder is None:
         return None
     try:
@@ -64,7 +64,7 @@ def logger(c, folder: Path | None) -> Callable[[dict], None] | None:
         raise ValueError(f"logger={c.logger} needs another package: pip install {c.logger}") from None
 
     @functools.cache
-    def opened():  # at the first line, when the directory belongs to this run
+    def opened():  # on the first call, after the run directory has been claimed
         if c.logger == "tensorboard":
             return SummaryWriter(folder)
         return wandb.init(project="nanostlm", id=folder.name, resume="allow", dir=folder, config=asdict(c))
@@ -82,7 +82,7 @@ def logger(c, folder: Path | None) -> Callable[[dict], None] | None:
 
 class Console:
     """
-    The progress bar of a training loop, or a line now and then where there is no terminal. MFU is the speed
+    The progress bar of the training loop, or periodic lines without a terminal. MFU is the speed
     of the model's operations as a share of the measured speed of matrix products.
     """
 
@@ -120,7 +120,7 @@ class Console:
             )
 
     def sample(self, trainer) -> None:
-        """Show how the model continues the prompt now. Uses none of the run's random numbers."""
+        """Print a sample from the current model. Does not change the RNG state."""
         from nanostlm import generate
 
         if rank() == 0:
@@ -154,7 +154,7 @@ def plot(metrics: dict[Path, list[dict]], floor: float | None) -> None:
         axes.axhline(floor, color="tab:green", linestyle="--", label="entropy of the corpus")
     folder, lines = next(iter(metrics.items()))
     losses = [line["loss"] for line in lines if math.isfinite(line["loss"])]
-    if losses:  # the first updates, far above the rest, do not squeeze the end of the run
+    if losses:  # exclude the high initial losses from the y range
         low, high = min([*losses, *([floor] if floor else [])]), np.percentile(losses, 95)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     axes.set(ylabel="loss (nats per token)")
@@ -219,13 +219,13 @@ def plot_runs(folders: list[Path], file: str | Path) -> None:
 
 
 def load_best(trainer) -> None:
-    """Give the model the weights of the best evaluation, if those are not the last ones."""
+    """Load the weights of the best evaluation unless they are the last ones."""
     best = trainer.directory.folder / "best.pt"
     if best.exists():
         state = checkpoint.read(best)
         if state["step"] != trainer.progress.step:
             trainer.model.load_state_dict(state["model"])
-            print0(f"what follows comes from the best weights, of step {state['step']:,}")
+            print0(f"the following uses the best weights, from step {state['step']:,}")
 
 
 def summary(trainer, lines: list[dict], val: tuple[float, float, int]) -> str:
@@ -266,7 +266,7 @@ def totals(trainer, metrics: dict[Path, list[dict]]) -> str:
                 f"(step {best['step']}) in {run}"
             )
     if progress.skipped:
-        found.append(f"{progress.skipped} updates were left out: their loss or gradient was not finite")
+        found.append(f"{progress.skipped} updates were skipped because of a non-finite loss or gradient")
     return "\n".join(found)
 
 

@@ -45,23 +45,23 @@ RESUME = {  # what a checkpoint of a run holds besides checkpoint.STATE
 
 @dataclass
 class Progress:
-    """How far a run is. A checkpoint holds it as a dict, and a resumed run restores it field by field."""
+    """The progress of a run, saved in checkpoints as a dict."""
 
     step: int = 0  # finished updates
     best: float = math.inf  # validation loss
     evals_since_best: int = 0
     evaluated: int = -1  # step of the last evaluation
-    skipped: int = 0  # updates left out because they were not finite
+    skipped: int = 0  # updates skipped because they were not finite
     elapsed: float = 0.0  # seconds, over all resumes
     joules: float = 0.0  # energy, over all resumes; nan if unknown
 
     def finished(self, max_iters: int, patience: int) -> bool:
-        """Whether the run has made all its updates or used up its patience."""
+        """Whether max_iters or patience ends the run."""
         return self.step >= max_iters or 0 < patience <= self.evals_since_best
 
 
 class RunDirectory:
-    """The files of one run. Lines of metrics that cannot be written wait for the next attempt."""
+    """The files of one run. Metrics lines that could not be written are retried."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -71,9 +71,8 @@ class RunDirectory:
     @contextlib.contextmanager
     def claim(self, disk: int, state: dict | None = None, max_iters: int = 0):
         """
-        Inside, the directory belongs to this run: it is locked, has `disk` bytes free, and holds nothing of
-        an earlier run except what the checkpoint `state` continues. The operating system releases the lock
-        when the process ends, however it ends.
+        Lock the directory, check that `disk` bytes are free, and remove files of an earlier run, except those
+        that the checkpoint `state` continues. The operating system releases the lock when the process exits.
         """
         try:
             lock = FileLock(self.folder / "lock").acquire(timeout=0)
@@ -92,7 +91,7 @@ class RunDirectory:
         stale = () if state else ("latest.pt", "previous.pt", "best.pt", "loss.png")
         if state and state["file"] == "previous.pt":  # a damaged latest.pt must not become previous.pt
             stale = ("latest.pt",)
-        leftovers = self.folder.glob("*.tmp")  # of a process killed while saving
+        leftovers = self.folder.glob("*.tmp")  # left by a process that was killed while saving
         for file in [*leftovers, *(self.folder / name for name in stale)]:
             file.unlink(missing_ok=True)
         lines = lines_until(state, read_metrics(self.folder), max_iters) if state else []
@@ -101,7 +100,7 @@ class RunDirectory:
         os.replace(self.folder / "metrics.tmp", self.folder / "metrics.jsonl")
 
     def write_config(self, config: dict) -> None:
-        """Write config.json: what the run was started with, for people and for comparisons."""
+        """Write config.json, a description of the run for users and comparisons."""
         file = self.folder / "config.json"
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -118,7 +117,7 @@ class RunDirectory:
             )
 
     def flush(self, name: str = "metrics.jsonl", sync: bool = False) -> None:
-        """Append the waiting lines to a file, all or none (then an OSError). `sync`: as far as the disk."""
+        """Append all waiting lines to a file, or none and raise OSError. `sync`: also fsync."""
         path = self.folder / name
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -129,7 +128,7 @@ class RunDirectory:
                     os.fsync(file.fileno())
         except OSError:
             with contextlib.suppress(OSError):
-                os.truncate(path, size)  # no half line
+                os.truncate(path, size)  # remove a partial line
             raise
         self.waiting.clear()
 
@@ -143,7 +142,7 @@ class RunDirectory:
                 self.flush(sync=True)
                 keep = self.folder / previous if previous else None
                 return checkpoint.save(self.folder / name, state, keep)
-            except (OSError, RuntimeError) as error:  # the writer inside torch raises the latter
+            except (OSError, RuntimeError) as error:  # torch.save raises the latter
                 again = ", trying again" if wait else ""
                 print0(f"WARNING: could not save {name} at step {state['step']}: {error}{again}")
                 time.sleep(wait)
@@ -176,8 +175,8 @@ def read_config(folder: Path) -> dict:
 
 def lines_until(state: dict, lines: list[dict], max_iters: int) -> list[dict]:
     """
-    The lines of metrics up to the step of `state`. A run that ended there off its intervals wrote closing
-    lines at that step: they are dropped, because the run either repeats them or now continues past them.
+    The lines of metrics up to the step of `state`. A run that ended there off its intervals wrote final lines
+    at that step; they are removed, because the resumed run repeats or continues past them.
     """
     end, every = state["progress"]["step"], state["train_config"]
     keep = {
@@ -196,7 +195,7 @@ def fingerprint(train: np.ndarray, val: np.ndarray) -> dict[str, list[int]]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Which directory, and what a resumed run may change
+# Choosing the directory, and the settings of a resumed run
 
 
 def new_folder(name: str) -> Path:
@@ -206,7 +205,7 @@ def new_folder(name: str) -> Path:
 
 
 def folders_of(name: str) -> list[Path]:
-    """The directories that runs of a recipe chose themselves, newest first."""
+    """Default directories of a recipe's runs, newest first."""
     found = [f for f in Path("out").glob("*") if re.fullmatch(re.escape(name) + r"(-\d+)?", f.name)]
     return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
@@ -232,7 +231,7 @@ def last_state(folder: Path, values: dict) -> dict | None:
                 f"start from its best weights with {shlex.quote(f'--init_from={folder}')}"
             )
         return state
-    print0(f"{folder} was ended before its first checkpoint: it starts again at step 0")
+    print0(f"{folder} has no checkpoint yet: starting at step 0")
     return None
 
 
@@ -265,7 +264,7 @@ def resumed_settings(
 ) -> dict:
     """
     The flat settings of a resumed run: those of its checkpoint, except for what the command line gives
-    (`given`) and what was edited in the recipe since (both versions complete, with defaults). ValueError
+    (`given`) and what was edited in the recipe since (both complete, including defaults). ValueError
     names changes that would make it a different run, unless `override`.
     """
     before = state["train_config"] | state["model_config"]
@@ -285,5 +284,5 @@ def resumed_settings(
     saved, now = state["provenance"], checkpoint.provenance()
     for file in checkpoint.CODE:
         if saved.get(file) != now.get(file):
-            print0(f"{file} was changed since this run was saved: the rest may come out differently")
+            print0(f"{file} has changed since the checkpoint: results may differ")
     return wanted

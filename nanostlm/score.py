@@ -6,7 +6,7 @@ Scoring: the negative log-likelihood of texts, in nats per token, and bits per b
     logp = loglikelihood(model, prefix, continuation)   # log-probability in nats
 
 A text is a sequence of ids. Every id is predicted exactly once, in windows of block_size ids in a fixed
-order, with end-of-text before the first id of each text. With a stride, each window moves on by so many ids:
+order, with end-of-text before the first id of each text. With a stride, each window advances by `stride` ids:
 each id has at least block_size - stride ids before it, where the text has them. total needs only
 model(idx, targets) -> (_, loss), so that it works with nanoGPT's model too.
 """
@@ -24,7 +24,7 @@ def windows(
     texts: Iterable[Sequence[int]], eot: int, block_size: int, stride: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
-    Windows (inputs, targets), (block_size,) int64 each; targets are -1 where nothing is to be predicted. With
+    Windows (inputs, targets), (block_size,) int64 each; targets are -1 at positions that are not scored. With
     a stride below block_size, the last window of a text is moved back so that it is full.
     """
     stride = stride or block_size
@@ -67,7 +67,7 @@ def score(
     block_size: int | None = None,
     device: str | torch.device | None = None,
 ) -> list[np.ndarray]:
-    """For each text, the nats of every token, float32. The logits of `rows` windows exist at a time."""
+    """For each text, the nats of every token, float32. Computes `rows` windows per batch."""
     block_size = block_size or model.config.block_size
     device = device or next(model.parameters()).device
     nats = [np.empty(0, dtype=np.float32)]
@@ -110,7 +110,7 @@ def total(
 def loglikelihood(model, prefix: Sequence[int], continuation: Sequence[int]) -> float:
     """
     Log-probability in nats of the ids `continuation` after the ids `prefix`, which must not be empty: the
-    first token of a text stands after end-of-text. Each id sees at most block_size ids before it, and at
+    first token of a text is preceded by end-of-text. Each id sees at most block_size ids before it, and at
     least half as many where they exist.
     """
     if not model.config.causal:

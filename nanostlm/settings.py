@@ -132,7 +132,7 @@ def convert(name: str, kind: type, value: Any) -> Any:
             return str(value)
     except (ValueError, TypeError, OverflowError):
         pass
-    raise ValueError(f"{name} takes {TYPES[kind]}, not {value!r:.60}")
+    raise ValueError(f"{name} must be {TYPES[kind]}, not {value!r:.60}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -160,11 +160,11 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, Any]:
                 if not all(
                     isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in (left, right)
                 ):
-                    raise ValueError("arithmetic is for numbers up to 1.8e308")
+                    raise ValueError("arithmetic needs numbers up to 1.8e308")
                 if isinstance(node.op, ast.Pow) and (abs(left) > 1e9 or abs(right) > 100):
                     raise ValueError("the base or the exponent of this power is too large for a setting")
                 return OPERATORS[type(node.op)](left, right)
-        raise ValueError("a recipe holds only literals, arithmetic on them, and names assigned above")
+        raise ValueError("a recipe may contain only literals, arithmetic on them, and names assigned above")
 
     where = f"{path}, line 1"
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # -sig: no byte order mark

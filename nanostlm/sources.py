@@ -1,10 +1,10 @@
-"""Where stories come from: readers of files and of the Hugging Face Hub, and the table of known corpora.
+"""Sources of stories: readers for files and the Hugging Face Hub, and the table of known corpora.
 
     source = find("mine", "mine.txt", None)    # {"train": read}, and "val" if it has a validation split
     for text in source["train"](): ...         # each call of read() starts again
     split(source, Corpus(), None, Counter())   # (story, whether it is for validation), cleaned
 
-All of it streams: no corpus is ever in memory as a whole.
+Everything streams; a corpus is never loaded into memory completely.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pathlib import Path
 from nanostlm.tokenizer import EOT, Unreachable, within
 
 VAL_SHARE = 100  # one story in this many is for validation, if the source has no validation split
-MAX_STORY = 50_000_000  # characters; a .txt file with a longer story lacks separators
+MAX_STORY = 50_000_000  # characters; a longer one means that a .txt file has no separators
 SMALL = 20_000  # bytes; in a folder of .txt files that are all smaller, each file is one story
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 VAL_NAMES = ("validation", "val", "valid", "dev")
@@ -32,7 +32,7 @@ VAL_NAMES = ("validation", "val", "valid", "dev")
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is known about a corpus by its name. The defaults describe a user's own text."""
+    """Properties of a corpus, looked up by name. The defaults are for a user's own text."""
 
     hub_id: str | None = None  # the source, unless --source names another one
     generate: Callable[[], Iterator[str]] | None = None  # a built-in corpus: endless stories, no source
@@ -77,7 +77,7 @@ def corpus(name: str) -> Corpus:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Readers: a file -> its stories; None is a missing text
+# Readers: a file -> its stories; None for a missing text
 
 
 def has_line(path: str, wanted: str) -> bool:
@@ -97,7 +97,7 @@ def read_txt(path: str, split: str = "auto") -> Iterator[str]:
                 lines.append(line)
                 if (size := size + len(line)) > MAX_STORY:
                     raise ValueError(
-                        f"{path}: a story of over {MAX_STORY:,} characters; {describe_split(split)} "
+                        f"{path}: a story has more than {MAX_STORY:,} characters; {describe_split(split)} "
                         "(--split changes this)"
                     )
             else:
@@ -208,7 +208,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def local_files(path: Path) -> dict[str, list[str]]:
-    """{split: files}, by names such as train.txt and validation/1.txt; for .parquet, as `datasets` says."""
+    """{split: files}, by names such as train.txt and validation/1.txt; of .parquet as in `datasets`."""
     if path.is_file():
         return {"train": [str(path)]}
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
@@ -234,7 +234,7 @@ def describe_split(split: str) -> str:
 
 
 def split_rule(source: str, split: str | None) -> str | None:
-    """Where stories in .txt files end: a rule in SPLITS or a separator line. None without such files.
+    """Where stories in .txt files end: a key of SPLITS or a separator line; None without such files.
 
     `split` decides, if it is given. Otherwise, a folder of several files, all SMALL and without a line
     `<|endoftext|>`, has one story per file. ValueError if `split` does not fit the files.
@@ -323,7 +323,7 @@ def hub_files(hub_id: str, stories: int | None) -> dict[str, list[str]]:
     try:
         within(2.5, lambda: HfApi().dataset_info(hub_id, timeout=2.5))
     except RepositoryNotFoundError:
-        raise ValueError(f"no file, no folder and no data set of the Hub is called {hub_id}") from None
+        raise ValueError(f"{hub_id} is neither a file, a folder, nor a dataset on the Hub") from None
     except Exception as error:
         raise Unreachable(
             f"the Hugging Face Hub cannot be reached at {constants.ENDPOINT} "
@@ -338,8 +338,8 @@ def hub_files(hub_id: str, stories: int | None) -> dict[str, list[str]]:
 # Stories: cleaned, counted, split
 
 # Parts of TinyStories are UTF-8 that was decoded as Windows-1252 or Latin-1. Quotation marks, dashes and the
-# ellipsis begin with the bytes E2 80, which became "â€". This maps what the third byte became to the original
-# character; the third byte of ” often got lost.
+# ellipsis begin with the bytes E2 80, which became "â€". THIRD maps the decoded third byte to the original
+# character; the third byte of ” is often missing.
 THIRD = {
     "œ": "“",
     "\x9d": "”",
@@ -401,10 +401,9 @@ def split(source: Source, known: Corpus, n: int | None, counts: Counter) -> Iter
 
 
 def split_by_hash(stories: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """A story's hash decides, so that equal stories are always in the same split.
-
-    About one in VAL_SHARE is low enough for validation; if none is, the lowest one is taken. Stories are held
-    back until the first is found.
+    """Assign stories to splits by their hash, so that equal stories are always in the same split. About one
+    in VAL_SHARE has a hash below the cutoff and is for validation; if none has, the one with the lowest.
+    Stories are buffered until the first is found.
     """
     hashed = ((digest(text), text) for text in stories)
     cut, held = (2**128 // VAL_SHARE).to_bytes(16, "big"), []

@@ -33,8 +33,8 @@ def whole_stories(data: Data, block_size: int) -> list[np.ndarray]:
 
 def grammar_report(model, data: Data, rows: int = 16, n_stories: int = 100) -> list[str]:
     """
-    Compare a model with the grammar of its corpus: bits per byte of whole validation stories beside their
-    entropy, and the share of `n_stories` generated stories that are valid. Returns the lines to print.
+    Compare a model with the grammar of its corpus: bits per byte of complete validation stories and their
+    entropy, and the fraction of `n_stories` generated stories that are valid. Returns the lines to print.
     """
     check, tokenizer = sources.corpus(data.meta["corpus"]).check, data.tokenizer
     whole = whole_stories(data, model.config.block_size)
@@ -49,6 +49,6 @@ def grammar_report(model, data: Data, rows: int = 16, n_stories: int = 100) -> l
     broken = Counter(verdict.rule for verdict in verdicts if not verdict.ok)
     rules = ", ".join(f"{n} {rule}" for rule, n in broken.most_common())
     return [
-        f"on {len(whole)} whole stories: {bpb:.4f} bits per byte, the floor is {entropy:.4f}: {excess}",
+        f"on {len(whole)} whole stories: {bpb:.4f} bits per byte, entropy {entropy:.4f}: {excess}",
         f"{n_valid} of {n_stories} generated stories are valid" + (f" ({rules})" if rules else ""),
     ]

@@ -6,11 +6,11 @@
 
     from nanostlm import tokenizer
     tok = tokenizer.train_bpe(texts, 4096)       # or tokenizer.get("gpt2"), tokenizer.get("byte")
-    tok.decode(tok.encode("Once upon a time"))   # any text comes back exactly, emoji too
+    tok.decode(tok.encode("Once upon a time"))   # exact for any text, including emoji
     tok.save("tokenizer.json")                   # Hugging Face's `tokenizers` reads it and gives equal ids
 
 A vocabulary is a list of byte strings; a token's id is its index, and end-of-text is the id after the last.
-Text never becomes end-of-text, not even the text `<|endoftext|>`. A user's mistake raises ValueError.
+Text is never encoded as end-of-text, not even `<|endoftext|>`. User errors raise ValueError.
 """
 
 import base64
@@ -97,7 +97,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) <= self.eot:
             bad = next(i for i in ids if not 0 <= i <= self.eot)
-            raise ValueError(f"{bad} is no id of the tokenizer {self.name} (0 to {self.eot})")
+            raise ValueError(f"{bad} is not a valid id of tokenizer {self.name} (0 to {self.eot})")
         return b"".join([self.tokens[i] for i in ids])
 
     def decode(self, ids) -> str:
@@ -111,12 +111,12 @@ class Tokenizer:
     def save(self, path) -> None:
         """Write tokenizer.json in Hugging Face's format, which gives equal ids there.
 
-        Why the ids are equal: tiktoken merges the pair of parts whose joined bytes have the lowest id, and
-        Hugging Face the pair that comes first in a list; of equal pairs, both merge the leftmost. Text
-        between two boundaries merges as if it stood alone, so a token always results from the same pair: the
-        last two parts when the token's own bytes are merged. In the order of their tokens, these pairs are
-        therefore all the pairs that tiktoken merges, in the same order of priority.
-        (With Hugging Face, the text `<|endoftext|>` becomes the id unless `encode_special_tokens` is set.)
+        Proof that the ids are equal: tiktoken merges the pair of parts whose joined bytes have the lowest id,
+        and Hugging Face the pair that comes first in a list; of equal pairs, both merge the leftmost. Text
+        between two boundaries is merged independently, so a token always results from the same pair: the last
+        two parts when the token's own bytes are merged. In the order of their tokens, these pairs are
+        therefore all the pairs that tiktoken merges, in the same order of priority. (With Hugging Face, the
+        text `<|endoftext|>` becomes the id unless `encode_special_tokens` is set.)
         """
         from tokenizers import Tokenizer as HuggingFace
         from tokenizers import decoders, models, pre_tokenizers
@@ -144,7 +144,7 @@ def checked(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text is not valid Unicode: half a surrogate pair at character {error.start} "
+            f"the text is not valid Unicode: a lone surrogate at character {error.start} "
             f"(U+{ord(text[error.start]):04X})"
         ) from None
 
@@ -162,7 +162,7 @@ def byte_chars() -> dict[int, str]:
 
 
 def last_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes] | None:
-    """The last two parts when the bytes of `token` are merged; None if merging does not reach `token`."""
+    """The last two parts when the bytes of `token` are merged; None if merging does not produce `token`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
@@ -173,7 +173,7 @@ def last_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes] | None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Where tokenizers come from
+# Creating and loading tokenizers
 
 
 def bpe_size(name: str) -> int | None:
@@ -215,7 +215,7 @@ def get(name: str) -> Tokenizer:
 
 
 def within(seconds: float, call):
-    """call(), or TimeoutError after `seconds`, whatever it waits for (DNS has no timeout of its own)."""
+    """Return call(), or raise TimeoutError after `seconds`, even if call() blocks, as DNS lookups do."""
     result = []
 
     def run():

@@ -27,7 +27,7 @@ from typing import NamedTuple
 VERSION = "5"
 TEXT = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
 
-# Rules that no story may leave out, and what check() reports when one is missing
+# Required rules, and the message of check() if one is missing
 REQUIRED = {
     "found": "lost object never found",
     "mended": "broken thing never mended",
@@ -43,7 +43,7 @@ PRONOUNS = [
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The grammar, compiled into operations: a str, which stands for itself, or one of these three
+# The grammar, compiled into operations: a literal str, or one of these three
 
 
 class Ref(NamedTuple):
@@ -266,15 +266,15 @@ class Verdict(NamedTuple):
 
 
 class Miss(NamedTuple):
-    """Where one derivation of a text failed, and how the parser can go on behind the error."""
+    """The position where a derivation failed, and how the parser can continue after the error."""
 
-    reach: int  # the text is as expected up to here
+    reach: int  # the text matches up to here
     start: int  # `expected` should begin here
     expected: str
     rule: str | None = None  # the rule that is broken if the parser skips the error; None if it cannot
-    end: int = 0  # where it goes on then
+    end: int = 0  # the position after the skipped error
     thread: tuple | None = None
-    known: bool = False  # the word found is one of the grammar's, but the wrong one
+    known: bool = False  # the word is in the grammar, but does not fit here
 
 
 def check(text: str) -> Verdict:
@@ -378,7 +378,7 @@ def _possible_rows(source):
 
 @functools.cache
 def _substitutes(ref, spaces):
-    """A pattern for what may stand in the place of a stored word, and the rule that it breaks.
+    """A pattern for words that may replace a stored word, and the rule that this breaks.
 
     Group 1 matches a word from another row of the same lists; otherwise the pattern matches any words.
     """

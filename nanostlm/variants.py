@@ -1,5 +1,5 @@
 """
-Components of the model that only some settings select, by name. model.py imports this module when one does.
+Optional components of the model, selected by name. model.py imports this module when one does.
 
     position    alibi, sinusoidal, shaw      biases or embeddings instead of RoPE
     share       mlp, layers, lora            weights that all layers share
@@ -54,7 +54,9 @@ def alibi_slopes(heads: int, device=None) -> Tensor:
     """ALiBi's slope of each head (Press et al. 2021, arXiv 2108.12409): 2^(-8/n) and its powers; (heads,)."""
     n = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
-    slopes += [2 ** (-8 * (i + 1) / (2 * n)) for i in range(0, 2 * n, 2)]  # the paper's rule for heads past n
+    slopes += [
+        2 ** (-8 * (i + 1) / (2 * n)) for i in range(0, 2 * n, 2)
+    ]  # the paper's rule when n_head is not a power of 2
     return torch.tensor(slopes[:heads], device=device)
 
 
@@ -200,7 +202,7 @@ def bigram_init(model: GPT, ids: Tensor, prior: float = 20.0) -> None:
     """
     c = model.config
     if c.tied:
-        raise ValueError("pair_tokens needs a head of its own: tied=False, or pair_tokens=0")
+        raise ValueError("pair_tokens needs tied=False")
     V, rank, device = c.padded_vocab, c.n_embd - 1, ids.device
     pairs, n = torch.unique(ids[:-1] * V + ids[1:], return_counts=True)
     a, b = pairs // V, pairs % V
@@ -216,7 +218,7 @@ def bigram_init(model: GPT, ids: Tensor, prior: float = 20.0) -> None:
     u, s, _ = torch.linalg.svd(table @ q, full_matrices=False)
     e = u[:, :rank] * s[:rank] / weight[:, None]
     e = torch.cat((e, 0.3 * e.norm(dim=1).median().expand(V, 1)), dim=1)  # the last dimension: log P(b)
-    e = F.pad(F.normalize(e), (0, c.n_embd - e.shape[1])) * c.n_embd**0.5  # as the norms scale it
+    e = F.pad(F.normalize(e), (0, c.n_embd - e.shape[1])) * c.n_embd**0.5  # like the output of the norms
     # the head by least squares: e @ h = log P(b) + the middle term, averaged over the text
     left = e * weight[:, None]
     right = left.t() @ table + (left.t() @ weight)[:, None] * p.log()
@@ -224,7 +226,7 @@ def bigram_init(model: GPT, ids: Tensor, prior: float = 20.0) -> None:
     gram.diagonal().add_(1e-3 * gram.diagonal().mean())
     h = torch.linalg.solve(gram, right)
     rotation = torch.linalg.qr(torch.randn(c.n_embd, c.n_embd, generator=generator, device=device)).Q
-    model.embedder.tokens.weight.copy_(e @ rotation)  # so that no dimension is special
+    model.embedder.tokens.weight.copy_(e @ rotation)  # random rotation, so that all dimensions are alike
     model.head.linear.weight.copy_((rotation.t() @ h).t())
 
 
@@ -241,13 +243,13 @@ class Copies(NamedTuple):
     sentinel: Tensor  # (), the score of generating from the vocabulary
     score: Tensor  # (B, T, S), of copying ids[:, s]
     ids: Tensor  # (B, S)
-    own_weight: float  # weight of the pointer's own loss; 0 in evaluation
+    loss_weight: float  # weight of the auxiliary pointer loss; 0 in evaluation
 
     def probs(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
         For targets (B, T): log-probabilities (B * T,) of generating from the vocabulary and of copying the
         target; and the pointer's own loss, the mean of -log(probability of the target | copying), 0 where the
-        target cannot be copied. In the mixture alone, the gradient of a small probability would vanish.
+        target cannot be copied. The mixture alone gives vanishing gradients to small copy probabilities.
         """
         found = self.ids[:, None] == targets[:, :, None]
         total = self.score.logsumexp(dim=-1).flatten()
@@ -282,7 +284,7 @@ class Mixture(NamedTuple):
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
         head, (generate, copied, own) = self.head, self.copies.probs(targets)
-        own = self.copies.own_weight * own if self.copies.own_weight else 0.0
+        own = self.copies.loss_weight * own if self.copies.loss_weight else 0.0
         c, linear = getattr(head, "config", None), getattr(head, "linear", None)
         if c is not None and c.loss_chunk and type(linear) is nn.Linear:  # as in Head.loss
             mixture = generate, copied
@@ -294,18 +296,18 @@ class Mixture(NamedTuple):
 class Pointer(nn.Module):
     """
     A pointer sentinel mixture (Merity et al. 2016, arXiv 1609.07843) over the states of the core (as in Grave
-    et al. 2016, arXiv 1612.04426): position t can copy a token s + 1 of the context. The key of the copy
-    combines the state of the position before that token, which predicted it, and the state of its own.
+    et al. 2016, arXiv 1612.04426): position t can copy a token s + 1 of the context. Its key combines the
+    states of the previous position, which predicted the token, and of the token itself.
 
         P(v) = (exp(sentinel) softmax(logits)[v] + sum over s < t, idx[s + 1] = v, of exp(q[t] . k[s])) / Z
         k[s] = norm(a[s] + b[s + 1])
 
-    Names and objects come back in a story; attention learns to copy them much later.
+    Stories repeat names and objects; without a pointer, attention learns to copy them much later.
     """
 
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.own_weight = c.pointer_loss
+        self.loss_weight = c.pointer_loss
         self.norm = RMSNorm(c.n_embd, c.norm_eps, False)
         self.qab = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
         self.scale = nn.Parameter(torch.ones(()))
@@ -324,5 +326,5 @@ class Pointer(nn.Module):
             visible = visible & (attn.attn_mask[:, 0] > -torch.inf)
         score = (q * (self.scale * x.shape[-1] ** -0.5).to(q.dtype)) @ k.transpose(-1, -2)  # (B, T, S)
         score = score.to(torch.promote_types(score.dtype, torch.float32)).masked_fill(~visible, MASKED)
-        own_weight = self.own_weight if self.training else 0.0
-        return Copies(self.sentinel.to(score.dtype), score, idx.roll(-1, dims=1), own_weight)
+        loss_weight = self.loss_weight if self.training else 0.0
+        return Copies(self.sentinel.to(score.dtype), score, idx.roll(-1, dims=1), loss_weight)

@@ -1,8 +1,8 @@
 """
-Checkpoint formats of other programs, one file each: what writes a format also reads it.
+Checkpoint formats of other programs, one file each for reading and writing.
 
-An export computes the same logits and the same token ids there, or `refuse` names the settings that the other
-program does not support. This file holds what all formats share.
+An export gives the same logits and token ids in the other program; otherwise `refuse` raises an error that
+names the unsupported settings. This file has the functions that all formats share.
 """
 
 import re

@@ -4,7 +4,7 @@ Hugging Face folders: config.json, model.safetensors and the tokenizer's files, 
     hf.to_hf(model, tokenizer, "out/tiny-hf")     # for AutoModelForCausalLM and AutoTokenizer, no remote code
     model, tokenizer = hf.from_hf("out/tiny-hf")  # or a Hub id such as gpt2
 
-`from_hf` reads what `to_hf` writes, and what others made for the same classes of transformers.
+`from_hf` reads what `to_hf` writes, and other models of the same classes of transformers.
 """
 
 import json
@@ -110,7 +110,7 @@ QWEN3_DEFAULTS |= dict(max_window_layers=28, layer_types=None)
 
 
 class Family(NamedTuple):
-    """A class of transformers that some of our models are equal to."""
+    """A class of transformers with an equivalent configuration of ours."""
 
     name: str
     model_type: str  # in config.json
@@ -123,7 +123,7 @@ class Family(NamedTuple):
     explicit: dict = dict(
         norm_weight=True
     )  # our settings for a model with a parameter for each of their tensors
-    defaults: dict = {}  # keys that may be missing in config.json -> what transformers takes for them
+    defaults: dict = {}  # keys that may be missing in config.json -> the defaults of transformers
 
 
 FAMILIES = [
@@ -295,9 +295,9 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
     """
     Read a folder with config.json, tokenizer.json and model.safetensors, or a Hub id.
 
-    Ids are ours: end-of-text is the last one, and the only special token. If another token begins a text
-    there, the embedding of end-of-text is the embedding of that token, and embedding and head are not tied.
-    Raises ValueError for what has no equivalent here, FileNotFoundError for what is missing, and Unreachable
+    Ids follow our order: end-of-text is last, and the only special token. If the model uses a different BOS
+    token, the embedding of end-of-text is the embedding of that token, and embedding and head are not tied.
+    Raises ValueError for unsupported models, FileNotFoundError for missing files, and Unreachable
     if the Hub does not answer.
     """
     folder = local_folder(source)
@@ -320,7 +320,7 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
     if c.tied and weight is not None and not torch.equal(tensors.setdefault(head, weight), weight):
         c = replace(c, tied=False)  # like transformers, which does not tie two different tensors
     c = replace(c, vocab_size=tokenizer.vocab_size, tied=c.tied and begin == end)
-    machine.check_size(c)
+    machine.check_memory(c)
     model = GPT(c).eval()
     for name, view in views(model, family):
         value = tensors.pop(name, torch.empty(0))
@@ -414,7 +414,7 @@ def read_config(config: dict, tied: bool) -> tuple[Family, GPTConfig]:
 
 def read_tokenizer(path: Path, config: dict) -> tuple[Tokenizer, list[int], int, int]:
     """
-    Return our tokenizer, their ids in the order of ours, and their ids that begin and end a text.
+    Return our tokenizer, the source ids in our order, and the source ids of BOS and EOS.
     tokenizer.json must be byte-level BPE with GPT-2's split into words, since tokenizer.py has no other.
     """
     data = read_json(path, TOKENIZER)

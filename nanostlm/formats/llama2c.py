@@ -1,9 +1,9 @@
 """
 llama2.c (github.com/karpathy/llama2.c): the model file that run.c reads (version 0), and its tokenizer.bin.
 
-run.c puts a space before a prompt and does not split the prompt into words. One sentence in several thousand
-of TinyStories therefore becomes other tokens than here, such as one with 'spell' in single quotes, where the
-'s is a word of its own here.
+run.c puts a space before a prompt and does not split the prompt into words. About one sentence in several
+thousand of TinyStories is therefore tokenized differently, such as one with 'spell' in single quotes, where
+our split makes 's a separate word.
 """
 
 import struct
@@ -24,8 +24,8 @@ def to_llama2c(model: GPT, tokenizer: Tokenizer, path: str | Path) -> Path:
     """
     Write the model file, and tokenizer.bin beside it. Return the path of the latter.
 
-    Ids are permuted, because to run.c 1 begins and ends a text and 3 + b is byte b. It gives no meaning to 0
-    and 2, which become the last two tokens.
+    Ids are permuted, because run.c uses id 1 as BOS and EOS and id 3 + b for byte b. Ids 0 and 2 are unused
+    by run.c and become the last two tokens.
     """
     path, eot = Path(path), tokenizer.eot
     refuse(unsupported(model.config, RUN_C), "llama2.c's run.c")
