@@ -1,24 +1,14 @@
-"""Training: batches, schedules, device selection, one update, resuming, metrics, loggers, compiling."""
+"""train.py: batches, settings, one update, resuming, metrics, compiling."""
 
 import json
 import math
-import os
-import platform
-import re
-import subprocess
-import sys
-import time
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    MICRO,
-    ROOT,
     batches,
     bit_equal,
     config,
@@ -27,7 +17,6 @@ from helpers import (
     max_difference,
     metrics,
     random_data,
-    run_script,
     run_state,
     trainer,
 )
@@ -38,7 +27,7 @@ import evaluate
 import prepare
 import train
 from model import GPT, GPTConfig
-from nanostlm import checkpoint, generate, machine, optim, report, tokenizer
+from nanostlm import checkpoint, machine, optim, report, tokenizer
 from nanostlm import data as datasets
 from train import Diverged, TrainConfig, Trainer
 
@@ -152,361 +141,7 @@ def test_indivisible_world_size_raises():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Schedules and optimizers
-
-
-def rates(iters: int = 40, extra: int = 5, **changes) -> list[float]:
-    c = config(learning_rate=0.5, max_iters=iters, warmup_iters=changes.pop("warmup_iters", 4), **changes)
-    return [c.learning_rate * optim.schedule(c, step) for step in range(iters + extra)]
-
-
-@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
-def test_schedule_endpoints(name):
-    lr = rates(schedule=name, min_lr=0.05)
-    assert lr[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4]) and lr[4] == 0.5, "linear warmup, then the peak"
-    assert all(a >= b for a, b in zip(lr[4:], lr[5:], strict=False))
-    if name == "constant":
-        assert set(lr[4:]) == {0.5}
-        return
-    assert lr[38] > lr[39] == 0.05, "min_lr at the last update, not before"
-    assert set(lr[39:]) == {0.05}, "and min_lr after it"
-    assert rates(schedule=name)[39] == 0.0
-
-
-def test_schedule_between_endpoints():
-    half = 4 + (39 - 4) / 2  # midway between the end of warmup and the last update
-    c = config(learning_rate=0.5, max_iters=40, warmup_iters=4, min_lr=0.1)
-    assert 0.5 * optim.schedule(c, half) == pytest.approx(0.3)
-    expected = [0.1 + 0.4 * 0.5 * (1 + math.cos(math.pi * (s - 4) / 35)) for s in range(4, 40)]
-    assert rates(min_lr=0.1)[4:40] == pytest.approx(expected)
-    stable = rates(schedule="wsd", decay_share=0.25)
-    assert stable[4:31] == [0.5] * 27 and stable[31] < 0.5 and stable[39] == 0.0
-    assert rates(schedule="linear", warmup_iters=0)[0] == 0.5
-    early = rates(lr_decay_iters=20, min_lr=0.1)
-    assert early[18] > early[19] == pytest.approx(0.1) and early[39] == early[19]
-
-
-def test_points_interpolate_triangle_linear_and_constant():
-    """The triangle has 4 cycles between 0 and 0.1 in 100 updates."""
-    peaks = [f"{12.5 * i}:{0.1 * (i % 2)}" for i in range(9)]
-    triangle = optim.points("dropout_schedule", ", ".join(peaks))
-    for start in (0, 25, 50, 75):
-        values = [optim.interpolate(triangle, start + step) for step in (0, 5, 10, 15, 20, 25)]
-        assert values == pytest.approx([0, 0.04, 0.08, 0.08, 0.04, 0])
-    linear = optim.points("dropout_schedule", "10:0.0,20:0.5")
-    assert [optim.interpolate(linear, s) for s in (0, 10, 15, 20, 99)] == [0, 0, 0.25, 0.5, 0.5]
-    assert [optim.interpolate(optim.points("dropout_schedule", "0:0.3"), s) for s in (0, 7)] == [0.3, 0.3]
-    for text in ("0.1", "0:0.1,0:0.2", "5:0.1,3:0.2", "0:1.0", "0:-0.1", "a:b", "0:0.1;5:0.2", "0:nan"):
-        with pytest.raises(ValueError):
-            optim.points("dropout_schedule", text)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0])
-def test_dropout_schedule_sets_every_layer(monkeypatch, dropout):
-    t, recorded = trainer(dropout_schedule="0:0.0, 4:0.4", position="shaw", dropout=dropout), []
-    forward = t.model.forward
-
-    def record(*args, **kwargs):
-        ps = [m.p for m in t.model.modules() if isinstance(m, torch.nn.Dropout)]
-        recorded.append(set(ps + [block.attn.dropout for block in t.model.core.blocks]))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(t.model, "forward", record)
-    for step in range(6):
-        t.train_step(step)
-    assert [round(p, 6) for ps in recorded for p in ps] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.4]
-
-
-def test_dropout_mask_depends_on_step_micro_batch_and_rank():
-    """Repeating an update repeats its mask."""
-
-    def losses(step: int, rank: int = 0) -> list[float]:
-        t, recorded = trainer(dropout=0.5, gradient_accumulation_steps=2), []
-        batch, forward = next(t.micro_batches(0)), t.forward
-        t.machine, t.micro_batches = cpu_machine(rank=rank), lambda step: [batch, batch]
-
-        def record(*args):
-            logits, loss = forward(*args)
-            recorded.append(loss.item())
-            return logits, loss
-
-        t.forward = record
-        t.train_step(step)
-        return recorded
-
-    assert losses(0) == losses(0)
-    assert len({*losses(0), *losses(1), *losses(0, rank=1)}) == 6
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_weight_decay_and_learning_rate_per_group(name):
-    t = trainer(
-        optimizer=name,
-        tied=False,
-        bias=True,
-        norm="layernorm",
-        position="learned",
-        embedding_lr=0.3,
-        head_lr=0.2,
-        muon_lr=0.1,
-    )
-    names, group_of = {id(p): n for n, p in t.model.named_parameters()}, {}
-    for optimizer in t.optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                assert id(p) not in group_of
-                group_of[id(p)] = group
-                assert (group["weight_decay"] > 0) == (p.ndim >= 2), "weight decay on matrices only"
-                kind = names[id(p)].split(".")[0] if p.ndim > 1 else "vector"
-                lr = {"embedder": 0.3, "head": 0.2, "core": 0.1 if name == "muon" else 0.01, "vector": 0.01}[
-                    kind
-                ]
-                assert group["base_lr"] == lr, names[id(p)]
-                muon = isinstance(optimizer, optim.Muon)
-                assert muon == (name == "muon" and kind == "core"), "Muon only for the matrices of blocks"
-    assert group_of.keys() == names.keys()
-    t.train_step(0)
-    factor = optim.schedule(t.config, 0)
-    assert all(g["lr"] == g["base_lr"] * factor for o in t.optimizers for g in o.param_groups)
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_optimizers_of_a_block_with_parameters_that_are_not_matrices(name):
-    """Muon updates only the matrices of a custom block; AdamW updates the rest, without decay for vectors."""
-    t = trainer(optimizer=name, muon_lr=0.1)
-    block = t.model.core.blocks[0]
-    block.conv, block.scale = torch.nn.Conv1d(16, 16, 3), torch.nn.Parameter(torch.ones(()))
-    optimizers = optim.build(t.model, t.config)
-    groups = {
-        id(p): (type(o), group) for o in optimizers for group in o.param_groups for p in group["params"]
-    }
-    assert groups.keys() == {id(p) for p in t.model.parameters()}
-    for p, decays in ((block.conv.weight, True), (block.conv.bias, False), (block.scale, False)):
-        kind, group = groups[id(p)]
-        assert kind is optim.AdamW and group["base_lr"] == t.config.learning_rate
-        assert (group["weight_decay"] > 0) == decays
-    assert (groups[id(block.mlp.fc.weight)][0] is optim.Muon) == (name == "muon")
-    before = block.conv.weight.detach().clone()
-    for p in t.model.parameters():
-        p.grad = torch.ones_like(p)
-    for optimizer in optimizers:
-        optimizer.step()
-    assert not torch.equal(block.conv.weight, before)
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_optimizers_match_torch(name, monkeypatch):
-    """AdamW bitwise, Muon up to rounding, also when the two exchange their states after every step."""
-    ours, theirs = trainer(optimizer=name), None
-    with monkeypatch.context() as patch:
-        patch.setattr(optim, "AdamW", torch.optim.AdamW)
-        patch.setattr(optim, "Muon", partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"))
-        theirs = trainer(optimizer=name)
-    for step in range(4):
-        for t in (ours, theirs):
-            t.train_step(step)
-        for a, b in zip(ours.optimizers, theirs.optimizers, strict=True):
-            our_state, their_state = a.state_dict(), b.state_dict()
-            a.load_state_dict(their_state | {"param_groups": our_state["param_groups"]})
-            b.load_state_dict(our_state | {"param_groups": their_state["param_groups"]})
-    assert all(type(a) is not type(b) for a, b in zip(ours.optimizers, theirs.optimizers, strict=True))
-    assert not any(
-        p.requires_grad
-        for o in ours.optimizers
-        for s in o.state.values()
-        for p in s.values()
-        if isinstance(p, torch.Tensor)
-    )
-    # batched matrix products may round differently from single ones in bf16
-    tolerance = 0.0 if name == "adamw" else 0.01
-    for (n, p), q in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
-        assert (p - q).norm() <= tolerance * q.norm(), n
-
-
-def test_optimizers_do_not_import_dynamo():
-    code = """
-import sys, torch
-from nanostlm import optim
-w = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
-for o in (optim.AdamW(w[:1], fused=True), optim.Muon(w[1:])):
-    w[0].grad, w[1].grad = torch.ones(2, 2), torch.ones(2, 2)
-    o.step(), o.zero_grad(), o.load_state_dict(o.state_dict())
-assert "torch._dynamo" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_reused():
-    code = """
-import resource, torch
-from nanostlm import machine
-machine.keep_freed_memory()
-def step():
-    for size in (1 << 20, 1 << 22, 1 << 21):
-        torch.ones(size).mul(2)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
-print(-step() + [step() for _ in range(10)][-1])
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert int(result.stdout) < 20_000  # page faults; 80,000 without keep_freed_memory
-
-
-def test_tied_and_shared_weights_are_optimized_once():
-    t = trainer(tied=True, share="layers")
-    params = [p for o in t.optimizers for g in o.param_groups for p in g["params"]]
-    assert len(params) == len({id(p) for p in params}) == len(list(t.model.parameters()))
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_optimizer_step_on_meta_device(name):
-    """So that models larger than memory can be checked."""
-    c = config(optimizer=name, n_embd=4096, n_head=32, n_layer=2)
-    with torch.device("meta"):
-        model = GPT(c.model)
-    for optimizer in optim.build(model, c, fused=False):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.empty_like(p)
-        optimizer.step()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Device, dtype and compiling
-
-
-class Gpu(SimpleNamespace):
-    """A mock of the devices that PyTorch finds."""
-
-    def install(self, patch):
-        patch.setattr(torch.cuda, "is_available", lambda: self.cuda > 0)
-        patch.setattr(torch.cuda, "device_count", lambda: self.cuda)
-
-        def capability(device=None):
-            if torch.device(device).index >= self.cuda:
-                raise AssertionError("Invalid device id")
-            return self.capability
-
-        patch.setattr(torch.cuda, "get_device_capability", capability)
-        patch.setattr(torch.cuda, "get_device_name", lambda device=None: self.name)
-        patch.setattr(torch.backends.mps, "is_available", lambda: self.mps)
-        patch.setattr(torch.cpu, "get_capabilities", lambda: self.cpu)
-
-
-NONE = dict(cuda=0, capability=None, name="a card", mps=False, cpu={"architecture": "x86_64"})
-MACHINES = {
-    "V100": (dict(cuda=1, capability=(7, 0)), "cuda:0", torch.float16, True),
-    "T4": (dict(cuda=1, capability=(7, 5)), "cuda:0", torch.float16, True),
-    "A100": (dict(cuda=8, capability=(8, 0)), "cuda:0", torch.bfloat16, False),
-    "H100": (dict(cuda=8, capability=(9, 0)), "cuda:0", torch.bfloat16, False),
-    "MPS": (dict(mps=True), "mps", torch.float32, False),
-    "CPU": (dict(), "cpu", torch.float32, False),
-    "CPU with AMX": (dict(cpu={"amx_bf16": True, "avx512_bf16": True}), "cpu", torch.bfloat16, False),
-    "ARM CPU with bf16": (dict(cpu={"architecture": "aarch64", "bf16": True}), "cpu", torch.bfloat16, False),
-}
-
-
-@pytest.mark.parametrize("name", MACHINES)
-def test_device_and_dtype_selection(name, monkeypatch):
-    features, device, dtype, needs_scaler = MACHINES[name]
-    Gpu(**NONE | {"name": name} | features).install(monkeypatch)
-    chosen = machine.choose(device="auto", dtype="auto", compile="auto", max_iters=10_000)
-    assert (str(chosen.device), chosen.dtype, chosen.needs_scaler) == (device, dtype, needs_scaler)
-    assert chosen.compile == device.startswith("cuda"), "auto compiles on CUDA only"
-    assert str(dtype).removeprefix("torch.") in chosen.description
-    assert name in chosen.description or "cuda" not in device
-    for iters, compiles in ((machine.MIN_ITERS_TO_COMPILE, True), (machine.MIN_ITERS_TO_COMPILE - 1, False)):
-        assert machine.choose(max_iters=iters).compile == (compiles and device.startswith("cuda"))
-    short = machine.choose(device="auto", dtype="auto", compile="auto", max_iters=20)
-    assert not short.compile, "auto does not compile short runs"
-    requested = machine.choose(device="cpu", dtype="float16", compile="True")
-    assert (str(requested.device), requested.dtype, requested.compile) == ("cpu", torch.float16, True)
-    assert requested.needs_scaler and "as requested" in requested.description
-
-
-def test_unavailable_devices_and_unknown_choices_raise(monkeypatch):
-    Gpu(**NONE).install(monkeypatch)
-    for device, message in {
-        "cuda": "no CUDA GPU",
-        "cuda:1": "no CUDA GPU",
-        "mps": "no Mac",
-        "tpu": "device must be",
-        "meta": "device must be",
-        "cuda:x": "device must be",
-        "xpu": "device must be",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            machine.choose(device=device)
-    Gpu(**NONE | dict(cuda=2, capability=(9, 0))).install(monkeypatch)
-    assert machine.choose(device="cuda:1").device.index == 1
-    with pytest.raises(ValueError, match="only 2 CUDA GPUs found"):
-        machine.choose(device="cuda:2")
-    for field, value in dict(
-        dtype="int8", compile="yes", schedule="cosin", optimizer="sgd", logger="x"
-    ).items():
-        with pytest.raises(ValueError, match=f"{field} must be one of .*; not '{value}'"):
-            config(**{field: value}).validate()
-
-
-def test_local_rank_selects_the_gpu(monkeypatch):
-    Gpu(**NONE | dict(cuda=2, capability=(9, 0), mps=True)).install(monkeypatch)
-    for key, value in dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1).items():
-        monkeypatch.setenv(key, str(value))
-    chosen = machine.choose(device="auto")
-    assert (chosen.device.index, chosen.rank, chosen.world_size) == (1, 3, 4)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="only 2 CUDA GPUs found"):
-        machine.choose(device="auto")
-
-
-@pytest.mark.parametrize(
-    "bf16_rate, dtype", [(1.0, torch.bfloat16), (0.6, torch.bfloat16), (0.4, torch.float32)]
-)
-def test_auto_dtype_on_cpu_avoids_slow_bf16(bf16_rate, dtype, monkeypatch):
-    """Slow: less than half the speed of float32. A resumed run keeps its dtype."""
-    Gpu(**NONE | dict(cpu={"avx512_bf16": True, "architecture": "x86"})).install(monkeypatch)
-    rates = {torch.bfloat16: bf16_rate, torch.float32: 1.0}
-    monkeypatch.setattr(machine.Machine, "matmul_rate", lambda self, d=None: rates[d or self.dtype])
-    chosen = machine.choose()
-    assert chosen.dtype == dtype and ("half as fast" in chosen.description) == (bf16_rate < 0.5)
-    for rate in (1.0, 0.4):
-        rates[torch.bfloat16] = rate
-        assert machine.choose(before=chosen.description)[:4] == chosen[:4]
-    assert machine.choose(dtype="bfloat16").dtype == torch.bfloat16
-    assert machine.choose(before="CPU (x86), float16 (as requested)").dtype == torch.float32
-    assert machine.choose(before="NVIDIA T4, float16 (no native bf16)").dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype, high", [("<u2", 65_535), ("<u4", 100_000)])
-def test_window_reader_on_device_matches_host(dtype, high):
-    ids = np.random.default_rng(0).integers(0, high + 1, 500).astype(dtype)
-    ids[7] = high
-    readers = [machine.WindowReader(ids, cpu_machine(), resident) for resident in (False, True)]
-    assert readers[0].resident is None and readers[1].resident is not None
-    for starts in (np.array([0, 3, 483]), np.array([7])):
-        host, device = (reader(starts, 17) for reader in readers)
-        assert device.dtype == torch.int64 and torch.equal(host, device)
-        assert host.tolist() == [ids[i : i + 17].tolist() for i in starts]
-
-
-def test_report_includes_energy_where_it_is_measured(tmp_path, monkeypatch):
-    counters = {"intel-rapl:0": "1500000\n", "intel-rapl:1": "500000", "intel-rapl:0:0": "9"}
-    for folder, value in counters.items():
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "energy_uj").write_text(value)
-    monkeypatch.setattr(machine, "RAPL", tmp_path)
-    assert cpu_machine().joules() == 2.0
-    t = trainer()
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("4500000")
-    t.train_step(0)
-    logged = {tmp_path: [t.log(1, t.train_step(1))]}
-    per_million = f"{3e6 / (2 * t.tokens_per_step):,.0f} J per million tokens"
-    assert t.joules == 3.0 and f"FLOPs, 3 J, {per_million}" in report.totals(t, logged)
-    monkeypatch.setattr(machine, "RAPL", tmp_path / "none")
-    assert math.isnan(cpu_machine().joules())
+# Settings
 
 
 @pytest.mark.parametrize(
@@ -535,6 +170,27 @@ def test_invalid_settings_raise(changes, message):
 
 # ----------------------------------------------------------------------------------------------------------
 # One update
+
+
+def test_dropout_mask_depends_on_step_micro_batch_and_rank():
+    """Repeating an update repeats its mask."""
+
+    def losses(step: int, rank: int = 0) -> list[float]:
+        t, recorded = trainer(dropout=0.5, gradient_accumulation_steps=2), []
+        batch, forward = next(t.micro_batches(0)), t.forward
+        t.machine, t.micro_batches = cpu_machine(rank=rank), lambda step: [batch, batch]
+
+        def record(*args):
+            logits, loss = forward(*args)
+            recorded.append(loss.item())
+            return logits, loss
+
+        t.forward = record
+        t.train_step(step)
+        return recorded
+
+    assert losses(0) == losses(0)
+    assert len({*losses(0), *losses(1), *losses(0, rank=1)}) == 6
 
 
 @pytest.mark.parametrize(
@@ -973,39 +629,6 @@ def test_elapsed_continues_after_resume(main):
     assert 1000 < json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["elapsed_s"] < 1100
 
 
-def test_summary_reports_updates_made_and_best_evaluations(tmp_path, monkeypatch, capsys):
-    """Of this run and of the newest earlier run of the same recipe."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "plot", lambda *args: None)
-    monkeypatch.setattr(generate, "stories", lambda *args, **sampling: [])
-    data = random_data()._replace(meta={"corpus": "random", "val": dict(bytes=80, stories=10, tokens=90)})
-    for age, name in ((200, "run"), (100, "run-2"), (0, "run-3")):
-        t = trainer(data, out_dir=Path("out", name), max_iters=100)
-        for step, loss in ((1, 3.0), (2, 2.0 + age / 1000), (3, 2.5)):
-            t.log(step, {"loss": loss, "bpb": loss / 2}, split="val")
-        t.directory.write_config({"data": t.fingerprint})
-        os.utime(Path("out", name), (time.time() - age,) * 2)
-    t.progress.step = 35
-    report.final(t, "run")
-    err = capsys.readouterr().err
-    assert "35 updates, 0.00M tokens = 3.20 epochs" in err  # 35 * 4 * 16 / 700
-    assert "best val loss 2.0000 nats a token, 1.0000 bits per byte (step 2) in out/run-3\n" in err
-    assert "best val loss 2.1000 nats a token, 1.0500 bits per byte (step 2) in out/run-2\n" in err
-    assert err.count("best val loss") == 2
-
-
-def test_entropy_in_the_plot_is_in_nats_per_token(tmp_path, monkeypatch):
-    """The unit of the losses in the plot. End-of-text counts as one byte."""
-    monkeypatch.chdir(tmp_path)
-    val, floors = dict(bytes=80, stories=10, tokens=45), []
-    monkeypatch.setattr(report, "plot", lambda metrics, floor: floors.append(floor))
-    monkeypatch.setattr(generate, "stories", lambda *args, **sampling: [])
-    for entropy in ({"floor_bpb": 0.5}, {}):
-        data = random_data()._replace(meta={"corpus": "random", "val": val, **entropy})
-        report.final(trainer(data, out_dir="run", prompt="Tom"), "run")
-    assert floors == [pytest.approx(0.5 * math.log(2) * 2), None]
-
-
 def test_checkpoint_stores_elapsed_seconds_over_resumes(tmp_path):
     t = trainer(out_dir=tmp_path)
     t.progress.elapsed, t.began = 1000.0, t.began - 1e6  # before the resume; as if resumed 1e6 s ago
@@ -1013,82 +636,8 @@ def test_checkpoint_stores_elapsed_seconds_over_resumes(tmp_path):
     assert checkpoint.read(tmp_path / "latest.pt")["progress"]["elapsed"] > 1_001_000
 
 
-def test_plan_numbers(monkeypatch):
-    """Epochs of the whole run, memory of one micro-batch."""
-    monkeypatch.setattr(machine.Machine, "base_memory", lambda self: 0)
-    data, machine_of = random_data(), cpu_machine()
-    data = data._replace(meta={"train": {"stories": 70}})
-
-    def plan(**changes) -> str:
-        return report.plan(config(**changes), data, machine_of, iters=350)
-
-    shape = dict(batch_size=4, gradient_accumulation_steps=3, n_embd=128, block_size=64)
-    text = plan(**shape)
-    assert "12 rows x 64 = 768 tokens a step; 350 steps = 0.3M tokens = 384.00 epochs" in text
-    assert "70 stories" in text and "not compiled" in text
-    c = config(**shape).model
-    for rows in (4, 400):
-        memory = c.memory(rows * 64, 4) / 2**20
-        assert f"about {memory:,.0f} MB of memory" in plan(**shape | dict(batch_size=rows))
-
-
-def test_console_without_terminal(capsys):
-    """Prints the first update, every tenth logged update with the remaining time, and every evaluation."""
-    with report.Console(trainer(max_iters=100, log_interval=2)) as console:
-        for step in (1, *range(2, 42, 2)):
-            console.show({"step": step, "split": "train", "loss": 2.5, "lr": 0.01, "tokens_per_s": 128})
-        console.show({"step": 41, "split": "val", "loss": 2.25, "bpb": 1.125})
-    first, second, third, val = capsys.readouterr().err.splitlines()
-    assert first.split() == "step 1 loss 2.5000 lr 0.01 128 tokens/s 50 s left".split()
-    assert second.split()[1] == "20" and second.endswith(" 40 s left")
-    assert third.split()[1] == "40" and third.endswith(" 30 s left")
-    assert val.split() == "step 41 val loss 2.2500 1.1250 bits per byte".split()
-
-
-@pytest.mark.slow  # measures memory, which other processes influence
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory usage from /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_memory_matches_peak(dtype, tmp_path, corpus):
-    shape = dict(n_layer=4, n_embd=192, n_head=4, block_size=128, batch_size=8, max_iters=3, dtype=dtype)
-    argv = [f"--{key}={value}" for key, value in (MICRO | shape | {"data_dir": corpus}).items()]
-    err = run_script(ROOT / "train.py", *argv, "--out_dir=run", cwd=tmp_path).stderr
-    planned = int(re.search(r"about ([\d,]+) MB of memory", err)[1].replace(",", ""))
-    peak = int(re.search(r"peak memory ([\d,]+) MB", err)[1].replace(",", ""))
-    assert planned == pytest.approx(peak, rel=0.2)
-
-
-def test_final_report(tmp_path, monkeypatch, corpus, capsys):
-    """The end of a real run: loss.png, summary with that of the previous run, samples, the next command."""
-    monkeypatch.chdir(tmp_path)
-    argv = [f"--{k}={v}" for k, v in MICRO.items()] + [
-        f"--data_dir={corpus}",
-        "--prompt=Tom",
-        "--max_iters=4",
-    ]
-    for _ in range(2):
-        assert train.main(argv) == 0
-    out, err = capsys.readouterr()
-    assert re.search(r"^val_bpb: \d\.\d{4}$", out, re.M) and out.count("val_bpb") == 2, (
-        "once per run, on stdout"
-    )
-    assert "in out/run\n" in err and "in out/run-2\n" in err and "bits per byte" in err
-    assert Path("out/run-2/loss.png").read_bytes().startswith(b"\x89PNG")
-    assert err.count("\nTom") == 6 and "next:  python sample.py --out_dir=out/run-2 --prompt=Tom" in err
-    assert train.main([*argv, "--eval_tokens=50", "--seed=1"]) == 0, "compared: same data"
-    assert "in out/run-2\n" in capsys.readouterr().err
-    config = json.loads(Path("out/run-3/config.json").read_text())
-    assert config["settings"]["seed"] == 1 and config["settings"]["model"]["vocab_size"] == 257
-    assert config["command"][0] == "train.py" and "--seed=1" in config["command"]
-    assert config["provenance"]["torch"] == torch.__version__
-    Path("other.txt").write_text("\n\n".join(f"A story of {i} dogs and one cat." for i in range(99)))
-    prepare.prepare("other", "byte", source="other.txt", data_dir="data")
-    assert train.main([*argv, "--dataset=other", "--data_dir=data"]) == 0, "not compared: other data"
-    err = capsys.readouterr().err
-    assert "in out/run-4\n" in err and "in out/run-3\n" not in err
-
-
 # ----------------------------------------------------------------------------------------------------------
-# The notebook, loggers, compiling
+# Trainer without train.main, compiling
 
 
 def test_training_loop_in_a_notebook(corpus, tmp_path):
@@ -1121,42 +670,6 @@ def test_trainer_without_out_dir():
     t.log(1, t.train_step(0))
     t.keep_best(1, t.val_step())
     t.save_checkpoint(1)
-
-
-def test_loggers_are_imported_only_when_selected(tmp_path):
-    code = """if 1:
-        import sys, train
-        loaded = {name.split(".")[0] for name in sys.modules}
-        unwanted = {"wandb", "tensorboard", "matplotlib", "datasets", "transformers", "tokenizers",
-                    "tiktoken"}
-        assert not loaded & unwanted, loaded & unwanted"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_tensorboard(main):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert main("run", logger="tensorboard", max_iters=6) == 0
-    logged = events.EventAccumulator("run").Reload()
-    assert set(logged.Tags()["scalars"]) >= {"train/loss", "val/loss", "val/bpb", "train/lr"}
-    expected = {line["step"]: line["loss"] for line in metrics("run", "val")}
-    assert {e.step: e.value for e in logged.Scalars("val/loss")} == pytest.approx(expected)
-
-
-def test_logger_that_is_not_installed(main, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert main("run", logger="wandb") == 2
-    assert "pip install wandb" in main.stderr and "Traceback" not in main.stderr
-
-
-def test_wandb(main, monkeypatch):
-    logged, init_kwargs = [], {}
-    run = SimpleNamespace(log=lambda line, step: logged.append((step, line)))
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: init_kwargs.update(kwargs) or run)
-    )
-    assert main("run", logger="wandb", max_iters=6) == 0
-    assert init_kwargs["config"]["max_iters"] == 6
-    assert [step for step, _ in logged] == [line["step"] for line in metrics("run")]
 
 
 def test_compile_failure_warns_and_continues(main, monkeypatch):
@@ -1288,27 +801,3 @@ def test_out_of_memory_prints_one_line(main, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", full)
     assert main("run") == 1
     assert "lower --batch_size=4" in main.stderr.splitlines()[-1] and "Traceback" not in main.stderr
-
-
-def test_threads_are_divided_among_processes(monkeypatch):
-    requested = []
-    monkeypatch.setattr(torch, "set_num_threads", requested.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    cpu_machine().set_up(threads=0)  # PyTorch's default
-    cpu_machine(rank=1, world_size=4).set_up(threads=0)
-    cpu_machine().set_up(threads=3)
-    assert requested == [2, 3]
-
-
-def test_print0_wraps_lines_in_a_terminal(monkeypatch, capsys):
-    message = "a plan of several words that is longer than the terminal is wide\n\nand a second line"
-    machine.print0(message)
-    assert capsys.readouterr().err == message + "\n", "not wrapped in a file"
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "30")
-    machine.print0(message)
-    err = capsys.readouterr().err
-    assert max(map(len, err.splitlines())) <= 30 and err.split() == message.split()
-    assert "\n\nand a second line" in err
