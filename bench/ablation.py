@@ -5,12 +5,12 @@ An ablation of config/tiny.py: one setting changed at a time, several seeds, equ
     python bench/ablation.py --only base relu2 swiglu --seconds 60
     python bench/ablation.py --list
 
-Each run is a program of its own, `python train.py config/tiny.py` and the settings of the variant, with the
-schedule fitted to its length: --iters are updates of the recipe's own size, so a variant with twice the rows
-makes half as many; --seconds become updates by the variant's own rate, measured in a short run before, with
-starting up, compiling and evaluating not counted. The score is bits per byte of the validation stories (a
-variant with a shorter context is scored with that). Results are lines added to --out, and what is there is
-not run again, unless the recipe or the variant has changed. Do not change the code between two calls.
+Each run is a process, `python train.py config/tiny.py` with the settings of the variant and a schedule of the
+run's length. --iters counts updates of the recipe's batch size, so a variant with twice the rows makes half
+as many. --seconds is converted to updates by the variant's speed, measured in a short run before it; startup,
+compilation and evaluation do not count. The score is bits per byte of the validation stories (in the
+variant's own context length). Results are appended to --out, and a run that is already there is not repeated
+unless the recipe or the variant has changed. Do not change the code between two calls.
 """
 
 import hashlib
@@ -74,16 +74,16 @@ class Bench:
         self.options, self.out = options, Path(options.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         lines = self.out.read_text(encoding="utf-8").splitlines() if self.out.exists() else []
-        self.done = {(one["mark"], one["seed"], one["budget"]): one for one in map(json.loads, lines)}
+        self.done = {(row["mark"], row["seed"], row["budget"]): row for row in map(json.loads, lines)}
         default = {s.name: s.default for s in settings_of(train.TrainConfig).values()}
         self.recipe = default | read_recipe(options.recipe, train.TrainConfig)
 
     def result(self, name: str, seed: int, kind: str) -> dict:
-        """The result of a variant with this many "iters" or "seconds", from the file if it is there."""
+        """The result of a variant after --iters or --seconds (`kind`), from the file if it is there."""
         settings, amount = dict(VARIANTS[name]), getattr(self.options, kind)
         data = common.load_data(self.options, settings.pop("tokenizer", ""))
         ends = (data.val == data.tokenizer.eot).nonzero()[0][: self.options.eval_stories]
-        settings["eval_tokens"] = int(ends[-1]) + 1  # the same text whatever the vocabulary
+        settings["eval_tokens"] = int(ends[-1]) + 1  # the same text for every vocabulary
         full = self.recipe | settings
         mark = json.dumps([full, data.tokenizer.sha256, len(data.train)])
         mark = hashlib.sha256(mark.encode()).hexdigest()[:12]
@@ -91,22 +91,24 @@ class Bench:
         if key not in self.done:
             rate = step_tokens(self.recipe)
             if kind == "seconds":  # measured for every seed, because a machine's speed varies
-                rate = self.learn(settings, data, max_iters=30)["tokens_per_s"]
+                rate = self.train(settings, data, max_iters=30)["tokens_per_s"]
             tokens = amount * rate
-            made = self.learn(settings, data, max_iters=max(1, round(tokens / step_tokens(full))), seed=seed)
-            made = {"variant": name, "mark": mark, "seed": seed, "budget": key[2], **made}
-            self.done[key] = made
+            result = self.train(
+                settings, data, max_iters=max(1, round(tokens / step_tokens(full))), seed=seed
+            )
+            result = {"variant": name, "mark": mark, "seed": seed, "budget": key[2], **result}
+            self.done[key] = result
             with open(self.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(made) + "\n")
+                file.write(json.dumps(result) + "\n")
             print(
-                f"{name}, seed {seed}, {key[2]}: {made['bpb']:.4f} bits per byte, "
-                f"{made['tokens']:,} tokens, {made['process_s']:.0f} s",
+                f"{name}, seed {seed}, {key[2]}: {result['bpb']:.4f} bits per byte, "
+                f"{result['tokens']:,} tokens, {result['process_s']:.0f} s",
                 flush=True,
             )
         return self.done[key] | {"variant": name}  # variants with the same settings share a run
 
-    def learn(self, settings: dict, data, **more) -> dict:
-        """One run of train.py up to its last evaluation -> that line, and the median speed."""
+    def train(self, settings: dict, data, **more) -> dict:
+        """Run train.py up to its last evaluation -> the result of that, and the median speed."""
         with tempfile.TemporaryDirectory() as folder:
             settings = settings | dict(eval_interval=10**9, save_interval=10**9, fallback="") | more
             command = common.ours(self.options.recipe, data, folder, **settings)
@@ -126,14 +128,14 @@ def step_tokens(settings: dict) -> int:
     return math.prod(settings[name] for name in ("batch_size", "gradient_accumulation_steps", "block_size"))
 
 
-def summary(found: list[dict], names: list[str]) -> None:
-    """Print one line per variant: mean, minimum, maximum over seeds, and the mean difference from base."""
-    base, rows = {one["seed"]: one["bpb"] for one in found if one["variant"] == "base"}, []
+def summary(results: list[dict], names: list[str]) -> None:
+    """Print one line per variant: mean, minimum and maximum over seeds, and mean difference from base."""
+    base, rows = {r["seed"]: r["bpb"] for r in results if r["variant"] == "base"}, []
     for name in names:
-        runs = [one for one in found if one["variant"] == name]
-        bpb = [one["bpb"] for one in runs]
-        apart = [one["bpb"] - base[one["seed"]] for one in runs if base]
-        means = [statistics.mean(one[key] for one in runs) for key in ("tokens", "tokens_per_s")]
+        runs = [r for r in results if r["variant"] == name]
+        bpb = [r["bpb"] for r in runs]
+        differences = [r["bpb"] - base[r["seed"]] for r in runs if base]
+        means = [statistics.mean(r[key] for r in runs) for key in ("tokens", "tokens_per_s")]
         rows.append(
             [
                 name,
@@ -141,7 +143,7 @@ def summary(found: list[dict], names: list[str]) -> None:
                 statistics.mean(bpb),
                 min(bpb),
                 max(bpb),
-                statistics.mean(apart) if apart else None,
+                statistics.mean(differences) if differences else None,
                 *means,
             ]
         )
@@ -150,7 +152,7 @@ def summary(found: list[dict], names: list[str]) -> None:
         [*row[:2], *(f"{x:.4f}" for x in row[2:5]), None if row[5] is None else f"{row[5]:+.4f}", *row[6:]]
         for row in rows
     ]
-    head = ["variant", "seeds", "bits per byte", "least", "most", "against base", "tokens", "tokens/s"]
+    head = ["variant", "seeds", "bits per byte", "min", "max", "against base", "tokens", "tokens/s"]
     common.table(head, rows)
 
 
@@ -159,29 +161,29 @@ def main(argv: list[str] | None = None) -> None:
     common.data_options(parser)
     add = parser.add_argument
     add("--iters", type=int, help="equal tokens: updates of the recipe's own size")
-    add("--seconds", type=float, help="equal time: of updates")
+    add("--seconds", type=float, help="equal time: seconds of updates")
     add("--only", nargs="+", choices=list(VARIANTS), metavar="NAME", default=list(VARIANTS))
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--recipe", default=str(common.ROOT / "config" / "tiny.py"))
-    add("--eval_stories", type=int, default=300, help="of the validation file, to score; default %(default)s")
+    add("--eval_stories", type=int, default=300, help="validation stories to score; default %(default)s")
     add("--out", default="out/ablation.jsonl", help="default %(default)s")
-    add("--list", action="store_true", help="only the variants and their settings")
+    add("--list", action="store_true", help="list the variants and their settings, and exit")
     options = common.parse(parser, argv)
     if options.list:
         rows = [[name, " ".join(common.words(settings))] for name, settings in VARIANTS.items()]
         return common.table(["variant", "settings"], rows)
     kinds = [kind for kind in ("iters", "seconds") if getattr(options, kind)]
     if not kinds:
-        parser.error("--iters, --seconds, or both")
-    bench, found = Bench(options), {kind: [] for kind in kinds}
+        parser.error("give --iters, --seconds, or both")
+    bench, results = Bench(options), {kind: [] for kind in kinds}
     for seed in options.seeds:  # the outer loop, so that every variant has a result after the first seed
         for name in options.only:
             for kind in kinds:
-                found[kind].append(bench.result(name, seed, kind))
-    for kind, results in found.items():
+                results[kind].append(bench.result(name, seed, kind))
+    for kind, rows_of_kind in results.items():
         print(f"\n{kind} {getattr(options, kind):g}")
-        summary(results, options.only)
-    common.finish("ablation", recipe=Path(options.recipe).name, results=found)
+        summary(rows_of_kind, options.only)
+    common.finish("ablation", recipe=Path(options.recipe).name, results=results)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ Causal attention on a CPU, forward and backward: PyTorch's fused kernel against 
 
     python bench/attention.py [--threads 2]
 
-12 rows, 128 wide in all; the two in turn, medians of `--repeats` calls; prints a table and one line of JSON.
+12 rows, heads with a total width of 128; alternating calls, medians of `--repeats`. Prints a table and JSON.
 """
 
 from itertools import product
@@ -36,11 +36,11 @@ def main(argv: list[str] | None = None) -> None:
             return lambda: common.seconds(lambda: attend(*inputs).backward(inputs[0].detach()))
 
         sides = {"fused": side(fused), "blocks": side(blocks)}
-        common.in_turn(sides, 1)  # warms up
-        found = common.medians(common.in_turn(sides, options.repeats))
-        ms = {name: 1000 * seconds for name, seconds in found.items()}
-        times = ms["fused"] / ms["blocks"]
-        rows.append({"dtype": dtype, "length": length, "heads": heads, **ms, "times": times})
+        common.in_turn(sides, 1)  # warmup
+        medians = common.medians(common.in_turn(sides, options.repeats))
+        ms = {name: 1000 * seconds for name, seconds in medians.items()}
+        speedup = ms["fused"] / ms["blocks"]
+        rows.append({"dtype": dtype, "length": length, "heads": heads, **ms, "times": speedup})
     common.table(
         ["dtype", "length", "heads", "fused ms", "blocks ms", "times"], [list(row.values()) for row in rows]
     )

@@ -1,8 +1,8 @@
 """
-What the benchmarks share: data, running and measuring programs, timing in turn, tables, peers' checkouts.
+Functions shared by the benchmarks: data, running and measuring programs, timing, tables, peers' code.
 
-A peer's code runs from a checkout of its repository, or from a temporary copy of that. A figure is the median
-of runs in turn (ours, the peer, ours, ...); a ratio is taken within one run of a script.
+The code of a peer (nanoGPT, llama2.c) runs from a checkout of its repository or a temporary copy of it. A
+result is the median of alternating runs (ours, the peer, ours, ...); a ratio compares results of one call.
 """
 
 import argparse
@@ -45,27 +45,29 @@ from nanostlm.settings import build, read_recipe  # noqa: E402
 
 def parser(doc: str, repeats: int = 3) -> argparse.ArgumentParser:
     """An argument parser with --threads and, unless repeats=0, --repeats."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if repeats:
-        made.add_argument("--repeats", type=int, default=repeats, help="runs in turn; default %(default)s")
-    made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    return made
+        parser.add_argument(
+            "--repeats", type=int, default=repeats, help="alternating runs; default %(default)s"
+        )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    return parser
 
 
-def data_options(made: argparse.ArgumentParser, tokenizer: str = "bpe4096") -> None:
-    made.add_argument("--dataset", default="tinystories", help="default %(default)s")
-    made.add_argument("--tokenizer", default=tokenizer, help="default %(default)s")
-    made.add_argument("--data_dir", default="data", help="where prepare.py put it; default %(default)s")
-    made.add_argument("--source", help="where to find the corpus, if it is not prepared yet")
+def data_options(parser: argparse.ArgumentParser, tokenizer: str = "bpe4096") -> None:
+    parser.add_argument("--dataset", default="tinystories", help="default %(default)s")
+    parser.add_argument("--tokenizer", default=tokenizer, help="default %(default)s")
+    parser.add_argument("--data_dir", default="data", help="where prepare.py writes; default %(default)s")
+    parser.add_argument("--source", help="source of the corpus, if it is not prepared yet")
 
 
-def nanogpt_option(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--nanogpt", metavar="PATH", help="a checkout of github.com/karpathy/nanoGPT")
+def nanogpt_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nanogpt", metavar="PATH", help="a checkout of github.com/karpathy/nanoGPT")
 
 
-def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse the options and apply --threads to this process and the programs it starts."""
-    options = made.parse_args(argv)
+    options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -100,7 +102,7 @@ class Ran(NamedTuple):
         raise SystemExit(f"no line has {pattern!r}:\n" + "\n".join(line for _, line in self.lines[-20:]))
 
 
-# A small process in between, because a child's peak memory includes that of the process that forked it.
+# An intermediate process, because a child's peak memory includes that of the process that forked it.
 WATCH = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:])
@@ -116,12 +118,12 @@ def run(
     check: bool = True,
     on_line: Callable[[str], None] | None = None,
 ) -> Ran:
-    """Run a program; with `until`, only up to the first line with this pattern. on_line gets every line."""
-    words = [sys.executable, "-I", "-S", "-c", WATCH, *map(str, command)]
+    """Run a program, with `until` only up to the first matching line. on_line is called with every line."""
+    argv = [sys.executable, "-I", "-S", "-c", WATCH, *map(str, command)]
     env, lines, seconds = os.environ | {"PYTHONUNBUFFERED": "1"}, [], math.nan
-    began = time.perf_counter()
+    start = time.perf_counter()
     process = subprocess.Popen(
-        words,
+        argv,
         cwd=cwd,
         env=env,
         stdin=subprocess.DEVNULL,
@@ -133,14 +135,14 @@ def run(
     )
     try:
         for line in process.stdout:
-            lines.append((time.perf_counter() - began, line.rstrip()))
+            lines.append((time.perf_counter() - start, line.rstrip()))
             if on_line:
                 on_line(line)
             if until and re.search(until, line):
                 return Ran(lines[-1][0], lines, math.nan, 0)
         process.wait()
-        seconds = time.perf_counter() - began
-    finally:  # also after an error, no started process keeps running
+        seconds = time.perf_counter() - start
+    finally:  # no process keeps running, even after an error
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -152,7 +154,7 @@ def run(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Our side and nanoGPT's
+# Our programs and nanoGPT's
 
 
 def words(settings: dict[str, Any]) -> list[str]:
@@ -161,17 +163,17 @@ def words(settings: dict[str, Any]) -> list[str]:
 
 def recipes() -> dict[str, train.TrainConfig]:
     """
-    The configurations of config/ by name, with the vocabulary size of their tokenizers, smallest model first;
-    without finetune.py, which has the size of the model it starts from.
+    The configurations in config/ by name, with the vocabulary size of their tokenizers, smallest model first;
+    finetune.py is left out, because its size is that of the model it starts from.
     """
-    found = {}
+    configs = {}
     for file in (ROOT / "config").glob("*.py"):
         values = read_recipe(file, train.TrainConfig)
         if "init_from" not in values:
             name = values["tokenizer"]
-            ids = tokenizers.bpe_size(name) or {"gpt2": 50257, "byte": 257}[name]
-            found[file.stem] = build(train.TrainConfig, values | {"vocab_size": ids})
-    return dict(sorted(found.items(), key=lambda item: item[1].model.estimate()["parameters"]))
+            vocab_size = tokenizers.bpe_size(name) or {"gpt2": 50257, "byte": 257}[name]
+            configs[file.stem] = build(train.TrainConfig, values | {"vocab_size": vocab_size})
+    return dict(sorted(configs.items(), key=lambda item: item[1].model.estimate()["parameters"]))
 
 
 def ours(recipe: str, data: datasets.Data, out_dir: str | Path, **settings) -> list[str]:
@@ -186,25 +188,25 @@ def ours(recipe: str, data: datasets.Data, out_dir: str | Path, **settings) -> l
 
 
 def trainer(recipe: str, data: datasets.Data, **changes) -> train.Trainer:
-    """A Trainer in this process, not compiled yet: the settings of a recipe ("" for none) and `changes`."""
+    """A Trainer in this process, not yet compiled, with a recipe's settings ("": defaults) and `changes`."""
     values = (read_recipe(recipe, train.TrainConfig) if recipe else {}) | changes
     masked = not values.get("cross_stories", True)
     values |= dict(vocab_size=data.tokenizer.vocab_size, separator=data.tokenizer.eot if masked else -1)
     c = build(train.TrainConfig, values)
-    chosen = choose(c.device, c.dtype, c.compile, c.max_iters)
-    chosen.set_up(c.threads)
+    machine = choose(c.device, c.dtype, c.compile, c.max_iters)
+    machine.set_up(c.threads)
     torch.manual_seed(c.seed)
-    return train.Trainer(c, GPT(c.model), data, None, chosen)
+    return train.Trainer(c, GPT(c.model), data, None, machine)
 
 
 def checkout(path: str, file: str) -> Path:
     if not Path(path, file).is_file():
-        raise SystemExit(f"{path} has no {file}: a checkout of its repository is wanted")
+        raise SystemExit(f"{path} has no {file}: expected a checkout of its repository")
     return Path(path)
 
 
 def nanogpt(path: str, folder: Path, data: datasets.Data) -> Path:
-    """A copy of nanoGPT's programs in `folder`, which finds our bins as its dataset "ours"."""
+    """Copy nanoGPT's programs to `folder`, with our bins as its dataset "ours"."""
     source = checkout(path, "train.py")
     if data.train.dtype.itemsize > 2:
         raise SystemExit(f"{data.folder} holds ids of 4 bytes, and nanoGPT reads 2")
@@ -215,20 +217,20 @@ def nanogpt(path: str, folder: Path, data: datasets.Data) -> Path:
     shutil.copytree(source / "config", folder / "config")
     for name in ("train.bin", "val.bin"):
         (bins / name).symlink_to((data.folder / name).resolve())
-    rounded = 64 * math.ceil(
+    vocab_size = 64 * math.ceil(
         data.tokenizer.vocab_size / 64
     )  # nanoGPT pads GPT-2's vocabulary to a multiple of 64 too
-    (bins / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": rounded}))
+    (bins / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
     return folder
 
 
 def nanogpt_train(**settings) -> list[str]:
     """
-    Its training command as its README has it for a machine without a GPU: the small recipe's optimizer, no
-    dropout, no compiling. On a CPU its train.py works in float32 whatever --dtype says.
+    The training command of nanoGPT's README for a machine without a GPU: the small config's optimizer, no
+    dropout, no compilation. On a CPU its train.py computes in float32, whatever --dtype says.
     """
     cuda = torch.cuda.is_available()
-    start = dict(
+    defaults = dict(
         device="cuda" if cuda else "cpu",
         dtype="bfloat16" if cuda else "float32",
         compile=False,
@@ -237,7 +239,7 @@ def nanogpt_train(**settings) -> list[str]:
         eval_iters=1,
         log_interval=1,
     )
-    return [sys.executable, "train.py", "config/train_shakespeare_char.py", *words(start | settings)]
+    return [sys.executable, "train.py", "config/train_shakespeare_char.py", *words(defaults | settings)]
 
 
 def nanogpt_module(path: str) -> ModuleType:
@@ -285,24 +287,24 @@ def card(name: str) -> tuple[float, float] | None:
 
 def seconds(call: Callable[[], Any]) -> float:
     """Seconds of one call, including the GPU's work."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def in_turn(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Measure all sides one after the other, `repeats` times. -> {side: its measurements}"""
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    """Measure the sides alternately, `repeats` times. -> {side: its measurements}"""
+    measured: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
-            found[name].append(side())
-    return found
+            measured[name].append(side())
+    return measured
 
 
-def medians(found: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in found.items()}
+def medians(measured: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in measured.items()}
 
 
 def matrix_rate(m: int, k: int, n: int, dtype: torch.dtype, device: str = "cpu", repeats: int = 7) -> float:
@@ -341,12 +343,12 @@ def show(cell: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement depends on: processor or GPU, threads, version, date."""
+    """The conditions of a measurement: processor, GPU, threads, PyTorch version, date."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     name = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = found[1] if found else name
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = match[1] if match else name
     return {
         "cpu": name,
         "cores": cpus(),
@@ -358,5 +360,5 @@ def machine() -> dict[str, Any]:
 
 
 def finish(bench: str, **values) -> None:
-    """Print the last line, everything as JSON."""
+    """Print all results as JSON, on one line."""
     print(json.dumps({"bench": bench, **machine(), **values}))

@@ -1,12 +1,12 @@
 """
-The README's picture: bits per byte against seconds, nanoGPT and config/tiny.py on the same axes.
+The figure in the README: bits per byte against seconds, for nanoGPT and config/tiny.py.
 
     python bench/curve.py --nanogpt PATH [--seconds 600] [--out bench/curve.png]
 
-nanoGPT trains as in time_to_quality.py: same ids, layers, width and context, and a schedule that ends with
-its time. Its checkpoints are copied while it runs and scored afterwards, so its evaluations cost it nothing;
-ours evaluates within its time. The clock runs from the start of each process. Both are scored on the same
-windows of the validation stories. About --seconds and five minutes.
+nanoGPT trains as in time_to_quality.py: same ids, layers, width and context, with a schedule that ends after
+--seconds. Its checkpoints are copied during the run and scored afterwards, so evaluation takes none of its
+time; ours evaluates during the run. Time counts from the start of each process. Both are scored on the same
+windows of the validation stories. Takes --seconds plus about five minutes.
 """
 
 import re
@@ -26,13 +26,13 @@ Curve = list[tuple[float, float]]  # (seconds, bits per byte)
 def nanogpt_curve(options, folder: Path, data: Data) -> Curve:
     """A run of nanoGPT in `folder`, scored at `--points` checkpoints."""
     settings = quality.shape(options.recipe) | dict(batch_size=options.batch_size, compile=False)
-    settings["n_head"], pace, start = quality.nanogpt_pace(folder, options.nanogpt_heads, **settings)
-    iters = max(101, round((options.seconds - start) / pace))
+    settings["n_head"], step_s, start = quality.nanogpt_pace(folder, options.nanogpt_heads, **settings)
+    iters = max(101, round((options.seconds - start) / step_s))
     settings |= dict(max_iters=iters, lr_decay_iters=iters, out_dir="out", always_save_checkpoint=True)
     copies: list[Path] = []
 
     def copy(line: str) -> None:
-        """nanoGPT says "iter" after it has written a checkpoint: keep the new one."""
+        """Copy each new checkpoint; nanoGPT prints "iter" after it has written one."""
         checkpoint = folder / "out" / "ckpt.pt"
         if line.startswith("iter ") and checkpoint.exists():
             if not copies or checkpoint.stat().st_mtime > copies[-1].stat().st_mtime:
@@ -44,10 +44,10 @@ def nanogpt_curve(options, folder: Path, data: Data) -> Curve:
     saved = [seconds for seconds, line in ran.lines if line.startswith("saving checkpoint")]
     if len(copies) < len(saved):  # the last one is written after the last "iter"
         copies.append(folder / "out" / "ckpt.pt")
-    theirs, curve = common.nanogpt_module(options.nanogpt), []
+    module, curve = common.nanogpt_module(options.nanogpt), []
     for seconds, file in zip(saved, copies, strict=True):
         state = torch.load(file, map_location="cpu", weights_only=True)
-        model = theirs.GPT(theirs.GPTConfig(**state["model_args"])).eval()
+        model = module.GPT(module.GPTConfig(**state["model_args"])).eval()
         model.load_state_dict({name.removeprefix("_orig_mod."): p for name, p in state["model"].items()})
         bpb = common.bits_per_byte(model, data, settings["block_size"], options.eval_tokens)
         curve.append((seconds, bpb))
@@ -56,15 +56,15 @@ def nanogpt_curve(options, folder: Path, data: Data) -> Curve:
 
 def our_curve(options, folder: Path, data: Data) -> Curve:
     """A run of our recipe, with its own evaluations."""
-    every = max(1, options.iters // options.points)
+    interval = max(1, options.iters // options.points)
     settings = dict(
-        max_iters=options.iters, eval_interval=every, eval_tokens=options.eval_tokens, fallback=""
+        max_iters=options.iters, eval_interval=interval, eval_tokens=options.eval_tokens, fallback=""
     )
     ran = common.run(common.ours(options.recipe, data, folder / "ours", **settings))
-    found = [
+    matches = [
         (seconds, re.match(r"step +[\d,]+  val loss \S+  (\S+) bits", line)) for seconds, line in ran.lines
     ]
-    return [(seconds, float(match[1])) for seconds, match in found if match]
+    return [(seconds, float(match[1])) for seconds, match in matches if match]
 
 
 def plot(curves: dict[str, Curve], path: Path) -> None:
@@ -94,10 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--seconds", type=float, default=600, help="length of nanoGPT's run; default %(default)s")
     add("--points", type=int, default=15, help="evaluations of each side; default %(default)s")
     add("--iters", type=int, default=1500, help="updates of our run; default %(default)s")
-    add("--nanogpt_heads", type=int, nargs="+", default=[2, 4], help="the fastest is taken")
-    add("--batch_size", type=int, default=12, help="of nanoGPT; default %(default)s")
+    add("--nanogpt_heads", type=int, nargs="+", default=[2, 4], help="candidates; the fastest is used")
+    add("--batch_size", type=int, default=12, help="nanoGPT's; default %(default)s")
     add("--recipe", default=str(common.ROOT / "config" / "tiny.py"))
-    add("--eval_tokens", type=int, default=65_536, help="of the validation file; default %(default)s")
+    add("--eval_tokens", type=int, default=65_536, help="validation tokens to score; default %(default)s")
     add("--out", default="curve.png", help="default %(default)s")
     options = common.parse(parser, argv)
     data, curves = common.load_data(options), {}

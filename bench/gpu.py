@@ -1,25 +1,25 @@
 """
-Everything that a CUDA GPU must prove, with one command, within ten minutes and without a network.
+All checks and measurements on a CUDA GPU: one command, at most ten minutes, no network.
 
     python bench/gpu.py                               # all parts, on the GPU of this machine
     python bench/gpu.py --only resume,speed/tiny      # some parts
     python bench/gpu.py --nanogpt PATH                # time to quality against nanoGPT
-    python bench/gpu.py --dry-run                     # micro models on the CPU: tests this script alone
+    python bench/gpu.py --dry-run                     # micro models on the CPU, to test this script
 
     tests       the tests marked `cuda`
-    resume      a run that is killed and resumed equals an undisturbed one to the last bit
+    resume      a run that is killed and resumed is bitwise equal to an uninterrupted one
     fp16        a run in float16 with a GradScaler learns
-    ranks       one and two processes agree within rounding, on config/stories10m.py; needs two GPUs
+    ranks       one and two processes agree up to rounding, on config/stories10m.py; needs two GPUs
     generation  tokens/s of sample.py with that shape, 1 and 16 stories
-    quality     seconds and bits per byte of two recipes on toystories, whose entropy is known; with --nanogpt
-                until the bits per byte that nanoGPT reaches in 40 seconds (bench/time_to_quality.py)
+    quality     seconds and bits per byte of two recipes on toystories, whose entropy is known; with
+                --nanogpt, up to the bits per byte that nanoGPT reaches in 40 s (bench/time_to_quality.py)
     speed       every recipe at its own batch shape and longest window, on random ids: tokens/s, MFU against
                 the measured rate of matrix products, peak memory, and the time to compile without a cache
 
-Every job of a part runs in a process of its own with its own time limit, so that one that fails or hangs does
-not hide the others. A job fails, too, if a program of ours warns, as train.py does when it cannot compile, or
-if --minutes are over before its turn. The exit status is 1 if any job failed. In --dry-run no figure means
-anything; it compiles with the backend aot_eager.
+Every job of a part runs in its own process with its own time limit, so a job that fails or hangs does not
+stop the others. A job also fails if one of our programs prints a warning, as train.py does when it cannot
+compile, or if --minutes have passed before it starts. The exit status is 1 if any job failed. The results of
+--dry-run are meaningless; it compiles with the backend aot_eager.
 """
 
 import argparse
@@ -52,15 +52,15 @@ from nanostlm import data as datasets
 from nanostlm import runs
 
 sys.path.insert(0, str(common.ROOT / "tests"))
-from helpers import kept, lines, same  # noqa: E402  comparisons to the last bit
+from helpers import bit_equal, metrics, run_state  # noqa: E402
 
 CONFIG = common.ROOT / "config"
 MICRO = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=2, gradient_accumulation_steps=2)
-MICRO |= dict(device="cpu")  # with the rest of a recipe, in --dry-run
+MICRO |= dict(device="cpu")  # changes of a recipe in --dry-run
 SHORT = dict(stories=0, max_iters=60, log_interval=1, eval_interval=20, eval_tokens=4096, save_interval=10)
-SHORT |= dict(sample_interval=0, warmup_iters=10, fallback="")  # runs that prove something, but learn little
-SAVED = r"^[\d,]+ updates, "  # the first line of train.py's final report: the run is whole and saved
-QUALITY = {  # recipe -> the lengths of our runs, options of time_to_quality.py, further settings of ours
+SHORT |= dict(sample_interval=0, warmup_iters=10, fallback="")  # of runs that only check something
+SAVED = r"^[\d,]+ updates, "  # the first line of train.py's final report, after the last checkpoint
+QUALITY = {  # recipe -> updates of our runs, options of time_to_quality.py, our settings
     "tiny": ([200, 400, 800], "--nanogpt_heads 2", ""),
     "stories10m": (
         [250, 500, 1000],
@@ -68,16 +68,16 @@ QUALITY = {  # recipe -> the lengths of our runs, options of time_to_quality.py,
         "--warmup_iters=50",
     ),
 }
-RESULT = "result: "  # begins the line of a job's process that has what the job found
-MARK = "NANOSTLM_GPU_JOB"  # an environment variable of a job and of all that it starts
-AOT_EAGER = "import gpu; gpu.aot_eager(start=True)"  # what Python does in --dry-run before a program of ours
+RESULT = "result: "  # prefix of the line with the results of a job's process
+MARK = "NANOSTLM_GPU_JOB"  # an environment variable of a job's process and its descendants
+AOT_EAGER = "import gpu; gpu.aot_eager(start=True)"  # in --dry-run, Python runs this before our program
 
 # ----------------------------------------------------------------------------------------------------------
-# What the parts share. They run in the process of a job, and `options.folder` is the job's own
+# Functions shared by the parts, in the process of a job. `options.folder` is the folder of the job
 
 
 def aot_eager(start: bool = False) -> None:
-    """Make torch.compile use a backend that needs no compiler; then start the program on the command line."""
+    """Compile with a backend that needs no C++ compiler; with `start`, run the program in sys.argv."""
     compile = torch.compile
     torch.compile = lambda *args, mode=0, options=0, **more: compile(*args, backend="aot_eager", **more)
     if start:
@@ -86,7 +86,7 @@ def aot_eager(start: bool = False) -> None:
 
 
 def run(options, command: list, processes: int = 1, **how) -> common.Ran:
-    """Run a program of ours, on several processes if wanted, and repeat what it says."""
+    """Run one of our programs, with torchrun if `processes` > 1, and print its output."""
     if options.dry_run:
         command = [command[0], "-c", AOT_EAGER, *command[1:]]
     if processes > 1:
@@ -96,7 +96,7 @@ def run(options, command: list, processes: int = 1, **how) -> common.Ran:
 
 
 def corpus(options) -> datasets.Data:
-    """Toystories, in --dry-run a few of them as bytes."""
+    """The corpus toystories; in --dry-run a small one, as bytes."""
     if not options.dry_run:
         return common.load_data(options)
     return datasets.load_data(prepare.prepare("toystories", "byte", stories=400, data_dir=options.data_dir))
@@ -109,17 +109,17 @@ def short_run(options, name: str, recipe: str = "tiny", **settings) -> tuple[lis
     return common.ours(CONFIG / f"{recipe}.py", corpus(options), folder, **settings), folder
 
 
-def random_data(ids: int, tokens: int) -> datasets.Data:
-    """Random ids in stories of 160, because only toystories' own vocabulary is at hand without a network."""
-    rng, tokenizer = np.random.default_rng(0), generation.made_up_tokenizer(ids)
-    bins = [rng.integers(0, ids - 1, n, np.uint16) for n in (tokens, 1000)]
-    for made in bins:
-        made[::160] = tokenizer.eot
+def random_data(vocab_size: int, tokens: int) -> datasets.Data:
+    """Random ids in stories of 160 ids; without a network, only the vocabulary of toystories is available."""
+    rng, tokenizer = np.random.default_rng(0), generation.synthetic_tokenizer(vocab_size)
+    bins = [rng.integers(0, vocab_size - 1, n, np.uint16) for n in (tokens, 1000)]
+    for ids in bins:
+        ids[::160] = tokenizer.eot
     return datasets.Data(*bins, {"corpus": "random", "limit": None}, tokenizer, Path("nowhere"))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The parts. Each returns what it found; SystemExit says in one line why it failed
+# The parts. Each returns its results; SystemExit has a one-line reason for a failure
 
 
 def cuda_tests(options) -> dict:
@@ -134,32 +134,32 @@ def cuda_tests(options) -> dict:
 def resume(options, compiled: bool) -> dict:
     settings = dict(n_layer=2, dropout=0.1, context_schedule="0:0.5, 0.5:1", compile=compiled)
 
-    def go(name: str, *more, until: str = SAVED) -> tuple[common.Ran, Path]:
+    def train_run(name: str, *more, until: str = SAVED) -> tuple[common.Ran, Path]:
         command, folder = short_run(options, name, **settings)
         return run(options, [*command, *more], until=until), folder
 
     def equal(*folders: Path) -> bool:
-        return same(*((lines(folder), kept(folder)) for folder in folders))
+        return bit_equal(*((metrics(folder), run_state(folder)) for folder in folders))
 
-    _, whole = go("whole")
-    go("killed", until="^step +30  loss")
-    ran, killed = go("killed", "--resume")
+    _, whole = train_run("whole")
+    train_run("killed", until="^step +30  loss")
+    ran, killed = train_run("killed", "--resume")
     step = int(ran.find(r"^resuming .* at step ([\d,]+)")[1][1])
     if not 0 < step < 60:
         raise SystemExit(f"killed after step 30, but resumed at step {step}")
     if not equal(whole, killed):
-        twice = "are equal" if equal(whole, go("again")[1]) else "differ, too"
-        raise SystemExit(f"the resumed run differs from the undisturbed one; two undisturbed runs {twice}")
-    return {"note": f"killed after step 30, resumed at step {step}: equal to the last bit"}
+        twice = "are equal" if equal(whole, train_run("again")[1]) else "also differ"
+        raise SystemExit(f"the resumed run differs from an uninterrupted one; two uninterrupted runs {twice}")
+    return {"note": f"killed after step 30, resumed at step {step}: bitwise equal"}
 
 
 def fp16(options) -> dict:
     command, folder = short_run(options, "fp16", dtype="float16", pair_tokens=0, compile=False)
     run(options, command, until=SAVED)
-    first, *_, last = (line["loss"] for line in lines(folder, "val"))
+    first, *_, last = (line["loss"] for line in metrics(folder, "val"))
     if not last < first:
         raise SystemExit(f"the validation loss went from {first:.3f} to {last:.3f}")
-    scale = kept(folder)["scaler"]["scale"]
+    scale = run_state(folder)["scaler"]["scale"]
     return {"note": f"validation loss from {first:.3f} to {last:.3f}, scale {scale:,.0f}"}
 
 
@@ -170,13 +170,13 @@ def ranks(options) -> dict:
     for processes in (1, 2):
         command, folder = short_run(options, f"ranks-{processes}", "stories10m", compile=not options.dry_run)
         run(options, command, processes, until=SAVED)
-        found = [line for line in runs.read_metrics(folder) if line["split"] == "train"]
-        losses.append([line["loss"] for line in found])
-        rates.append(statistics.median(line["tokens_per_s"] for line in found[10:]))
-    apart = [abs(a - b) / a for a, b in zip(*losses, strict=True)]
-    if not all(share < 0.01 for share in apart):
-        raise SystemExit(f"the losses of one and two processes are up to {max(apart):.1%} apart")
-    note = f"losses {max(apart):.1e} apart, {rates[1] / rates[0]:.2f} times the speed of one"
+        logged = [line for line in runs.read_metrics(folder) if line["split"] == "train"]
+        losses.append([line["loss"] for line in logged])
+        rates.append(statistics.median(line["tokens_per_s"] for line in logged[10:]))
+    differences = [abs(a - b) / a for a, b in zip(*losses, strict=True)]
+    if not all(difference < 0.01 for difference in differences):
+        raise SystemExit(f"the losses of one and two processes differ by up to {max(differences):.1%}")
+    note = f"losses differ by {max(differences):.1e}, {rates[1] / rates[0]:.2f} times the speed of one"
     return {"tokens_per_s": rates[1], "note": note}
 
 
@@ -185,33 +185,33 @@ def generate(options, streams: int, compiled: bool) -> dict:
     if options.dry_run:
         c = replace(c, **{name: MICRO[name] for name in ("n_layer", "n_head", "n_embd", "block_size")})
     file = generation.save_random(options.folder / "random.pt", c)
-    words = generation.sample_command(file, dtype, streams, 8 if options.dry_run else 400, "auto")
-    return {"tokens_per_s": generation.sample_rate(run(options, words))}
+    command = generation.sample_command(file, dtype, streams, 8 if options.dry_run else 400, "auto")
+    return {"tokens_per_s": generation.sample_rate(run(options, command))}
 
 
 def quality(options, recipe: str) -> dict:
     data, (lengths, theirs, ours) = corpus(options), QUALITY[recipe]
-    floor, words = data.meta["floor_bpb"], ["--recipe", CONFIG / f"{recipe}.py", "--repeats", 1]
-    words += ["--dataset", "toystories", "--tokenizer", data.folder.name, "--data_dir", options.data_dir]
+    entropy, argv = data.meta["floor_bpb"], ["--recipe", CONFIG / f"{recipe}.py", "--repeats", 1]
+    argv += ["--dataset", "toystories", "--tokenizer", data.folder.name, "--data_dir", options.data_dir]
     seconds, tokens = 40, 16_384
     if options.dry_run:
         lengths, theirs, ours = [2], "--nanogpt_heads 2", " ".join([*common.words(MICRO), ours])
         seconds, tokens = 2, 512
     if options.nanogpt:
-        words += ["--nanogpt", options.nanogpt, "--seconds", seconds, *theirs.split()]
+        argv += ["--nanogpt", options.nanogpt, "--seconds", seconds, *theirs.split()]
     else:
         lengths = lengths[-1:]
-        words += ["--target", floor]
-    words += ["--eval_tokens", tokens]
-    words += ["--ours_iters", *lengths, "--", "--stories=0", *ours.split()]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        time_to_quality.main([str(word) for word in words])
-    [found] = json.loads(said.getvalue().splitlines()[-1])["runs"]
-    sides = [("nanoGPT", found["nanogpt"])] if options.nanogpt else []
-    sides += [(f"{one['iters']:,} updates", one) for one in found["ours_tried"]]
-    note = "; ".join(f"{name}: {one['bpb']:.4f} after {one['seconds']:.0f} s" for name, one in sides)
-    note += f"; {found['times']:.2f} times as fast" if "times" in found else ""
-    return found | {"note": f"bits per byte (entropy {floor:.4f}): {note}"}
+        argv += ["--target", entropy]
+    argv += ["--eval_tokens", tokens]
+    argv += ["--ours_iters", *lengths, "--", "--stories=0", *ours.split()]
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        time_to_quality.main([str(arg) for arg in argv])
+    [result] = json.loads(stdout.getvalue().splitlines()[-1])["runs"]
+    sides = [("nanoGPT", result["nanogpt"])] if options.nanogpt else []
+    sides += [(f"{run['iters']:,} updates", run) for run in result["ours_tried"]]
+    note = "; ".join(f"{name}: {side['bpb']:.4f} after {side['seconds']:.0f} s" for name, side in sides)
+    note += f"; {result['times']:.2f} times as fast" if "times" in result else ""
+    return result | {"note": f"bits per byte (entropy {entropy:.4f}): {note}"}
 
 
 def speed(options, recipe: str, compiled: bool) -> dict:
@@ -221,42 +221,42 @@ def speed(options, recipe: str, compiled: bool) -> dict:
     stages = [first for first, _ in trainer.config.stages()]  # the first update of each window length
     losses = []
 
-    def step(numbers) -> None:
-        losses.extend(trainer.train_step(number)["loss"] for number in numbers)
+    def train_steps(steps) -> None:
+        losses.extend(trainer.train_step(step)["loss"] for step in steps)
 
-    cold = common.seconds(lambda: (trainer.compile(), step(stages)))
-    warm = common.seconds(lambda: step(stages))
+    cold = common.seconds(lambda: (trainer.compile(), train_steps(stages)))
+    warm = common.seconds(lambda: train_steps(stages))
     count = 2 if options.dry_run else min(100, max(3, round(2 * len(stages) / warm)))  # about two seconds
     longest = range(stages[-1], stages[-1] + count)
-    took = statistics.median(common.seconds(lambda: step(longest)) for _ in range(3))
+    took = statistics.median(common.seconds(lambda: train_steps(longest)) for _ in range(3))
     if not all(math.isfinite(loss) for loss in losses):
         raise SystemExit("a loss is not finite")
     rate, matmul = count * trainer.tokens_per_step / took, trainer.machine.matmul_rate()
     flops = rate * trainer.config.model.estimate()["flops_per_token"]
-    found = {
+    result = {
         "tokens_per_s": rate,
         "mfu": f"{flops / matmul:.1%}",
         "matmul_rate": matmul,
         "peak_mb": trainer.machine.peak_memory(),
         "note": f"{trainer.tokens_per_step:,} tokens a step; {trainer.machine.description}",
     }
-    return found | ({"compile_s": cold - warm} if compiled else {})
+    return result | ({"compile_s": cold - warm} if compiled else {})
 
 
 def jobs() -> dict[str, tuple[int, Callable[..., dict]]]:
-    """Name -> (seconds that it may take, function of the options), in the order in which they run."""
+    """Name -> (time limit in seconds, function of the options), in the order in which they run."""
     kinds = {"plain": False, "compiled": True}
-    found = {"tests": (120, cuda_tests)}
-    found |= {f"resume/{kind}": (150, partial(resume, compiled=on)) for kind, on in kinds.items()}
-    found |= {"fp16": (60, fp16), "ranks": (150, ranks)}
+    result = {"tests": (120, cuda_tests)}
+    result |= {f"resume/{kind}": (150, partial(resume, compiled=on)) for kind, on in kinds.items()}
+    result |= {"fp16": (60, fp16), "ranks": (150, ranks)}
     for streams in (1, 16):
         for kind, on in kinds.items():
-            found[f"generation/{streams}/{kind}"] = 90, partial(generate, streams=streams, compiled=on)
-    found |= {f"quality/{recipe}": (240, partial(quality, recipe=recipe)) for recipe in QUALITY}
-    for recipe in common.recipes():  # the largest last: if the time is too short, it is for these
+            result[f"generation/{streams}/{kind}"] = 90, partial(generate, streams=streams, compiled=on)
+    result |= {f"quality/{recipe}": (240, partial(quality, recipe=recipe)) for recipe in QUALITY}
+    for recipe in common.recipes():  # the largest last, in case there is not enough time
         for kind, on in kinds.items():
-            found[f"speed/{recipe}/{kind}"] = 120, partial(speed, recipe=recipe, compiled=on)
-    return found
+            result[f"speed/{recipe}/{kind}"] = 120, partial(speed, recipe=recipe, compiled=on)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -264,12 +264,12 @@ def jobs() -> dict[str, tuple[int, Callable[..., dict]]]:
 
 
 def job_command(name: str, options) -> list[str]:
-    """The command of a job's process: this one's, with the job and the folder for all of them."""
-    return [sys.executable, __file__, *options.words, "--job", name, str(options.folder)]
+    """The command of a job's process: that of this process, with the job and the folder of all jobs."""
+    return [sys.executable, __file__, *options.argv, "--job", name, str(options.folder)]
 
 
-def do_job(name: str, folder: str, options) -> None:
-    """In the process of a job: do it and print what it found."""
+def run_job_here(name: str, folder: str, options) -> None:
+    """In the process of a job: run it and print its results."""
     options.folder = Path(folder, name)
     if options.dry_run:
         options.data_dir = Path(folder, "data")
@@ -277,28 +277,29 @@ def do_job(name: str, folder: str, options) -> None:
     print(RESULT + json.dumps(jobs()[name][1](options)), flush=True)
 
 
-def end_marked(mark: str) -> None:
-    """End all processes that a job has left, also those outside of its process group, as torchrun's are."""
+def kill_marked(mark: str) -> None:
+    """Kill all processes left by a job, also those outside its process group, such as those of torchrun."""
     for _ in range(100):
-        found = []
+        pids = []
         for file in Path("/proc").glob("[0-9]*/environ"):  # on Linux
             with contextlib.suppress(OSError):
                 if f"{MARK}={mark}".encode() in file.read_bytes().split(b"\0"):
-                    found.append(int(file.parent.name))
-                    os.kill(found[-1], signal.SIGKILL)
-        if not found:
+                    pids.append(int(file.parent.name))
+                    os.kill(pids[-1], signal.SIGKILL)
+        if not pids:
             return
         time.sleep(0.05)
 
 
 def run_job(name: str, limit: float, options) -> dict:
-    """Do a job in a process of its own -> state, seconds, what it found, a note such as why it failed."""
-    began, folder, mark = time.monotonic(), options.folder / name, f"{os.getpid()}/{name}"
-    limit, status = max(0, min(limit, options.end - began)), None
+    """Run a job in its own process -> state, seconds, its results, and a note, such as why it failed."""
+    start, folder, mark = time.monotonic(), options.folder / name, f"{os.getpid()}/{name}"
+    limit, status = max(0, min(limit, options.end - start)), None
     folder.mkdir(parents=True)
     env = os.environ | {MARK: mark, "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
     env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if options.dry_run else {}
-    with open(folder / "said", "w+", encoding="utf-8", errors="replace") as file:  # a pipe could stay open
+    # a file, because a pipe could stay open
+    with open(folder / "output", "w+", encoding="utf-8", errors="replace") as file:
         pipes = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
         process = subprocess.Popen(job_command(name, options), env=env, **pipes)
         try:
@@ -306,46 +307,46 @@ def run_job(name: str, limit: float, options) -> dict:
         except subprocess.TimeoutExpired:
             process.kill()
         finally:
-            end_marked(mark)
+            kill_marked(mark)
         file.seek(0)
-        said = [line for line in file.read().splitlines() if line.strip()]
-    found = {"state": "ok", "seconds": time.monotonic() - began}
-    warnings = [line for line in said if line.startswith("WARNING: ")]
-    results = [line.removeprefix(RESULT) for line in said if line.startswith(RESULT)]
+        output = [line for line in file.read().splitlines() if line.strip()]
+    result = {"state": "ok", "seconds": time.monotonic() - start}
+    warnings = [line for line in output if line.startswith("WARNING: ")]
+    results = [line.removeprefix(RESULT) for line in output if line.startswith(RESULT)]
     if status is None:
-        found |= {"state": "FAILED", "note": f"stopped after {limit:.0f} s"}
+        result |= {"state": "FAILED", "note": f"stopped after {limit:.0f} s"}
     elif status or warnings or not results:
-        found |= {"state": "FAILED", "note": [f"status {status}", *said[-1:], *warnings][-1]}
+        result |= {"state": "FAILED", "note": [f"status {status}", *output[-1:], *warnings][-1]}
     else:
-        found |= json.loads(results[-1])
-    print(f"{name}: {found['state']}, {found['seconds']:.0f} s", flush=True)
-    if found["state"] == "FAILED":
-        print(*(f"    {line}" for line in said[-20:]), sep="\n", flush=True)
-    return found
+        result |= json.loads(results[-1])
+    print(f"{name}: {result['state']}, {result['seconds']:.0f} s", flush=True)
+    if result["state"] == "FAILED":
+        print(*(f"    {line}" for line in output[-20:]), sep="\n", flush=True)
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = common.parser(__doc__, repeats=0)
     common.nanogpt_option(parser)
     add = parser.add_argument
-    add("--only", action="append", default=[], metavar="PART", help="such as speed or speed/tiny; repeatable")
-    add("--minutes", type=float, default=10, help="for everything; default %(default)s")
+    add("--only", action="append", default=[], metavar="PART", help="e.g. speed or speed/tiny; repeatable")
+    add("--minutes", type=float, default=10, help="time limit of all jobs; default %(default)s")
     add("--data_dir", default="data", help="where toystories is or will be prepared; default %(default)s")
     add("--dry-run", action="store_true", help="micro models on the CPU; measures nothing")
     add("--job", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     parser.set_defaults(dataset="toystories", tokenizer="bpe4096", source=None)
     options = common.parse(parser, argv)
     if options.job:
-        do_job(*options.job, options)
+        run_job_here(*options.job, options)
         return 0
-    known, parts = jobs(), [part for words in options.only for part in words.split(",")]
-    chosen = {part: [name for name in known if f"{name}/".startswith(f"{part}/")] for part in parts}
-    if unknown := [part for part in parts if not chosen[part]]:
+    known, parts = jobs(), [part for only in options.only for part in only.split(",")]
+    matches = {part: [name for name in known if f"{name}/".startswith(f"{part}/")] for part in parts}
+    if unknown := [part for part in parts if not matches[part]]:
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
     if not options.dry_run and not torch.cuda.is_available():
-        parser.error("PyTorch finds no CUDA GPU here; --dry-run tests this script without one")
-    wanted = [name for name in known if not parts or name in sum(chosen.values(), [])]
-    options.words = sys.argv[1:] if argv is None else argv
+        parser.error("PyTorch finds no CUDA GPU; --dry-run tests this script without one")
+    names = [name for name in known if not parts or name in sum(matches.values(), [])]
+    options.argv = sys.argv[1:] if argv is None else argv
     options.end = time.monotonic() + 60 * options.minutes
     workers, slower = (2, 2) if options.dry_run else (1, 1)  # a GPU does one thing at a time
     with (
@@ -353,15 +354,15 @@ def main(argv: list[str] | None = None) -> int:
         ThreadPoolExecutor(workers) as pool,
     ):
         options.folder = Path(temporary)
-        made = pool.map(lambda name: run_job(name, slower * known[name][0], options), wanted)
-        found = dict(zip(wanted, made, strict=True))
+        done = pool.map(lambda name: run_job(name, slower * known[name][0], options), names)
+        results = dict(zip(names, done, strict=True))
     print("\nDRY RUN: micro models on the CPU, NOTHING WAS MEASURED" if options.dry_run else "")
     keys = ("state", "seconds", "tokens_per_s", "mfu", "peak_mb", "compile_s")
-    rows = [[name, *map(one.get, keys), one.get("note", "")] for name, one in found.items()]
+    rows = [[name, *map(result.get, keys), result.get("note", "")] for name, result in results.items()]
     common.table(["part", "", "seconds", "tokens/s", "MFU", "peak MB", "s to compile", "note"], rows)
-    failed = [name for name, one in found.items() if one["state"] == "FAILED"]
-    print(f"{len(failed)} of {len(found)} failed" + (f": {', '.join(failed)}" if failed else ""))
-    common.finish("gpu", measured=not options.dry_run, failed=failed, jobs=found)
+    failed = [name for name, result in results.items() if result["state"] == "FAILED"]
+    print(f"{len(failed)} of {len(results)} failed" + (f": {', '.join(failed)}" if failed else ""))
+    common.finish("gpu", measured=not options.dry_run, failed=failed, jobs=results)
     return int(bool(failed))
 
 

@@ -3,9 +3,9 @@ Peak memory of training at GPT-2's 50,257 ids: our train.py against nanoGPT's.
 
     python bench/memory.py --nanogpt PATH [--recipe config/tiny.py] [-- --optimizer=adamw ...]
 
-Both as programs of their own, 4 layers, 128 wide, context 256, 12 rows in a batch, a few updates, evaluation
-cut to one batch: the most resident memory that the system saw, ours with the stories at its end; not a GPU's.
-What stands after -- goes to our train.py. About two minutes.
+Each runs in its own process: 4 layers, 128 wide, context 256, 12 rows per batch, a few updates, one batch of
+evaluation. Measured is peak resident memory, not GPU memory; ours includes the final samples. Arguments after
+-- are passed to our train.py. Takes about two minutes.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--recipe", default=str(common.ROOT / "config" / "tiny.py"))
     add("--steps", type=int, default=5)
-    add("--nanogpt_heads", type=int, default=4, help="default %(default)s; the recipe has its own")
+    add("--nanogpt_heads", type=int, default=4, help="default %(default)s; ours come from the recipe")
     add("--batch_size", type=int, default=12)
     add("ours", nargs="*", help="after --: further settings of our train.py")
     options = common.parse(parser, argv)
@@ -34,16 +34,16 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary)
 
         def ours() -> float:
-            every = dict(max_iters=steps, eval_interval=steps, save_interval=steps, fallback="")
-            every |= dict(eval_tokens=shape["block_size"] * shape["batch_size"])
-            command = common.ours(options.recipe, data, folder / "ours", **shape, **every)
+            intervals = dict(max_iters=steps, eval_interval=steps, save_interval=steps, fallback="")
+            intervals |= dict(eval_tokens=shape["block_size"] * shape["batch_size"])
+            command = common.ours(options.recipe, data, folder / "ours", **shape, **intervals)
             ran = common.run([*command, *options.ours, "--overwrite"])
             sizes["ours"] = ran.find(r"([\d.]+M) parameters")[1][1]
             return ran.peak_mb
 
         def nanogpt() -> float:
-            heads = dict(n_head=options.nanogpt_heads, max_iters=steps, eval_interval=10**6, out_dir="out")
-            ran = common.run(common.nanogpt_train(**shape, **heads), peer)
+            changes = dict(n_head=options.nanogpt_heads, max_iters=steps, eval_interval=10**6, out_dir="out")
+            ran = common.run(common.nanogpt_train(**shape, **changes), peer)
             sizes["nanoGPT"] = ran.find(r"number of parameters: (.*)")[1][1]
             return ran.peak_mb
 
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         if options.nanogpt:
             peer = common.nanogpt(options.nanogpt, folder / "nanogpt", data)
             sides["nanoGPT"] = nanogpt
-        found = common.in_turn(sides, options.repeats)
-    peaks = common.medians(found)
+        measured = common.in_turn(sides, options.repeats)
+    peaks = common.medians(measured)
     base = peaks.get("nanoGPT")
     rows = [[name, sizes[name], peak, base and peak / base] for name, peak in peaks.items()]
     common.table(["side", "parameters", "peak MB", "of nanoGPT's"], rows)

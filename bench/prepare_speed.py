@@ -1,15 +1,15 @@
 """
-How fast prepare.py turns text into ids, and how much memory that takes.
+The speed and the peak memory of prepare.py.
 
     python bench/prepare_speed.py [--text PATH] [--mb 50] [--nanogpt]      # TIKTOKEN_CACHE_DIR helps offline
     python bench/prepare_speed.py --sizes 10 100 2000                      # memory, up to 2 GB of text
 
-Over the same stories (of --text, else of the built-in corpus; repeated up to --mb), for bpe4096 and gpt2:
-tiktoken's encode_ordinary_batch with as many threads; prepare() from text file to .bin files, its tokenizer
-given; the whole command, which also starts Python and trains bpe4096 on the first 32 MB; and, with
---nanogpt, the way that nanoGPT prepares a corpus (data/openwebtext/prepare.py): `datasets` maps
-encode_ordinary over single stories in processes, then 1,024 shards are joined into a memory map. Then the
-peak of resident memory of the whole command at each of --sizes. About ten minutes; 2 GB take as many more.
+On the same stories (from --text or the built-in corpus, repeated up to --mb), for bpe4096 and gpt2:
+tiktoken's encode_ordinary_batch with as many threads; prepare() from text file to .bin files with a given
+tokenizer; the whole command, which also starts Python and trains bpe4096 on the first 32 MB; and, with
+--nanogpt, the method of nanoGPT's data/openwebtext/prepare.py: `datasets` maps encode_ordinary over single
+stories in processes, then 1,024 shards are concatenated into a memory map. Then the peak resident memory of
+the whole command at each of --sizes. Takes about ten minutes, and ten more for 2 GB.
 """
 
 import argparse
@@ -60,22 +60,22 @@ def write(file: Path, texts: Iterator[str]) -> Path:
 def command(file: Path, folder: Path, tokenizer: str, workers: int) -> common.Ran:
     settings = dict(source=file, tokenizer=tokenizer, workers=workers, data_dir=folder)
     ran = common.run([sys.executable, common.ROOT / "prepare.py", "text", *common.words(settings)])
-    for made in (folder / "text" / tokenizer).iterdir():  # so that the next run prepares it again
-        made.unlink()
+    for output in (folder / "text" / tokenizer).iterdir():  # so that the next run prepares it again
+        output.unlink()
     return ran
 
 
 def pipeline(file: Path, folder: Path, tokenizer: tokenizers.Tokenizer, workers: int) -> None:
     given = tokenizer if tokenizers.bpe_size(tokenizer.name) else None
     with contextlib.redirect_stdout(io.StringIO()):
-        made = prepare.prepare("text", tokenizer.name, str(file), None, workers, folder, given)
-    (made / "meta.json").unlink()
+        output = prepare.prepare("text", tokenizer.name, str(file), None, workers, folder, given)
+    (output / "meta.json").unlink()
 
 
 def by_map(
     texts: list[str], folder: Path, tokenizer: tokenizers.Tokenizer, processes: int
 ) -> Callable[[], float]:
-    """nanoGPT's preparation of the same stories, without the one-time part of a download."""
+    """nanoGPT's preparation of the same stories, without the download and its conversion."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -86,12 +86,14 @@ def by_map(
     )
     encoding, eot = tokenizer.tiktoken, tokenizer.eot
 
-    def one(row: dict) -> dict:
+    def encode_row(row: dict) -> dict:
         ids = [*encoding.encode_ordinary(row["text"]), eot]
         return {"ids": ids, "count": len(ids)}
 
-    def way() -> None:
-        mapped = corpus.map(one, remove_columns=["text"], num_proc=processes, load_from_cache_file=False)
+    def prepare_with_map() -> None:
+        mapped = corpus.map(
+            encode_row, remove_columns=["text"], num_proc=processes, load_from_cache_file=False
+        )
         out = np.memmap(folder / "mapped.bin", np.uint16, "w+", shape=(sum(mapped["count"]),))
         shards, at = min(1024, len(mapped)), 0
         for i in range(shards):
@@ -101,18 +103,18 @@ def by_map(
             at += len(joined)
         out.flush()
 
-    return lambda: common.seconds(way)
+    return lambda: common.seconds(prepare_with_map)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
     add = parser.add_argument
     add("--text", help=".txt, .jsonl, .parquet or a folder of them; else stories of the built-in corpus")
-    add("--mb", type=float, default=50, help="text to measure the speed with, in MB")
+    add("--mb", type=float, default=50, help="MB of text to measure the speed on")
     add("--tokenizers", nargs="+", default=["bpe4096", "gpt2"])
     add("--workers", type=int, default=common.cpus(), help="threads, and processes of `datasets`")
-    add("--nanogpt", action="store_true", help="also nanoGPT's way; needs no checkout")
-    add("--sizes", type=float, nargs="*", default=[10, 100], help="MB of text to measure the memory with")
+    add("--nanogpt", action="store_true", help="also nanoGPT's method; needs no checkout")
+    add("--sizes", type=float, nargs="*", default=[10, 100], help="MB of text to measure the memory on")
     options = common.parse(parser, argv)
     rates, peaks, size = {}, {}, 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -125,9 +127,9 @@ def main(argv: list[str] | None = None) -> None:
                 for name in options.tokenizers
             }
     rows = []
-    for (tokenizer, way), rate in rates.items():
-        rows.append([tokenizer, way, rate, rate / rates[tokenizer, "tiktoken, encode_ordinary_batch"]])
-    common.table(["tokenizer", "way", "MB/s", "times tiktoken"], rows)
+    for (tokenizer, method), rate in rates.items():
+        rows.append([tokenizer, method, rate, rate / rates[tokenizer, "tiktoken, encode_ordinary_batch"]])
+    common.table(["tokenizer", "method", "MB/s", "ratio to tiktoken"], rows)
     print()
     common.table(["text, tokenizer", "peak MB of prepare.py"], [list(pair) for pair in peaks.items()])
     common.finish(
@@ -143,10 +145,10 @@ def speeds(options: argparse.Namespace, folder: Path) -> tuple[dict[tuple[str, s
     """MB/s of each side with each tokenizer, and the size of the text in bytes."""
     texts = list(take(options.text, options.mb * MB))
     file, size = write(folder / "text.txt", iter(texts)), sum(len(text.encode()) for text in texts)
-    took = {}
+    rates = {}
     for name in options.tokenizers:
-        trained = tokenizers.bpe_size(name)
-        tokenizer = tokenizers.train_bpe(texts, trained) if trained else tokenizers.get(name)
+        bpe_size = tokenizers.bpe_size(name)
+        tokenizer = tokenizers.train_bpe(texts, bpe_size) if bpe_size else tokenizers.get(name)
         sides = {
             "tiktoken, encode_ordinary_batch": lambda t=tokenizer: common.seconds(
                 lambda: t.tiktoken.encode_ordinary_batch(texts, num_threads=options.workers)
@@ -157,11 +159,11 @@ def speeds(options: argparse.Namespace, folder: Path) -> tuple[dict[tuple[str, s
             "prepare.py, the whole command": lambda n=name: command(file, folder, n, options.workers).seconds,
         }
         if options.nanogpt:
-            sides["nanoGPT's way, datasets.map"] = by_map(texts, folder, tokenizer, options.workers)
+            sides["nanoGPT's method, datasets.map"] = by_map(texts, folder, tokenizer, options.workers)
         sides["tiktoken, encode_ordinary_batch"]()  # builds its tables
-        found = common.medians(common.in_turn(sides, options.repeats))
-        took |= {(name, way): size / MB / seconds for way, seconds in found.items()}
-    return took, size
+        medians = common.medians(common.in_turn(sides, options.repeats))
+        rates |= {(name, method): size / MB / seconds for method, seconds in medians.items()}
+    return rates, size
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """
-Where a training step's time goes, and the least that it could take on this machine.
+The time of each part of a training step, and lower bounds for the step on this machine.
 
     python bench/profile_step.py [--recipe config/tiny.py] [--compile] [-- --batch_size=12 ...]
 
-The parts of Trainer.train_step, measured where it calls them: data, forward, backward, the optimizers; the
-rest is what is left (clipping, schedules). Then the head with its loss, and the attention of all layers,
-alone, forward and backward. The floor: operations (6 a weight, 12 x layers x context x width for attention)
-over the measured rate of bf16 or float32 matrix products, and bytes over the measured rate of copying:
-weights read twice, gradients written and read, AdamW's or Muon's states read and written, in float32, and
-the numbers that a token leaves behind in a layer written and read in the products' precision: a rough count.
+The parts of Trainer.train_step are timed where it calls them: data, forward, backward, optimizer; the rest is
+clipping and schedules. The head with its loss and the attention of all layers are also timed in isolation,
+forward and backward. The lower bounds are FLOPs (6 per weight, 12 x layers x context x width for attention)
+over the measured rate of matrix products in the training dtype, and bytes over the measured rate of copying:
+weights read twice, gradients written and read, optimizer states read and written, in float32, and activations
+written and read in the training dtype, roughly counted.
 """
 
 import contextlib
@@ -51,21 +51,21 @@ class Stopwatch:
 
 
 @contextlib.contextmanager
-def watched(trainer: train.Trainer, watch: Stopwatch):
-    """Inside, the parts of the trainer's steps are timed."""
-    plain = trainer.micro_batches, trainer.parallel, trainer.update, torch.Tensor.backward
-    batches = watch.timed("data", lambda step: list(plain[0](step)))
+def timed_parts(trainer: train.Trainer, watch: Stopwatch):
+    """Inside, the parts of the trainer's steps are timed with `watch`."""
+    original = trainer.micro_batches, trainer.parallel, trainer.update, torch.Tensor.backward
+    batches = watch.timed("data", lambda step: list(original[0](step)))
     trainer.micro_batches, trainer.parallel = batches, watch.timed("forward", trainer.forward)
-    trainer.update = watch.timed("optimizer", plain[2])
-    torch.Tensor.backward = watch.timed("backward", plain[3])
+    trainer.update = watch.timed("optimizer", original[2])
+    torch.Tensor.backward = watch.timed("backward", original[3])
     try:
         yield
     finally:
-        trainer.micro_batches, trainer.parallel, trainer.update, torch.Tensor.backward = plain
+        trainer.micro_batches, trainer.parallel, trainer.update, torch.Tensor.backward = original
 
 
-def apart(trainer: train.Trainer, repeats: int) -> dict[str, float]:
-    """Seconds of the head with its loss, and of all attention layers, each forward and backward alone."""
+def isolated(trainer: train.Trainer, repeats: int) -> dict[str, float]:
+    """Seconds of forward and backward of the head with its loss, and of all attention layers, each alone."""
     model, machine = trainer.model, trainer.machine
     idx, targets = next(iter(trainer.micro_batches(0)))
     attn = attn_inputs(model.config, idx)[1]
@@ -83,13 +83,13 @@ def apart(trainer: train.Trainer, repeats: int) -> dict[str, float]:
 
     parts = {"head and loss": head, "attention, all layers": attention}
     sides = {name: lambda call=call: common.seconds(call) for name, call in parts.items()}
-    found = common.in_turn(sides, repeats + 1)  # the first is a warmup
+    measured = common.in_turn(sides, repeats + 1)  # the first is a warmup
     model.zero_grad(set_to_none=True)
-    return common.medians({name: values[1:] for name, values in found.items()})
+    return common.medians({name: values[1:] for name, values in measured.items()})
 
 
-def floor(trainer: train.Trainer, matrix: int, copied: int) -> dict[str, float]:
-    """The minimum time of a step by operations and by bytes, at the rates of this machine."""
+def lower_bounds(trainer: train.Trainer, matrix: int, copied: int) -> dict[str, float]:
+    """The minimum time of a step by FLOPs and by bytes, at the measured rates of this machine."""
     c, machine = trainer.config.model, trainer.machine
     device, tokens = machine.device.type, trainer.tokens_per_step
     rate = common.matrix_rate(matrix, matrix, matrix, machine.dtype, device)
@@ -108,30 +108,31 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--recipe", default=str(common.ROOT / "config" / "tiny.py"))
     add("--compile", action="store_true")
-    add("--matrix", type=int, default=2048, help="side of the matrices of the rate; 8192 for a GPU")
-    add("--copied", type=int, default=1 << 28, help="bytes of the copy of the rate")
-    add("ours", nargs="*", help="after --: further settings, as of train.py")
+    add("--matrix", type=int, default=2048, help="side of the matrices that measure the rate; 8192 for a GPU")
+    add("--copied", type=int, default=1 << 28, help="bytes of the copy that measures the rate")
+    add("ours", nargs="*", help="after --: further settings, as for train.py")
     options = common.parse(parser, argv)
     data = common.load_data(options)
-    given = settings.command_line(train.TrainConfig, options.ours, {}, "")[2]
-    changes = {"compile": str(options.compile)} | given
+    overrides = settings.command_line(train.TrainConfig, options.ours, {}, "")[2]
+    changes = {"compile": str(options.compile)} | overrides
     trainer = common.trainer(options.recipe, data, **changes)
     trainer.compile()
     watch, steps = Stopwatch(trainer.machine.device.type), []
     for step in range(3):
         trainer.train_step(step)
-    with watched(trainer, watch):
+    with timed_parts(trainer, watch):
         for step in range(options.repeats):
             watch.parts = {}
             watch.timed("whole step", trainer.train_step)(step + 3)
             steps.append(watch.parts)
-    parts = {name: statistics.median(one[name] for one in steps) for name in steps[0]}
+    parts = {name: statistics.median(times[name] for times in steps) for name in steps[0]}
     whole = parts.pop("whole step")
     parts["rest"] = whole - sum(parts.values())
-    alone, least = apart(trainer, options.repeats), floor(trainer, options.matrix, options.copied)
+    alone = isolated(trainer, options.repeats)
+    bounds = lower_bounds(trainer, options.matrix, options.copied)
     rows = [["whole step", whole, whole], *([name, s, whole] for name, s in parts.items())]
     rows += [[f"alone: {name}", s, whole] for name, s in alone.items()]
-    rows += [[f"floor by {name}", s, whole] for name, s in least.items()]
+    rows += [[f"lower bound by {name}", s, whole] for name, s in bounds.items()]
     common.table(["part", "ms", "of the step"], [[name, s * 1000, f"{s / of:.1%}"] for name, s, of in rows])
     print(
         f"{trainer.tokens_per_step:,} tokens a step, {trainer.tokens_per_step / whole:,.0f} tokens/s; "
@@ -140,11 +141,11 @@ def main(argv: list[str] | None = None) -> None:
     common.finish(
         "profile_step",
         recipe=Path(options.recipe).name,
-        settings=given,
+        settings=overrides,
         seconds=whole,
         parts=parts,
         alone=alone,
-        floor=least,
+        floor=bounds,
         tokens=trainer.tokens_per_step,
     )
 

@@ -1,11 +1,12 @@
 """
-From typing the command to the first finished step, on prepared data, without compiling: ours and nanoGPT's.
+The time from the start of the command to the end of the first step, on prepared data, without compilation:
+ours and nanoGPT's.
 
     python bench/start.py --nanogpt PATH
     python bench/start.py --imports 12        # also list our slowest imports
 
-nanoGPT evaluates before its first step: that is cut to one batch a split, and ours to one batch, too. The
-same layers, width, context and rows. A minute.
+Both evaluate before the first step, on one batch (nanoGPT: one per split), with the same layers, width,
+context and rows. Takes a minute.
 """
 
 import re
@@ -21,8 +22,8 @@ def slowest_imports(command: list, count: int) -> list[list]:
     """[[module, milliseconds including its imports]], slowest first, from python -X importtime."""
     ran = common.run([command[0], "-X", "importtime", *command[1:]], until=r"^step +1 ")
     lines = [re.match(r"import time: +\d+ \| +(\d+) \|( *)(\S+)", line) for _, line in ran.lines]
-    found = {match[3]: int(match[1]) / 1000 for match in lines if match}
-    return [[name, ms] for name, ms in sorted(found.items(), key=lambda pair: -pair[1])[:count]]
+    modules = {match[3]: int(match[1]) / 1000 for match in lines if match}
+    return [[name, ms] for name, ms in sorted(modules.items(), key=lambda pair: -pair[1])[:count]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--recipe", default=str(common.ROOT / "config" / "tiny.py"))
     add("--nanogpt_heads", type=int, default=2)
-    add("--imports", type=int, default=0, help="show so many of our slowest imports")
+    add("--imports", type=int, default=0, help="number of our slowest imports to list")
     options = common.parse(parser, argv)
     data = common.load_data(options)
     imports: list[list] = []
@@ -55,20 +56,20 @@ def main(argv: list[str] | None = None) -> None:
             return ran.seconds
 
         def nanogpt() -> float:
-            heads = dict(n_head=options.nanogpt_heads, eval_interval=10**6)
-            return common.run(common.nanogpt_train(**SHAPE, **heads), peer, until="^iter 0:").seconds
+            changes = dict(n_head=options.nanogpt_heads, eval_interval=10**6)
+            return common.run(common.nanogpt_train(**SHAPE, **changes), peer, until="^iter 0:").seconds
 
         sides = {"ours": ours}
         if options.nanogpt:
             peer = common.nanogpt(options.nanogpt, folder / "nanogpt", data)
             sides["nanoGPT"] = nanogpt
-        found = common.in_turn(sides, options.repeats)
+        measured = common.in_turn(sides, options.repeats)
         if options.imports:
             imports = slowest_imports(command, options.imports)
-    times, parts = common.medians(found), common.medians(parts)
+    times, parts = common.medians(measured), common.medians(parts)
     base = times.get("nanoGPT")
-    rows = [[n, t, min(found[n]), max(found[n]), base and t / base] for n, t in times.items()]
-    common.table(["first step of", "seconds", "least", "most", "of nanoGPT's"], rows)
+    rows = [[n, t, min(measured[n]), max(measured[n]), base and t / base] for n, t in times.items()]
+    common.table(["first step of", "seconds", "min", "max", "of nanoGPT's"], rows)
     print("ours: " + ", ".join(f"{name} at {at:.2f} s" for name, at in parts.items()))
     if imports:
         common.table(["import", "ms with its own imports"], imports)

@@ -3,12 +3,11 @@ Training throughput on nanoGPT's own architecture: our model and trainer against
 
     python bench/train_speed.py --nanogpt PATH [--shapes 4,4,128 6,6,384] [--compile]
 
-LayerNorm, learned positions, GELU, tied, no biases; AdamW on both sides, the same batches of real stories,
-each side in a process of its own.
-Beside tokens/s stands the share of the machine's measured matrix rate, with 6 operations a weight and
-12 x layers x context x width for attention; on a GPU also the share of the peak that its maker prints. The
-machine's rate is that of square matrices and of the model's own product (batch x context by width by
-4 x width), the best of some. A minute or two.
+LayerNorm, learned positions, GELU, tied embeddings, no biases; AdamW and the same batches of real stories on
+both sides, each in its own process. Prints tokens/s and the share of the machine's measured rate of matrix
+products, at 6 FLOPs per weight and 12 x layers x context x width for attention; on a GPU also the share of
+the published peak. The rate is the best of several products of square matrices, and of matrices of the
+model's shapes (batch x context by width by 4 x width). Takes a minute or two.
 """
 
 import contextlib
@@ -25,23 +24,23 @@ from nanostlm import machine
 
 NANOGPT = dict(norm="layernorm", position="learned", mlp="gelu", tied=True, bias=False)
 NANO32, NANO16 = "nanoGPT float32", "nanoGPT bf16 autocast"
-BUILT: dict = {}  # in the process of a side
+BUILT: dict = {}  # set in the process of a side
 
 
 def nanogpt_step(path: str, trainer, dtype: torch.dtype, compile: bool) -> Callable[[int], None]:
     """One update of nanoGPT's model with its own optimizer, on our trainer's batches."""
-    theirs, c, chosen = common.nanogpt_module(path), trainer.config, trainer.machine
+    module, c, chosen = common.nanogpt_module(path), trainer.config, trainer.machine
     shape = {name: getattr(c.model, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    config = theirs.GPTConfig(**shape, vocab_size=c.model.padded_vocab, bias=False, dropout=0.0)
+    config = module.GPTConfig(**shape, vocab_size=c.model.padded_vocab, bias=False, dropout=0.0)
     with contextlib.redirect_stdout(sys.stderr):  # it prints its number of parameters
-        model = theirs.GPT(config).to(chosen.device).train()
+        model = module.GPT(config).to(chosen.device).train()
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), chosen.device.type)
-    called = torch.compile(model) if compile else model
+    compiled = torch.compile(model) if compile else model
 
     def step(number: int) -> None:
         for idx, targets in trainer.micro_batches(number):
             with chosen._replace(dtype=dtype).autocast():
-                loss = called(idx, targets)[1]
+                loss = compiled(idx, targets)[1]
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -79,7 +78,7 @@ def rate(options) -> float:
 
 
 def about() -> tuple[str, int, str]:
-    """In the process of a side: its dtype, FLOPs per token, and device type."""
+    """In the process of a side: dtype, FLOPs per token and device type."""
     return BUILT["about"]
 
 
@@ -93,24 +92,24 @@ def measure(options, layers: int, heads: int, width: int) -> dict:
         for name, pool in pools.items():
             pool.submit(build, options, shape, name).result()
         sides = {name: lambda p=pool: p.submit(rate, options).result() for name, pool in pools.items()}
-        found = common.in_turn(sides, options.repeats)
-        told = {name: pool.submit(about).result() for name, pool in pools.items()}
-    _, flops, device = told["ours"]
+        measured = common.in_turn(sides, options.repeats)
+        abouts = {name: pool.submit(about).result() for name, pool in pools.items()}
+    _, flops, device = abouts["ours"]
     rows = options.batch_size * options.block_size
-    square, own = [options.matrix] * 3, [rows, width, 4 * width]
+    square, model_shape = [options.matrix] * 3, [rows, width, 4 * width]
     bf16, fp32 = torch.bfloat16, torch.float32
     rates = {
         f"{kind} {str(dtype)[6:]}": common.matrix_rate(*sizes, dtype, device)
-        for kind, sizes in (("square", square), ("own", own))
+        for kind, sizes in (("square", square), ("own", model_shape))
         for dtype in (bf16, fp32)
     }
     return {
         "shape": shape,
         "batch_size": options.batch_size,
         "flops_per_token": flops,
-        "dtypes": {name: dtype for name, (dtype, *_) in told.items()},
-        "tokens_per_s": common.medians(found),
-        "spread": {name: [min(values), max(values)] for name, values in found.items()},
+        "dtypes": {name: dtype for name, (dtype, *_) in abouts.items()},
+        "tokens_per_s": common.medians(measured),
+        "spread": {name: [min(values), max(values)] for name, values in measured.items()},
         "matrix_rates": rates,
     }
 
@@ -123,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--shapes", nargs="+", default=["4,4,128", "6,6,384"], help="layers,heads,width; default %(default)s")
     add("--batch_size", type=int, default=12)
     add("--block_size", type=int, default=256)
-    add("--steps", type=int, default=8, help="updates in a measurement")
+    add("--steps", type=int, default=8, help="updates per measurement")
     add("--matrix", type=int, default=2048, help="side of the square matrices; 8192 for a GPU")
     add("--compile", action="store_true", help="compile both sides' models")
     options = common.parse(parser, argv)
@@ -141,18 +140,20 @@ def main(argv: list[str] | None = None) -> None:
         "times",
     ]
     rows = []
-    for made in shapes:
-        base = made["tokens_per_s"].get(NANO32)
-        for name, rate in made["tokens_per_s"].items():
-            done, dtype = rate * made["flops_per_token"], made["dtypes"][name]
-            shares = [f"{done / made['matrix_rates'][f'{kind} {dtype}']:.1%}" for kind in ("square", "own")]
-            shares.append(f"{done / peak[0] / 1e12:.1%}" if peak else "unknown")
-            which = f"{made['shape']['n_layer']} x {made['shape']['n_embd']}"
-            rows.append([which, f"{name} ({dtype})", rate, done / 1e12, *shares, base and rate / base])
+    for result in shapes:
+        base = result["tokens_per_s"].get(NANO32)
+        for name, rate in result["tokens_per_s"].items():
+            flops_per_s, dtype = rate * result["flops_per_token"], result["dtypes"][name]
+            shares = [
+                f"{flops_per_s / result['matrix_rates'][f'{kind} {dtype}']:.1%}" for kind in ("square", "own")
+            ]
+            shares.append(f"{flops_per_s / peak[0] / 1e12:.1%}" if peak else "unknown")
+            which = f"{result['shape']['n_layer']} x {result['shape']['n_embd']}"
+            rows.append([which, f"{name} ({dtype})", rate, flops_per_s / 1e12, *shares, base and rate / base])
     common.table(head, rows)
-    for made in shapes:
-        rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in made["matrix_rates"].items())
-        print(f"width {made['shape']['n_embd']}: GFLOP/s of matrix products: {rates}")
+    for result in shapes:
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in result["matrix_rates"].items())
+        print(f"width {result['shape']['n_embd']}: GFLOP/s of matrix products: {rates}")
     common.finish("train_speed", compile=options.compile, card=peak or "unknown", shapes=shapes)
 
 

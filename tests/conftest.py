@@ -1,4 +1,4 @@
-"""What all tests share. One thread: the models here are tiny, and more threads would wait for each other."""
+"""Shared fixtures. Tests use one thread: the models are tiny, and more threads would only add overhead."""
 
 import contextlib
 import os
@@ -6,8 +6,8 @@ import random
 import signal
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the programs that tests start
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in subprocesses
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use no network
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def tinystories() -> Path:
-    """A local piece of TinyStories, for those who have one beside the repository."""
+    """A local part of TinyStories in ../shared; skips the test if it is missing."""
     folder = ROOT.parent / "shared" / "tinystories"
     if not folder.is_dir():
         pytest.skip("needs ../shared/tinystories")
@@ -27,31 +27,31 @@ def tinystories() -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A data_dir that holds the corpus `mini` as bytes: 40 short stories, about 3,000 ids."""
+    """A data_dir with the corpus `mini` and the byte tokenizer: 40 short stories, about 3,000 ids."""
     import prepare
 
-    folder, draw = tmp_path_factory.mktemp("corpus"), random.Random(0)
+    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
     words = "Tom Mia Ben saw a big red dog cat ball and she was happy . He ran to the park".split()
-    stories = (" ".join(draw.choices(words, k=draw.randint(8, 30))) for _ in range(40))
+    stories = (" ".join(rng.choices(words, k=rng.randint(8, 30))) for _ in range(40))
     (folder / "mini.txt").write_text("\n\n".join(stories), encoding="utf-8")
     prepare.prepare("mini", "byte", source=str(folder / "mini.txt"), data_dir=folder / "data")
     return folder / "data"
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_optional(monkeypatch):
-    """What may fail with a warning at the end of a run, such as its curve, fails a test."""
+def optional_parts_must_succeed(monkeypatch):
+    """Let failures that are only warnings at the end of a run, such as of loss.png, fail the test."""
     from nanostlm import report
 
     monkeypatch.setattr(report, "optional", contextlib.nullcontext)
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, corpus, capsys):
+def main(tmp_path, monkeypatch, corpus, capsys):
     """
-    here(out_dir, key=value, ..., "--resume", stop_after=n) -> exit status of train.main, in this
-    process and tmp_path, on micro settings unless alone=True. Its curve and stories are left out; stop_after:
-    SIGTERM arrives in update n. here.said is what it said.
+    main(out_dir, "--resume", ..., key=value, ..., stop_after=n) runs train.main in this process and in
+    tmp_path and returns its exit status; main.stderr is what it printed. Settings are MICRO with `changes`,
+    or `changes` alone with micro=False. With stop_after, SIGTERM arrives in update n. No final report.
     """
     from helpers import MICRO
 
@@ -61,23 +61,25 @@ def here(tmp_path, monkeypatch, corpus, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "final", lambda *args: None)
 
-    def go(out_dir, *words, stop_after=0, alone=False, **changes):
-        made = {"data_dir": corpus} | (changes if alone else MICRO | changes)
-        made |= {"out_dir": out_dir} if out_dir else {}
+    def run(out_dir, *args, stop_after=0, micro=True, **changes):
+        settings = {"data_dir": corpus} | (MICRO | changes if micro else changes)
+        settings |= {"out_dir": out_dir} if out_dir else {}
         step = train.Trainer.train_step
 
-        def stopping(self, n):
+        def stop_at(self, n):
             if n + 1 == stop_after:
                 self.requests.stop = signal.SIGTERM
             return step(self, n)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train.Trainer, "train_step", stopping)
-            status = train.main([f"--{key}={value}" for key, value in made.items()] + [str(w) for w in words])
-        go.said = capsys.readouterr().err
+            patch.setattr(train.Trainer, "train_step", stop_at)
+            status = train.main(
+                [f"--{key}={value}" for key, value in settings.items()] + [str(a) for a in args]
+            )
+        run.stderr = capsys.readouterr().err
         return status
 
-    return go
+    return run
 
 
 def pytest_collection_modifyitems(items):

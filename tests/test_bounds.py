@@ -1,6 +1,6 @@
 """
-Bounds: numbers out of their ranges, sizes past the memory of the machine, paths of the wrong kind. Each is
-refused with status 2 and one line, before anything is allocated, read or written.
+Bounds: numbers out of range, models that exceed memory, paths of the wrong kind. Each is a one-line error
+with exit status 2, before anything is allocated, read or written.
 """
 
 import errno
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, config, words
+from helpers import ROOT, cli_args, config
 
 import evaluate
 import export
@@ -31,20 +31,20 @@ from nanostlm.formats import hf
 from train import TrainConfig
 
 MAINS = {module.__name__: module.main for module in (train, prepare, sample, evaluate, export)}
-ENORMOUS = [2**31, 10**12, 2**63, 10**30, 10**308, 10**400]
-NO_NUMBERS = [math.nan, math.inf, -math.inf]
+HUGE = [2**31, 10**12, 2**63, 10**30, 10**308, 10**400]
+NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
-def one_line(status: int, err: str, wanted: int = 2) -> str:
-    """The error that a program ended with: one short line, with the wanted status."""
+def error_line(status: int, err: str, expected: int = 2) -> str:
+    """Check that a program ended with the expected status and one short error line, and return that line."""
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == wanted and len(errors) == 1 and "Traceback" not in err, (status, err)
+    assert status == expected and len(errors) == 1 and "Traceback" not in err, (status, err)
     assert err.splitlines()[-1] == errors[0] and len(errors[0]) < 1100
     return errors[0]
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Settings: every number has a range, every type is checked
+# Settings: ranges of numbers, types
 
 
 def number_fields(cls) -> list:
@@ -55,24 +55,24 @@ NUMBERS = [(cls, field) for cls in (TrainConfig, GPTConfig) for field in number_
 
 
 @pytest.mark.parametrize("cls, field", NUMBERS, ids=lambda x: getattr(x, "name", ""))
-def test_a_number_out_of_its_range_is_refused_by_name(cls, field):
+def test_out_of_range_setting_raises_with_its_name(cls, field):
     ranges = (train if cls is TrainConfig else models).RANGES
     low, high = ranges.get(field.name, (0, 10**9))
     assert low <= field.default <= high
-    past = low - 1 if type(field.default) is int else math.nextafter(low, -math.inf)
+    under = low - 1 if type(field.default) is int else math.nextafter(low, -math.inf)
     over = high + 1 if type(field.default) is int else math.nextafter(high, math.inf)
-    big = [n for n in ENORMOUS if n > high]
-    for value in (past, over, -1e300, -(10**400), *NO_NUMBERS, *big):
-        with pytest.raises(ValueError, match=field.name) as caught:
+    huge = [n for n in HUGE if n > high]
+    for value in (under, over, -1e300, -(10**400), *NOT_FINITE, *huge):
+        with pytest.raises(ValueError, match=field.name) as excinfo:
             config(**{field.name: value}).validate()
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
-    for value in (low, high):  # a valid value on its own, whatever the other settings say about it
+        assert "\n" not in str(excinfo.value) and len(str(excinfo.value)) < 200
+    for value in (low, high):  # valid by themselves, without the checks of several settings
         models.check_settings(replace(cls(), **{field.name: type(field.default)(value)}), ranges, {})
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, GPTConfig])
-def test_a_value_of_another_type_is_refused_by_name(cls):
-    tried = 0
+def test_setting_of_wrong_type_raises_with_its_name(cls):
+    count = 0
     for field in fields(cls):
         if field.name == "model":
             continue
@@ -82,20 +82,20 @@ def test_a_value_of_another_type_is_refused_by_name(cls):
                 continue
             with pytest.raises(ValueError, match=f"^{field.name} must be of type {kind.__name__}"):
                 config(**{field.name: value}).validate()
-            tried += 1
-    assert tried > 300
+            count += 1
+    assert count > 300
 
 
-def test_a_new_number_has_a_range_without_a_line_in_the_table():
+def test_default_range_applies_to_other_numbers():
     @dataclass
-    class Mine:
+    class Config:
         alpha: float = 0.5
         beta: int = 3
 
-    models.check_settings(Mine(10**9, 0), {}, {})
-    for wrong in (Mine(alpha=-0.5), Mine(alpha=math.nan), Mine(beta=10**9 + 1), Mine(beta=1.0)):
+    models.check_settings(Config(10**9, 0), {}, {})
+    for invalid in (Config(alpha=-0.5), Config(alpha=math.nan), Config(beta=10**9 + 1), Config(beta=1.0)):
         with pytest.raises(ValueError, match="alpha|beta"):
-            models.check_settings(wrong, {}, {})
+            models.check_settings(invalid, {}, {})
 
 
 POINTS = """0:nan|0:inf|nan:1|inf:1|0:0.5, nan:1|0:0.5, inf:1|0:0.5, 1e400:1|-1:0, 1:1|0:1e-320|0:0.5, 1e308:1
@@ -104,7 +104,7 @@ POINTS = """0:nan|0:inf|nan:1|inf:1|0:0.5, nan:1|0:0.5, inf:1|0:0.5, 1e400:1|-1:
 
 @pytest.mark.parametrize("text", POINTS)
 @pytest.mark.parametrize("name", ["dropout_schedule", "context_schedule"])
-def test_points_of_a_schedule_are_finite(name, text):
+def test_invalid_schedule_raises(name, text):
     try:
         config(**{name: text}).validate()
     except ValueError as error:
@@ -113,7 +113,7 @@ def test_points_of_a_schedule_are_finite(name, text):
         assert name == "dropout_schedule" and text == "0:1e-320"
 
 
-LINES = {  # --setting=value on the command line of train.py -> what the error says, "" if it prints a plan
+SETTING_VALUES = {  # --setting=value for train.py -> part of the error message; "": it prints a plan
     ("n_embd", "1e30"): "n_embd must be between 1 and 1,000,000,000",
     ("n_embd", "1e400"): "n_embd takes a whole number",
     ("n_embd", "9" * 5000): "n_embd takes a whole number",
@@ -165,48 +165,48 @@ LINES = {  # --setting=value on the command line of train.py -> what the error s
 }
 
 
-@pytest.mark.parametrize("name, value", LINES, ids=lambda text: ascii(text)[:30])
-def test_the_plan_or_one_line(name, value, here):
-    began = time.perf_counter()
-    status = here("", **{"max_iters": 0, name: value})
-    if LINES[name, value]:
-        assert LINES[name, value] in one_line(status, here.said)
+@pytest.mark.parametrize("name, value", SETTING_VALUES, ids=lambda text: ascii(text)[:30])
+def test_setting_gives_a_plan_or_one_error_line(name, value, main):
+    start = time.perf_counter()
+    status = main("", **{"max_iters": 0, name: value})
+    if SETTING_VALUES[name, value]:
+        assert SETTING_VALUES[name, value] in error_line(status, main.stderr)
     else:
-        assert status == 0 and "MB of memory" in here.said
-    assert time.perf_counter() - began < 2 and not Path("out").exists()
+        assert status == 0 and "MB of memory" in main.stderr
+    assert time.perf_counter() - start < 2 and not Path("out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Sizes: computed from the configuration before anything is built
+# Sizes: computed from the configuration before any allocation
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """A machine with 1,000 MB of memory, on which nothing is ever constructed."""
+def small_machine(monkeypatch):
+    """A machine with 1,000 MB of memory. Constructing a model fails the test."""
     monkeypatch.setattr(machine, "total_memory", lambda device: 1000 * 2**20)
     monkeypatch.setattr(report, "total_memory", lambda device: 1000 * 2**20)
 
     def init(*args, **kwargs):
-        raise AssertionError("it was constructed")
+        raise AssertionError("a model was constructed")
 
     monkeypatch.setattr(models.Core, "__init__", init)
 
 
 @pytest.fixture
-def a_run(here, tmp_path_factory, corpus):
-    """A current directory with a run in out/."""
-    kept = tmp_path_factory.getbasetemp() / "a-run"
-    if not kept.exists():
-        assert here("out/run", max_iters=2) == 0
-        shutil.copytree("out", kept)
-    shutil.copytree(kept, "out", dirs_exist_ok=True)
+def run_folder(main, tmp_path_factory, corpus):
+    """A current directory with a run in out/run, which is trained only once."""
+    cached = tmp_path_factory.getbasetemp() / "a-run"
+    if not cached.exists():
+        assert main("out/run", max_iters=2) == 0
+        shutil.copytree("out", cached)
+    shutil.copytree(cached, "out", dirs_exist_ok=True)
 
 
 TOO_LARGE = [
     dict(n_layer=10**9),
     dict(n_layer=10_001, n_embd=2, n_head=1),
     dict(n_layer=10_001, share="layers"),
-    dict(n_layer=9_000, n_embd=512, share="layers"),  # fits, but not before the layers are shared
+    dict(n_layer=9_000, n_embd=512, share="layers"),  # fits only after the layers are shared
     dict(n_layer=9_000, n_embd=512, share="lora"),
     dict(n_embd=10**6),
     dict(n_embd=10**9, n_head=1),
@@ -221,68 +221,70 @@ TOO_LARGE = [
 
 
 @pytest.mark.parametrize("shape", TOO_LARGE, ids=str)
-def test_a_model_past_the_memory_is_refused_with_the_figures(shape, small, here, corpus):
-    began = time.perf_counter()
-    line = one_line(here("run", **shape), here.said)
+def test_model_that_exceeds_memory_is_an_error(shape, small_machine, main, corpus):
+    start = time.perf_counter()
+    line = error_line(main("run", **shape), main.stderr)
     assert "and cpu has 1,000 MB" in line or "10,000 layers take too long" in line, line
-    assert here("run", max_iters=0, **shape) == 0, "the plan is printed whatever the size"
-    assert "parameters" in here.said and time.perf_counter() - began < 5 and not Path("run").exists()
+    assert main("run", max_iters=0, **shape) == 0, "the plan is printed for any size"
+    assert "parameters" in main.stderr and time.perf_counter() - start < 5 and not Path("run").exists()
 
 
 @pytest.mark.parametrize(
     "rows", [dict(batch_size=10**8), dict(gradient_accumulation_steps=10**8), dict(batch_size=10**9)], ids=str
 )
-def test_a_batch_past_the_memory_is_refused_with_the_figures(rows, small, here):
-    assert "this takes at least" in one_line(here("run", **rows), here.said)
-    assert here("", max_iters=0, **rows) == 0
-    assert "WARNING: this machine has only 1,000 MB of memory" in here.said or "accumulation" in str(rows)
+def test_batch_that_exceeds_memory_is_an_error(rows, small_machine, main):
+    assert "this takes at least" in error_line(main("run", **rows), main.stderr)
+    assert main("", max_iters=0, **rows) == 0
+    assert "WARNING: this machine has only 1,000 MB of memory" in main.stderr or "accumulation" in str(rows)
 
 
-def test_a_run_that_may_not_fit_is_warned_and_runs(here, monkeypatch):
+def test_run_that_may_exceed_memory_warns(main, monkeypatch):
     for module in (machine, report):
         monkeypatch.setattr(module, "total_memory", lambda device: 100 * 2**20)  # PyTorch alone takes more
     monkeypatch.setattr(machine.Machine, "run_memory", lambda self, c: 101 * 2**20)
-    assert here("run", max_iters=2) == 0 and "; WARNING: this machine has only 100 MB of memory" in here.said
+    assert (
+        main("run", max_iters=2) == 0 and "; WARNING: this machine has only 100 MB of memory" in main.stderr
+    )
     monkeypatch.setattr(machine.Machine, "run_memory", lambda self, c: 99 * 2**20)
-    assert here("more", max_iters=2) == 0 and "WARNING" not in here.said
+    assert main("more", max_iters=2) == 0 and "WARNING" not in main.stderr
 
 
-def test_a_shipped_shape_is_within_a_small_machine():
-    """A model is refused only if it is certain not to fit: 100M parameters fit into 1.3 GB at least."""
+def test_check_size_accepts_100m_parameters():
+    """It raises only for models that certainly do not fit."""
     c = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=8192)
     machine.check_size(c)
     assert machine.total_memory(torch.device("cpu")) > 2**28
 
 
-def edited(path: str, **changes) -> str:
-    """A copy of a checkpoint with another configuration of the model."""
+def edited_checkpoint(path: str, **changes) -> str:
+    """Save a copy of a checkpoint with a changed model configuration."""
     state = checkpoint.read(path)
-    checkpoint.save("edited.pt", state | {"model_config": state["model_config"] | changes})
-    return "edited.pt"
+    checkpoint.save("edited_checkpoint.pt", state | {"model_config": state["model_config"] | changes})
+    return "edited_checkpoint.pt"
 
 
 @pytest.mark.parametrize("shape", TOO_LARGE, ids=str)
-def test_a_checkpoint_that_asks_for_more_than_the_memory(shape, a_run, small, capsys):
-    path = edited("out/run/best.pt", **{"n_head": 1, "n_embd": 16} | shape)
+def test_checkpoint_config_that_exceeds_memory_is_an_error(shape, run_folder, small_machine, capsys):
+    path = edited_checkpoint("out/run/best.pt", **{"n_head": 1, "n_embd": 16} | shape)
     for main, argv in ((sample.main, [path]), (evaluate.main, [path]), (export.main, ["--to=hf", "x", path])):
-        line = one_line(main(argv), capsys.readouterr().err)
+        line = error_line(main(argv), capsys.readouterr().err)
         assert "cpu has 1,000 MB" in line or "too long to construct" in line, line
 
 
 @pytest.mark.parametrize(
     "name, value", [("n_layer", 2**40), ("n_layer", 10**30), ("n_head", 0), ("dropout", 2), ("n_embd", 17)]
 )
-def test_a_checkpoint_of_an_impossible_configuration(name, value, a_run, capsys):
-    assert name in one_line(
-        sample.main([edited("out/run/best.pt", **{name: value})]), capsys.readouterr().err
+def test_checkpoint_with_invalid_config_is_an_error(name, value, run_folder, capsys):
+    assert name in error_line(
+        sample.main([edited_checkpoint("out/run/best.pt", **{name: value})]), capsys.readouterr().err
     )
 
 
-def test_a_foreign_configuration_past_the_memory(tmp_path, monkeypatch):
+def test_from_hf_raises_for_config_that_exceeds_memory(tmp_path, monkeypatch):
     tok = tokenizer.get("byte")
     hf.to_hf(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, vocab_size=257, block_size=8)), tok, tmp_path)
     monkeypatch.setattr(models.Core, "__init__", None)
-    whole = json.loads((tmp_path / "config.json").read_text())
+    original = json.loads((tmp_path / "config.json").read_text())
     for change in (
         {"num_hidden_layers": 10**9},
         {"num_hidden_layers": 10_001},
@@ -291,18 +293,18 @@ def test_a_foreign_configuration_past_the_memory(tmp_path, monkeypatch):
         {"hidden_size": 2**40, "head_dim": 2**40},
         {"max_position_embeddings": 10**400},
     ):
-        (tmp_path / "config.json").write_text(json.dumps(whole | change))
+        (tmp_path / "config.json").write_text(json.dumps(original | change))
         with pytest.raises(ValueError, match="MB|must be|too long to construct"):
             hf.from_hf(tmp_path)
 
 
-def test_the_most_layers_are_constructed_in_seconds():
-    began = time.perf_counter()
+def test_max_layers_are_constructed_within_a_minute():
+    start = time.perf_counter()
     GPT(GPTConfig(n_layer=500, n_head=1, n_embd=2, vocab_size=2, mlp="gelu"))
-    assert (time.perf_counter() - began) * machine.MAX_LAYERS / 500 < 60
+    assert (time.perf_counter() - start) * machine.MAX_LAYERS / 500 < 60
 
 
-def test_memory_is_that_of_the_control_group(monkeypatch):
+def test_total_memory_respects_the_cgroup_limit(monkeypatch):
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         for text in ("12345\n", "max\n", ""):
             files = {name: text}
@@ -311,7 +313,7 @@ def test_memory_is_that_of_the_control_group(monkeypatch):
             assert (machine.total_memory(torch.device("cpu")) == 12345) is (text == "12345\n")
 
 
-PROGRAMS = {  # numbers of the other programs
+SCRIPT_OPTIONS = {  # command line -> part of the error message
     ("sample", "--num_samples", "1000000000000"): "num_samples must be between 1 and 100,000",
     ("sample", "--num_samples", "9" * 5000): "num_samples",
     ("sample", "--num_samples", "1e3"): "num_samples",
@@ -334,24 +336,24 @@ PROGRAMS = {  # numbers of the other programs
 }
 
 
-@pytest.mark.parametrize("argv", PROGRAMS, ids=lambda argv: " ".join(argv)[:50])
-def test_numbers_of_the_other_programs(argv, here, capsys):
+@pytest.mark.parametrize("argv", SCRIPT_OPTIONS, ids=lambda argv: " ".join(argv)[:50])
+def test_out_of_range_script_options(argv, main, capsys):
     if argv[0] in ("sample", "evaluate"):
-        assert here("out/run", max_iters=2) == 0
+        assert main("out/run", max_iters=2) == 0
     status = MAINS[argv[0]](list(argv[1:]))
-    assert PROGRAMS[argv] in one_line(status, capsys.readouterr().err)
+    assert SCRIPT_OPTIONS[argv] in error_line(status, capsys.readouterr().err)
     assert not Path("data").exists()
 
 
-def test_the_cache_of_many_samples_is_refused_with_the_figures(here, capsys, monkeypatch):
-    assert here("run", max_iters=2) == 0
+def test_kv_cache_that_exceeds_memory_is_an_error(main, capsys, monkeypatch):
+    assert main("run", max_iters=2) == 0
     monkeypatch.setattr(machine, "total_memory", lambda device: 100 * 2**20)
     status = sample.main(["--out_dir", "run", "--num_samples", "100000", "--max_new_tokens", "1"])
-    assert "cpu has 100 MB" in one_line(status, capsys.readouterr().err)
+    assert "cpu has 100 MB" in error_line(status, capsys.readouterr().err)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Paths: of the wrong kind, or none
+# Paths of the wrong kind
 
 
 ALL = ("device", "null", "full", "inside", "inside a device", "empty", "nul", "long", "deep", "loop", "fifo")
@@ -359,24 +361,24 @@ FILES, FOLDERS = (*ALL, "folder"), (*ALL, "file")
 
 
 def bad_path(kind: str) -> str:
-    """A path of this kind in the current directory."""
+    """A path of this kind, created in the current directory if necessary."""
     Path("file.txt").write_text("Once upon a time\n\nTom and Mia\n\nThe end\n")
     Path("folder").mkdir(exist_ok=True)
     if not os.path.lexists("loop"):
         os.symlink("loop", "loop")
         os.mkfifo("fifo")
-    odd = {"device": "/dev/zero", "null": "/dev/null", "full": "/dev/full", "inside": "file.txt/y"}
-    odd |= {
+    paths = {"device": "/dev/zero", "null": "/dev/null", "full": "/dev/full", "inside": "file.txt/y"}
+    paths |= {
         "inside a device": "/dev/null/x",
         "empty": "",
         "nul": "a\0b",
         "long": "n" * 5000,
         "deep": "n/" * 5000,
     }
-    return ({"file": "file.txt"} | odd).get(kind, kind)
+    return ({"file": "file.txt"} | paths).get(kind, kind)
 
 
-WORDS = {  # program, its command line with PATH -> the kinds of path that are refused there
+COMMANDS = {  # script and arguments with PATH -> the kinds of path that are errors there
     ("train", "--out_dir=PATH"): tuple(kind for kind in FOLDERS if kind != "empty"),
     ("train", "--out_dir=PATH", "--overwrite"): tuple(kind for kind in FOLDERS if kind != "empty"),
     ("train", "--out_dir=PATH", "--resume"): tuple(kind for kind in FOLDERS if kind != "empty"),
@@ -400,55 +402,54 @@ WORDS = {  # program, its command line with PATH -> the kinds of path that are r
     ("export", "--to", "llama2c", "PATH", "--overwrite"): FILES,
     ("export", "--to", "hf", "dest", "--out_dir", "PATH"): (*ALL, "file", "folder"),
 }
-PATHS = [(argv, kind) for argv, kinds in WORDS.items() for kind in kinds]
+BAD_PATHS = [(argv, kind) for argv, kinds in COMMANDS.items() for kind in kinds]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="devices and pipes of POSIX")
-@pytest.mark.parametrize("argv, kind", PATHS, ids=lambda x: x if isinstance(x, str) else " ".join(x))
-def test_a_path_of_the_wrong_kind(argv, kind, a_run, corpus, capsys, monkeypatch):
+@pytest.mark.parametrize("argv, kind", BAD_PATHS, ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_path_of_wrong_kind_is_an_error(argv, kind, run_folder, corpus, capsys, monkeypatch):
     path = bad_path(kind)
     if argv[0] == "train":
-        monkeypatch.setattr(train, "Trainer", None)  # nothing may get that far
-    line = [word.replace("PATH", path) for word in argv[1:]]
+        monkeypatch.setattr(train, "Trainer", None)  # training must not start
+    args = [arg.replace("PATH", path) for arg in argv[1:]]
     if argv[0] == "train":
-        made = [word for word in words(corpus, max_iters=1) if word.split("=")[0] not in str(argv)]
-        line = line + made
+        args += [arg for arg in cli_args(corpus, max_iters=1) if arg.split("=")[0] not in str(argv)]
     before = sorted(str(p) for p in Path(".").rglob("*"))
-    status = MAINS[argv[0]](line)
-    one_line(status, capsys.readouterr().err)
+    status = MAINS[argv[0]](args)
+    error_line(status, capsys.readouterr().err)
     after = sorted(str(p) for p in Path(".").rglob("*") if p.name not in ("data", "n") and p.parts[0] != "n")
     assert after == before
     assert not Path("/dev/tokenizer.bin").exists()
 
 
-@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may do everything")
-@pytest.mark.parametrize("argv", WORDS, ids=" ".join)
-def test_a_folder_that_is_not_to_be_read_or_written(argv, a_run, corpus, capsys):
+@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root has all permissions")
+@pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
+def test_folder_without_permissions_is_an_error(argv, run_folder, corpus, capsys):
     Path("locked").mkdir()
     os.chmod("locked", 0)
-    made = words(corpus, max_iters=1) if argv[0] == "train" else []
-    made = [word for word in made if word.split("=")[0] not in str(argv)]
+    defaults = cli_args(corpus, max_iters=1) if argv[0] == "train" else []
+    defaults = [arg for arg in defaults if arg.split("=")[0] not in str(argv)]
     try:
-        status = MAINS[argv[0]]([word.replace("PATH", "locked/x") for word in argv[1:]] + made)
-        one_line(status, capsys.readouterr().err)
+        status = MAINS[argv[0]]([arg.replace("PATH", "locked/x") for arg in argv[1:]] + defaults)
+        error_line(status, capsys.readouterr().err)
     finally:
         os.chmod("locked", 0o700)
 
 
-def test_a_prompt_has_a_size(a_run, capsys, monkeypatch):
+def test_prompt_size_is_limited(run_folder, capsys, monkeypatch):
     monkeypatch.setattr(sample, "MAX_PROMPT", 100)
     Path("long.txt").write_text("a" * 101)
     Path("fits.txt").write_text("a" * 99 + "\n")
-    assert "more than 100 bytes" in one_line(
+    assert "more than 100 bytes" in error_line(
         sample.main(["--prompt", "FILE:long.txt"]), capsys.readouterr().err
     )
     assert sample.read_prompt("FILE:fits.txt") == "a" * 99
     with open("/dev/zero") as zero:
         monkeypatch.setattr(sys, "stdin", zero)
-        assert "more than 100 bytes" in one_line(sample.main(["--prompt", "-"]), capsys.readouterr().err)
+        assert "more than 100 bytes" in error_line(sample.main(["--prompt", "-"]), capsys.readouterr().err)
 
 
-def test_devices_in_a_folder_of_texts_are_no_texts(tmp_path, capsys):
+def test_prepare_ignores_non_regular_files_in_a_folder(tmp_path, capsys):
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(20):
@@ -461,10 +462,10 @@ def test_devices_in_a_folder_of_texts_are_no_texts(tmp_path, capsys):
     assert meta["train"]["stories"] + meta["val"]["stories"] == 20
 
 
-NUMBERED = dict.fromkeys("ENOENT EEXIST EISDIR ENOTDIR EACCES EPERM EROFS ENAMETOOLONG ELOOP".split(), 2)
-NUMBERED |= dict.fromkeys("ENOSPC EIO EDQUOT ENOMEM EMFILE ENFILE ECONNREFUSED ETIMEDOUT".split(), 1)
+ERRNO_STATUS = dict.fromkeys("ENOENT EEXIST EISDIR ENOTDIR EACCES EPERM EROFS ENAMETOOLONG ELOOP".split(), 2)
+ERRNO_STATUS |= dict.fromkeys("ENOSPC EIO EDQUOT ENOMEM EMFILE ENFILE ECONNREFUSED ETIMEDOUT".split(), 1)
 ERRORS = [
-    *((OSError(getattr(errno, name), name, "n" * 5000), status) for name, status in NUMBERED.items()),
+    *((OSError(getattr(errno, name), name, "n" * 5000), status) for name, status in ERRNO_STATUS.items()),
     *(
         (error, 2)
         for error in (ValueError("x"), FileNotFoundError("x"), UnicodeDecodeError("x", b"", 0, 1, "x"))
@@ -474,17 +475,17 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error, status", ERRORS, ids=lambda x: str(x)[:40])
-def test_the_status_is_decided_by_the_errno(error, status, capsys):
+def test_exit_status_depends_on_errno(error, status, capsys):
     @entry.script
     def main(argv):
         raise error
 
-    one_line(main([]), capsys.readouterr().err, status)
+    error_line(main([]), capsys.readouterr().err, status)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="devices of POSIX")
-def test_a_prompt_that_never_ends_as_a_program(a_run):
-    """The same in a process of its own, as a user types it."""
+def test_endless_prompt_file_in_a_subprocess(run_folder):
+    """As a user runs it."""
     command = [sys.executable, str(ROOT / "sample.py"), "--prompt", "FILE:/dev/zero"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    one_line(done.returncode, done.stderr)
+    error_line(done.returncode, done.stderr)

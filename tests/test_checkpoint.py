@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, found out when damaged, never executed, kept when the disk fails."""
+"""Checkpoints: atomic writes, detection of damage, no code execution, failing disks, earlier formats."""
 
 import errno
 import io
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Program, config, kept, lines, numbers, same, trainer, words
+from helpers import Program, bit_equal, cli_args, config, metrics, random_data, run_state, trainer
 
 import prepare
 import train
@@ -24,52 +24,52 @@ from nanostlm import checkpoint, runs, score, tokenizer
 from nanostlm import data as datasets
 
 
-def state(**more) -> dict:
-    """The smallest whole checkpoint."""
+def state(**changes) -> dict:
+    """A minimal valid checkpoint."""
     c = config().model
     torch.manual_seed(0)
-    made = {
+    base = {
         "model": GPT(c).state_dict(),
         "model_config": asdict(c),
         "tokenizer": tokenizer.get("byte").state(),
     }
-    return made | {"step": 3} | more
+    return base | {"step": 3} | changes
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Save, read, load
 
 
-def test_what_was_saved_comes_back(tmp_path):
-    plain = dict(
+def test_save_and_read_roundtrip(tmp_path):
+    extra = dict(
         a=[1, 2.5, "three", None, True, {"x": (1, 2)}], weights=torch.arange(5).half(), nan=float("nan")
     )
-    checkpoint.save(tmp_path / "x.pt", state(**plain))
-    back = checkpoint.read(tmp_path / "x.pt")
-    assert same(back, {"format": checkpoint.FORMAT, **state(**plain)})
+    checkpoint.save(tmp_path / "x.pt", state(**extra))
+    loaded = checkpoint.read(tmp_path / "x.pt")
+    assert bit_equal(loaded, {"format": checkpoint.FORMAT, **state(**extra)})
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None, "other programs open it, too"
+    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None, "a valid zip for other programs"
 
 
-def test_torch_opens_every_checkpoint_of_a_run_with_weights_only(here):
-    assert here("run", dtype="float16", optimizer="muon") == 0
+def test_every_checkpoint_loads_with_weights_only(main):
+    assert main("run", dtype="float16", optimizer="muon") == 0
     for name in ("latest.pt", "previous.pt", "best.pt"):
-        found = torch.load(Path("run", name), weights_only=True)
-        kinds = set()
+        state = torch.load(Path("run", name), weights_only=True)
+        types = set()
 
-        def look(x, kinds=kinds):
+        def collect(x, types=types):
             if isinstance(x, dict | list | tuple):
                 for y in [*x.keys(), *x.values()] if isinstance(x, dict) else x:
-                    look(y)
+                    collect(y)
             else:
-                kinds.add(type(x))
+                types.add(type(x))
 
-        look(found)
-        assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}, name
-        assert not any(key.startswith(("_orig_mod", "module.")) for key in found["model"])
-        assert found["provenance"].keys() >= {"torch", "python", "commit", "model.py", "train.py"}
-        assert found["train_config"]["dataset"] == "mini" and found["model_config"]["vocab_size"] == 257
-    assert kept("run")["optimizers"] and "optimizers" not in torch.load("run/best.pt")
+        collect(state)
+        assert types <= {torch.Tensor, int, float, str, bool, type(None)}, name
+        assert not any(key.startswith(("_orig_mod", "module.")) for key in state["model"])
+        assert state["provenance"].keys() >= {"torch", "python", "commit", "model.py", "train.py"}
+        assert state["train_config"]["dataset"] == "mini" and state["model_config"]["vocab_size"] == 257
+    assert run_state("run")["optimizers"] and "optimizers" not in torch.load("run/best.pt")
 
 
 @pytest.mark.parametrize(
@@ -83,22 +83,22 @@ def test_torch_opens_every_checkpoint_of_a_run_with_weights_only(here):
     ],
     ids=str,
 )
-def test_tied_and_shared_weights_survive(changes, tmp_path):
+def test_tied_and_shared_weights_roundtrip(changes, tmp_path):
     t = trainer(out_dir=tmp_path, **changes)
     t.train_step(0)
     t.save_checkpoint(1)
     model, _ = checkpoint.load(tmp_path / "latest.pt")
     assert len(list(model.parameters())) == len(list(t.model.parameters()))
     assert (model.head.linear.weight is model.embedder.tokens.weight) == t.config.model.tied
-    assert same(dict(model.state_dict()), dict(t.model.state_dict()))
-    again = trainer(out_dir=tmp_path, **changes)
-    again.load_checkpoint(checkpoint.read(tmp_path / "latest.pt"))
-    for x in (t, again):
+    assert bit_equal(dict(model.state_dict()), dict(t.model.state_dict()))
+    resumed = trainer(out_dir=tmp_path, **changes)
+    resumed.load_checkpoint(checkpoint.read(tmp_path / "latest.pt"))
+    for x in (t, resumed):
         x.train_step(1)
-    assert same(dict(again.model.state_dict()), dict(t.model.state_dict()))
+    assert bit_equal(dict(resumed.model.state_dict()), dict(t.model.state_dict()))
 
 
-def test_a_loaded_model_does_not_drop_out(tmp_path):
+def test_loaded_model_is_in_eval_mode(tmp_path):
     t = trainer(out_dir=tmp_path, dropout=0.5)
     t.save_checkpoint(0)
     model, tok = checkpoint.load(tmp_path)
@@ -107,7 +107,7 @@ def test_a_loaded_model_does_not_drop_out(tmp_path):
     assert torch.equal(model(idx)[0], model(idx)[0])
 
 
-def test_which_checkpoint_a_folder_stands_for(tmp_path):
+def test_find_prefers_best_then_latest_then_previous(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         checkpoint.find(tmp_path)
     for name in ("previous.pt", "latest.pt", "best.pt"):
@@ -124,95 +124,100 @@ def test_which_checkpoint_a_folder_stands_for(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
+def checkpoint_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("good") / "good.pt"
     checkpoint.save(file, state())
     return file
 
 
-def test_every_flipped_bit_is_found(good, tmp_path):
-    """60 random flips, then one in each of the first and last bytes, where the zip's structure stands."""
-    whole, draw, found = good.read_bytes(), random.Random(0), 0
-    places = [draw.randrange(8 * len(whole)) for _ in range(60)]
-    places += [8 * i + draw.randrange(8) for i in [*range(60), *range(len(whole) - 150, len(whole))]]
-    for place in places:
-        broken = bytearray(whole)
-        broken[place // 8] ^= 1 << place % 8
+def test_every_flipped_bit_is_detected(checkpoint_file, tmp_path):
+    """60 random flips, then one in each of the first and last bytes, which hold the zip's structure."""
+    content, rng, detected = checkpoint_file.read_bytes(), random.Random(0), 0
+    bits = [rng.randrange(8 * len(content)) for _ in range(60)]
+    bits += [8 * i + rng.randrange(8) for i in [*range(60), *range(len(content) - 150, len(content))]]
+    for bit in bits:
+        broken = bytearray(content)
+        broken[bit // 8] ^= 1 << bit % 8
         file = tmp_path / "broken.pt"
         file.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"broken.pt (is damaged|holds more)") as caught:
+        with pytest.raises(ValueError, match=r"broken.pt (is damaged|holds more)") as excinfo:
             checkpoint.read(file)
-        assert "\n" not in str(caught.value)
-        found += 1
-    assert found == 60 + 60 + 150
+        assert "\n" not in str(excinfo.value)
+        detected += 1
+    assert detected == 60 + 60 + 150
 
 
-def test_a_cut_file_is_found(good, tmp_path):
-    whole = good.read_bytes()
-    for size in (0, 1, 10, 63, 64, 65, 1000, len(whole) // 2, len(whole) - 64, len(whole) - 1):
-        file = tmp_path / "cut.pt"
-        file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="cut.pt is damaged"):
+def test_truncated_file_is_detected(checkpoint_file, tmp_path):
+    content = checkpoint_file.read_bytes()
+    for size in (0, 1, 10, 63, 64, 65, 1000, len(content) // 2, len(content) - 64, len(content) - 1):
+        file = tmp_path / "truncated.pt"
+        file.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="truncated.pt is damaged"):
             checkpoint.read(file)
-    file.write_bytes(whole + b"x")
-    with pytest.raises(ValueError, match="cut.pt is damaged"):
+    file.write_bytes(content + b"x")
+    with pytest.raises(ValueError, match="truncated.pt is damaged"):
         checkpoint.read(file)
     for junk in (b"\x00" * 5000, random.Random(1).randbytes(5000), b"PK\x03\x04" + b"\x80" * 500):
         file.write_bytes(junk)
-        with pytest.raises(ValueError, match="cut.pt is damaged"):
+        with pytest.raises(ValueError, match="truncated.pt is damaged"):
             checkpoint.read(file)
 
 
-class Evil:
+class Malicious:
     def __reduce__(self):
-        return os.mkdir, ("hacked",)
+        return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize("how", ["zip", "signed", "legacy", "pickle"])
-def test_nothing_in_a_file_is_ever_executed(how, tmp_path, monkeypatch):
+def test_reading_never_executes_code(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "evil.pt"
-    if how == "signed":  # by our own hand, so the checksum holds
-        checkpoint.save(file, state(evil=Evil()))
+    file = tmp_path / "malicious.pt"
+    if how == "signed":  # with a valid checksum
+        checkpoint.save(file, state(malicious=Malicious()))
     elif how == "pickle":
-        file.write_bytes(pickle.dumps({"format": 1, "evil": Evil()}))
+        file.write_bytes(pickle.dumps({"format": 1, "malicious": Malicious()}))
     else:
-        torch.save({"format": 1, "evil": Evil()}, file, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(ValueError, match="evil.pt (holds more than tensors and plain data|is damaged or no)"):
+        torch.save({"format": 1, "malicious": Malicious()}, file, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(
+        ValueError, match="malicious.pt (holds more than tensors and plain data|is damaged or no)"
+    ):
         checkpoint.read(file)
-    assert not Path("hacked").exists()
+    assert not Path("executed").exists()
     torch.load(file, weights_only=False) if how == "zip" else None
-    assert Path("hacked").exists() == (how == "zip"), "no empty claim"
+    assert Path("executed").exists() == (how == "zip"), "weights_only=False does execute it"
 
 
-def test_other_peoples_files_and_newer_ones_are_refused(tmp_path):
-    torch.save({"model": {}}, tmp_path / "theirs.pt")
+def test_foreign_and_newer_files_raise(tmp_path):
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="not written by this project"):
-        checkpoint.read(tmp_path / "theirs.pt")
-    torch.save([1, 2], tmp_path / "theirs.pt")
+        checkpoint.read(tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="not written by this project"):
-        checkpoint.read(tmp_path / "theirs.pt")
+        checkpoint.read(tmp_path / "foreign.pt")
     checkpoint.save(tmp_path / "new.pt", state(format=checkpoint.FORMAT + 1))
     with pytest.raises(ValueError, match="newer version"):
         checkpoint.read(tmp_path / "new.pt")
-    odd = state()
-    odd["model_config"]["flavour"] = "vanilla"
-    checkpoint.save(tmp_path / "odd.pt", odd)
-    with pytest.raises(ValueError, match="odd.pt: model_config.flavour must be absent"):
-        checkpoint.load(tmp_path / "odd.pt")
+    state_dict = state()
+    state_dict["model_config"]["flavour"] = "vanilla"
+    checkpoint.save(tmp_path / "unknown.pt", state_dict)
+    with pytest.raises(ValueError, match="unknown.pt: model_config.flavour must be absent"):
+        checkpoint.load(tmp_path / "unknown.pt")
 
 
-def test_the_checksum_is_the_comment_of_the_zip(good):
-    whole = good.read_bytes()
-    assert struct.unpack("<H", whole[-66:-64])[0] == 64 and zipfile.ZipFile(good).comment == whole[-64:]
+def test_checksum_is_the_zip_comment(checkpoint_file):
+    content = checkpoint_file.read_bytes()
+    assert (
+        struct.unpack("<H", content[-66:-64])[0] == 64
+        and zipfile.ZipFile(checkpoint_file).comment == content[-64:]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
-# A disk that fails while saving
+# Disk failures while saving
 
 
 def failing(monkeypatch, where: str, error: Exception, times: int = 10**9) -> list[int]:
-    """Make the next `times` calls of os.fsync, os.replace, torch.save or of a file's writing raise."""
+    """Make the next `times` calls of os.fsync, os.replace, torch.save or open raise `error`."""
     module, name = {
         "fsync": (os, "fsync"),
         "replace": (os, "replace"),
@@ -221,13 +226,13 @@ def failing(monkeypatch, where: str, error: Exception, times: int = 10**9) -> li
     }[where]
     real, calls = getattr(module, name, open), []
 
-    def broken(*args, **kwargs):
+    def failing_call(*args, **kwargs):
         calls.append(0)
         if len(calls) <= times:
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, broken, raising=False)
+    monkeypatch.setattr(module, name, failing_call, raising=False)
     return calls
 
 
@@ -244,7 +249,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_failed_save_leaves_the_old_checkpoint(name, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_checkpoint(name, tmp_path, monkeypatch):
     where, error = FAULTS[name]
     checkpoint.save(tmp_path / "latest.pt", state(step=1))
     old = (tmp_path / "latest.pt").read_bytes()
@@ -252,12 +257,12 @@ def test_a_failed_save_leaves_the_old_checkpoint(name, tmp_path, monkeypatch):
         failing(patch, where, error)
         with pytest.raises(type(error)):
             checkpoint.save(tmp_path / "latest.pt", state(step=2), tmp_path / "previous.pt")
-    assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"], "and no half file"
+    assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"], "no partial file"
     assert (tmp_path / "latest.pt").read_bytes() == old
 
 
-def test_renaming_that_fails_half_way_leaves_a_checkpoint(tmp_path, monkeypatch):
-    """The old one is previous.pt by then, and the run goes on from it."""
+def test_failed_second_rename_keeps_a_checkpoint(tmp_path, monkeypatch):
+    """The old checkpoint is previous.pt by then, and the run resumes from it."""
     checkpoint.save(tmp_path / "latest.pt", state(step=1))
     real = os.replace
 
@@ -273,12 +278,12 @@ def test_renaming_that_fails_half_way_leaves_a_checkpoint(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_saving_is_tried_again(name, here, monkeypatch):
-    """Two failures are survived with two loud warnings, and nothing of the run is different."""
-    assert here("straight") == 0
-    naps, step = [], train.Trainer.train_step
+def test_save_is_retried(name, main, monkeypatch):
+    """Two failures print two warnings and do not change the run."""
+    assert main("straight") == 0
+    sleeps, step = [], train.Trainer.train_step
     with monkeypatch.context() as patch:
-        patch.setattr(time, "sleep", naps.append)
+        patch.setattr(time, "sleep", sleeps.append)
 
         def fail_at_5(self, n):
             if n == 4:
@@ -286,42 +291,42 @@ def test_saving_is_tried_again(name, here, monkeypatch):
             return step(self, n)
 
         patch.setattr(train.Trainer, "train_step", fail_at_5)
-        assert here("run") == 0
-    assert here.said.count("WARNING: could not save") == here.said.count("trying again") == 2
-    assert [nap for nap in naps if nap >= 1] == [1, 5]
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+        assert main("run") == 0
+    assert main.stderr.count("WARNING: could not save") == main.stderr.count("trying again") == 2
+    assert [seconds for seconds in sleeps if seconds >= 1] == [1, 5]
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
 @pytest.mark.parametrize("file", ["latest.pt", "best.pt"])
 @pytest.mark.parametrize("name", FAULTS)
-def test_several_failures_end_the_run_with_status_1(name, file, here, monkeypatch):
+def test_repeated_save_failures_end_the_run_with_status_1(name, file, main, monkeypatch):
     where, error = FAULTS[name]
-    step, begin = train.Trainer.train_step, {"latest.pt": 14, "best.pt": 11}[file]
+    step, first_failure = train.Trainer.train_step, {"latest.pt": 14, "best.pt": 11}[file]
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", lambda seconds: None)
 
         def fail_from(self, n):
-            if n == begin:
+            if n == first_failure:
                 failing(patch, where, error)
             return step(self, n)
 
         patch.setattr(train.Trainer, "train_step", fail_from)
-        assert here("run", save_interval=5) == 1
-    assert here.said.count(f"WARNING: could not save {file}") == 3
-    assert "error: run cannot be written to" in here.said and "Traceback" not in here.said
-    assert kept("run")["step"] == 10
+        assert main("run", save_interval=5) == 1
+    assert main.stderr.count(f"WARNING: could not save {file}") == 3
+    assert "error: run cannot be written to" in main.stderr and "Traceback" not in main.stderr
+    assert run_state("run")["step"] == 10
     assert checkpoint.read("run/best.pt")["step"] == (6 if file == "best.pt" else 12)
     assert not list(Path("run").glob("*.tmp"))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of POSIX")
-def test_a_file_system_that_is_really_full(tmp_path, corpus):
-    """The kernel refuses to let any file grow over 60 kB: the best.pt fits, latest.pt does not."""
-    run = Program(words(corpus, out_dir="run"), tmp_path, hook=(limit_files, 60_000))
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX resource limits")
+def test_real_write_limit(tmp_path, corpus):
+    """With RLIMIT_FSIZE at 60 kB, best.pt fits and latest.pt does not."""
+    run = Program(cli_args(corpus, out_dir="run"), tmp_path, hook=(limit_files, 60_000))
     assert run.wait() == 1
     assert run.text.count("WARNING: could not save latest.pt") == 3 and "Traceback" not in run.text
     assert not list((tmp_path / "run").glob("*.tmp"))
-    assert Program(words(corpus, out_dir="run") + ["--resume"], tmp_path).wait() == 0
+    assert Program(cli_args(corpus, out_dir="run") + ["--resume"], tmp_path).wait() == 0
 
 
 def limit_files(size: int) -> None:
@@ -334,110 +339,110 @@ def limit_files(size: int) -> None:
 
 
 def full_disk(monkeypatch, steps: range) -> None:
-    """In the updates of these numbers no line gets to metrics.jsonl, only half of it."""
-    step, now = train.Trainer.train_step, [0]
+    """At these steps only half of each line reaches metrics.jsonl, and the write fails."""
+    step, current = train.Trainer.train_step, [0]
 
     class Full(io.TextIOWrapper):
         def write(self, text):
-            if now[0] in steps:
+            if current[0] in steps:
                 super().write(text[: len(text) // 2])
                 self.flush()
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(text)
 
-    def counting(self, n):
-        now[0] = n + 1
+    def count_steps(self, n):
+        current[0] = n + 1
         return step(self, n)
 
-    monkeypatch.setattr(train.Trainer, "train_step", counting)
+    monkeypatch.setattr(train.Trainer, "train_step", count_steps)
     monkeypatch.setattr(runs, "open", lambda f, m, encoding: Full(open(f, m + "b"), encoding), raising=False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
-def test_metrics_that_cannot_be_written_are_written_later(here, monkeypatch):
-    assert here("straight") == 0
+def test_failed_metrics_lines_are_written_later(main, monkeypatch):
+    assert main("straight") == 0
     with monkeypatch.context() as patch:
         full_disk(patch, range(7, 10))
-        assert here("run") == 0
+        assert main("run") == 0
     warning = "WARNING: could not write metrics.jsonl at step 8: [Errno 28] No space left on device"
-    assert warning in here.said and here.said.count("WARNING") == 1
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    assert warning in main.stderr and main.stderr.count("WARNING") == 1
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
-def test_a_checkpoint_is_not_saved_where_the_lines_before_it_cannot_be(here, monkeypatch):
+def test_checkpoint_is_not_saved_before_its_metrics(main, monkeypatch):
     with monkeypatch.context() as patch:
         full_disk(patch, range(7, 100))
-        assert here("run") == 1
-    assert here.said.count("WARNING: could not save latest.pt at step 10") == 3
-    assert "error: run cannot be written to" in here.said and "Traceback" not in here.said
-    assert kept("run")["step"] == 5 and lines("run")[-1]["step"] == 6, "and no half line"
-    assert here("run", "--resume") == 0 and "at step 5" in here.said
-    assert here("straight") == 0 and lines("run") == lines("straight")
+        assert main("run") == 1
+    assert main.stderr.count("WARNING: could not save latest.pt at step 10") == 3
+    assert "error: run cannot be written to" in main.stderr and "Traceback" not in main.stderr
+    assert run_state("run")["step"] == 5 and metrics("run")[-1]["step"] == 6, "no partial line"
+    assert main("run", "--resume") == 0 and "at step 5" in main.stderr
+    assert main("straight") == 0 and metrics("run") == metrics("straight")
 
 
-def test_metrics_survive_a_power_cut_as_far_as_checkpoints_do(here, monkeypatch):
-    """Before a file takes its name, the lines of metrics up to it are synced."""
+def test_metrics_are_synced_before_each_checkpoint(main, monkeypatch):
+    """Before a checkpoint is renamed to its final name, the lines of metrics.jsonl up to it are on disk."""
     synced, checked, fsync, replace = {}, [], os.fsync, os.replace
 
-    def syncing(handle):
+    def record_fsync(handle):
         fsync(handle)
         synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
 
-    def replacing(old, new):
+    def check_replace(old, new):
         if Path(new).name in ("latest.pt", "metrics.jsonl"):
-            found = Path(old if Path(new).suffix == ".jsonl" else "run/metrics.jsonl").stat()
-            assert synced.get(found.st_ino) == found.st_size
+            stat = Path(old if Path(new).suffix == ".jsonl" else "run/metrics.jsonl").stat()
+            assert synced.get(stat.st_ino) == stat.st_size
             checked.append(Path(new).name)
         replace(old, new)
 
-    monkeypatch.setattr(os, "fsync", syncing)
-    monkeypatch.setattr(os, "replace", replacing)
-    assert here("run", stop_after=12) == 143 and here("run", "--resume") == 0
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", check_replace)
+    assert main("run", stop_after=12) == 143 and main("run", "--resume") == 0
     assert checked.count("metrics.jsonl") == 2 and checked.count("latest.pt") == 6
 
 
-def test_a_torn_line_of_metrics_is_cut_off(here):
-    assert here("straight") == 0
-    assert here("run", stop_after=10) == 143
+def test_incomplete_metrics_line_is_removed(main):
+    assert main("straight") == 0
+    assert main("run", stop_after=10) == 143
     with open("run/metrics.jsonl", "a") as file:
         file.write('{"step": 11, "split": "train", "loss": 3.1, "tok')
-    assert here("run", "--resume") == 0
-    assert lines("run") == lines("straight")
+    assert main("run", "--resume") == 0
+    assert metrics("run") == metrics("straight")
 
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(here):
-    assert here("run", stop_after=18) == 143
+def test_damaged_latest_never_replaces_previous(main):
+    assert main("run", stop_after=18) == 143
     os.truncate("run/latest.pt", 5000)
-    assert here("run", "--resume", stop_after=17) == 143 and "at step 15" in here.said
+    assert main("run", "--resume", stop_after=17) == 143 and "at step 15" in main.stderr
     assert checkpoint.read("run/latest.pt")["step"] == 17 and checkpoint.read("run/previous.pt")["step"] == 15
 
 
-def test_what_a_kill_left_behind_is_cleared(here):
-    assert here("run", stop_after=10) == 143
+def test_leftover_temporary_files_are_removed(main):
+    assert main("run", stop_after=10) == 143
     shutil.copy("run/latest.pt", "run/latest.pt.99999.tmp")
-    assert here("run", "--resume") == 0
+    assert main("run", "--resume") == 0
     assert not list(Path("run").glob("*.tmp"))
 
 
-def test_the_fingerprint_tells_data_apart():
+def test_fingerprint_distinguishes_data():
     def fingerprint(data):
         return runs.fingerprint(data.train, data.val)
 
-    one, other = numbers(), numbers(seed=1)
-    assert fingerprint(one) == fingerprint(numbers()) != fingerprint(other)
-    assert fingerprint(one) != fingerprint(one._replace(val=one.val[:-1]))
+    data, other_data = random_data(), random_data(seed=1)
+    assert fingerprint(data) == fingerprint(random_data()) != fingerprint(other_data)
+    assert fingerprint(data) != fingerprint(data._replace(val=data.val[:-1]))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # A checkpoint of an earlier version
 
 
-OLD = Path(__file__).parent / "checkpoint_f6ca03e"  # written by commit f6ca03e, with what came of it there
+OLD = Path(__file__).parent / "checkpoint_f6ca03e"  # written by commit f6ca03e, with its results
 
 
 @pytest.fixture
 def earlier(tmp_path, monkeypatch) -> dict:
-    """In the current directory: that version's run `run` and its data, prepared anew. -> what it computed."""
+    """The run of that version in ./run, with its data prepared again; returns the results it had then."""
     monkeypatch.chdir(tmp_path)
     prepare.prepare("mini", "byte", source=str(OLD / "stories.txt"))
     Path("run").mkdir()
@@ -446,39 +451,39 @@ def earlier(tmp_path, monkeypatch) -> dict:
     return json.loads((OLD / "expected.json").read_text())
 
 
-def test_an_earlier_version_s_checkpoint_scores_the_same(earlier):
+def test_earlier_format_scores_the_same(earlier):
     model, tok = checkpoint.load("run")
     assert model.config.separator == tok.eot, "document masking was a setting of the training"
     data = datasets.load_data("data/mini/byte")
     nats, count = score.total(model, [data.val], tok.eot, rows=4)
     assert count == earlier["val_tokens"] and nats == pytest.approx(earlier["val_nats"], rel=1e-6)
     ids = tok.encode("Once upon a time, there was a little girl.")
-    found = score.loglikelihood(model, [tok.eot], ids)
-    assert found == pytest.approx(earlier["loglikelihood"], rel=1e-6)
+    logprob = score.loglikelihood(model, [tok.eot], ids)
+    assert logprob == pytest.approx(earlier["loglikelihood"], rel=1e-6)
 
 
-def test_an_earlier_version_s_run_resumes(earlier, capsys):
+def test_earlier_format_resumes(earlier, capsys):
     assert train.main(["--out_dir=run", "--resume", "--max_iters=12"]) == 0, capsys.readouterr().err
-    found = [line for line in lines("run") if line["step"] > 6]
-    key = [(line["step"], line["split"]) for line in earlier["resumed"]]
-    assert [(line["step"], line["split"]) for line in found] == key
+    resumed = [line for line in metrics("run") if line["step"] > 6]
+    expected = [(line["step"], line["split"]) for line in earlier["resumed"]]
+    assert [(line["step"], line["split"]) for line in resumed] == expected
     losses = [line["loss"] for line in earlier["resumed"]]
-    assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-5)
+    assert [line["loss"] for line in resumed] == pytest.approx(losses, rel=1e-5)
 
 
-def test_an_earlier_version_s_progress_and_separator_are_taken_over():
-    """The separator is end-of-text, the last id of the tokenizer, whatever its size."""
+def test_earlier_format_progress_and_separator_are_upgraded():
+    """The separator is end-of-text, the last id of the tokenizer."""
     tok = tokenizer.Tokenizer("bpe258", [bytes([b]) for b in range(256)] + [b"ab"])
     progress = dict(step=7, best=1.5, evaluated=6, skipped=2, elapsed=3.25)
     old = state(format=1, tokenizer=tok.state(), optimizers=[], waited=4, **progress)
     del old["model_config"]["separator"]
     for cross_stories, separator in ((False, tok.eot), (True, -1)):
-        found = checkpoint.upgrade(old | {"train_config": {"cross_stories": cross_stories}})
-        assert found["model_config"]["separator"] == separator and found["format"] == checkpoint.FORMAT
-        assert runs.Progress(**found["progress"]) == runs.Progress(**progress, evals_since_best=4)
+        upgraded = checkpoint.upgrade(old | {"train_config": {"cross_stories": cross_stories}})
+        assert upgraded["model_config"]["separator"] == separator and upgraded["format"] == checkpoint.FORMAT
+        assert runs.Progress(**upgraded["progress"]) == runs.Progress(**progress, evals_since_best=4)
 
 
-def test_an_earlier_version_s_average_of_weights_loads_but_does_not_resume(earlier, capsys):
+def test_earlier_format_with_ema_loads_but_does_not_resume(earlier, capsys):
     state = torch.load("run/latest.pt", weights_only=True)
     state["train_config"]["ema"] = 0.9
     checkpoint.save("run/latest.pt", state | {"format": 1})

@@ -1,4 +1,4 @@
-"""The whole line as a person types it: prepare, train, resume, sample; mistakes, signals, processes."""
+"""The scripts as a user runs them: prepare, train, resume, sample; user errors, signals, processes."""
 
 import hashlib
 import json
@@ -15,7 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, ROOT, Program, apart, kept, lines, recipe, same, typed, words
+from helpers import (
+    MICRO,
+    ROOT,
+    Program,
+    bit_equal,
+    cli_args,
+    max_difference,
+    metrics,
+    run_script,
+    run_state,
+    write_recipe,
+)
 
 import prepare
 import train
@@ -26,7 +37,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The whole line
+# All scripts in a row
 
 
 def test_prepare_train_resume_sample(tmp_path, corpus):
@@ -34,9 +45,9 @@ def test_prepare_train_resume_sample(tmp_path, corpus):
     (tmp_path / "config").mkdir()
     text = "\n".join(f"{key} = {value!r}" for key, value in MICRO.items())
     (tmp_path / "config" / "micro.py").write_text(text)
-    typed(ROOT / "prepare.py", "mini", "--source", "mini.txt", "--tokenizer", "byte", cwd=tmp_path)
+    run_script(ROOT / "prepare.py", "mini", "--source", "mini.txt", "--tokenizer", "byte", cwd=tmp_path)
     assert (tmp_path / "data/mini/byte/meta.json").is_file()
-    said = typed(ROOT / "train.py", "config/micro.py", "--max_iters=8", cwd=tmp_path).stderr
+    err = run_script(ROOT / "train.py", "config/micro.py", "--max_iters=8", cwd=tmp_path).stderr
     folder = tmp_path / "out/micro"
     assert {p.name for p in folder.iterdir()} >= {
         "latest.pt",
@@ -46,35 +57,35 @@ def test_prepare_train_resume_sample(tmp_path, corpus):
         "loss.png",
     }
     assert not list(folder.glob("*.tmp"))
-    assert "in out/micro" in said and said.rstrip().splitlines()[-1].startswith("next:  python sample.py")
-    done = typed(ROOT / "sample.py", "--prompt", "Tom", "--max_new_tokens", "9", cwd=tmp_path)
-    assert done.stdout.startswith("Tom")
+    assert "in out/micro" in err and err.rstrip().splitlines()[-1].startswith("next:  python sample.py")
+    result = run_script(ROOT / "sample.py", "--prompt", "Tom", "--max_new_tokens", "9", cwd=tmp_path)
+    assert result.stdout.startswith("Tom")
 
 
-def test_a_checkpoint_needs_no_other_file(tmp_path, here):
-    assert here("run") == 0
-    shutil.copy("run/latest.pt", tmp_path / "alone.pt")
+def test_checkpoint_is_self_contained(tmp_path, main):
+    assert main("run") == 0
+    shutil.copy("run/latest.pt", tmp_path / "copy.pt")
     shutil.rmtree("run")
-    model, tok = checkpoint.load(tmp_path / "alone.pt")
+    model, tok = checkpoint.load(tmp_path / "copy.pt")
     assert tok.decode(tok.encode("Tom ☂")) == "Tom ☂" and not model.training
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Mistakes: one clear line, exit status 2, nothing lost
+# User errors: one line on stderr, exit status 2, no file changed
 
 
 def contents(folder) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != "lock"}
 
 
-def refused(here, said: str, *args, status: int = 2, **changes) -> None:
-    """`here(...)` fails with one clear line, and leaves every file as it was and no folder behind."""
-    before = contents(".")  # and no folder is made
+def refused(main, message: str, *args, status: int = 2, **changes) -> None:
+    """Check that main(...) fails with one line that matches `message`, and changes no file or folder."""
+    before = contents(".")
     folders = sorted(p for p in Path(".").rglob("*") if p.is_dir())
-    assert here(*args, **changes) == status, here.said
-    error = [line for line in here.said.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and re.search(said, error[0]), here.said
-    assert "Traceback" not in here.said and len(error[0]) < 500
+    assert main(*args, **changes) == status, main.stderr
+    errors = [line for line in main.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search(message, errors[0]), main.stderr
+    assert "Traceback" not in main.stderr and len(errors[0]) < 500
     assert contents(".") == before
     assert sorted(p for p in Path(".").rglob("*") if p.is_dir()) == folders
 
@@ -90,9 +101,9 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("text", RECIPES)
-def test_mistakes_in_a_recipe(text, here):
+def test_recipe_errors(text, main):
     Path("mine.py").write_text(text)
-    refused(here, RECIPES[text], "", "mine.py", alone=True)
+    refused(main, RECIPES[text], "", "mine.py", micro=False)
 
 
 SETTINGS = {
@@ -118,85 +129,85 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("argv", SETTINGS, ids=" ".join)
-def test_mistakes_on_the_command_line(argv, here):
-    refused(here, SETTINGS[argv], "run", *argv)
+def test_command_line_errors(argv, main):
+    refused(main, SETTINGS[argv], "run", *argv)
 
 
-def test_resume_where_nothing_is(here):
-    refused(here, "no unfinished run out/run", "", "--resume")
-    micro = recipe("micro")
-    assert here("", micro, alone=True) == 0
-    refused(here, "no unfinished run out/micro", "", micro, "--resume", alone=True)
+def test_resume_without_unfinished_run(main):
+    refused(main, "no unfinished run out/run", "", "--resume")
+    micro = write_recipe("micro")
+    assert main("", micro, micro=False) == 0
+    refused(main, "no unfinished run out/micro", "", micro, "--resume", micro=False)
 
 
-def test_an_out_dir_given_by_hand_that_holds_a_run(here):
-    assert here("run") == 0
-    refused(here, "run holds a run; --resume .* --overwrite", "run")
-    old = kept("run")
-    assert here("run", "--overwrite", seed=1) == 0
-    assert not same(kept("run")["model"], old["model"]) and len(lines("run", "val")) == 5
-    for folder in ("out", "run"):  # a folder without a run is no obstacle
+def test_out_dir_with_a_run_needs_a_flag(main):
+    assert main("run") == 0
+    refused(main, "run holds a run; --resume .* --overwrite", "run")
+    old = run_state("run")
+    assert main("run", "--overwrite", seed=1) == 0
+    assert not bit_equal(run_state("run")["model"], old["model"]) and len(metrics("run", "val")) == 5
+    for folder in ("out", "run"):  # a folder without a run is fine
         Path("empty", folder).mkdir(parents=True)
-        assert here(f"empty/{folder}", max_iters=2) == 0
+        assert main(f"empty/{folder}", max_iters=2) == 0
 
 
-def test_what_overwrite_throws_away_is_thrown_away_only_by_a_run_that_starts(here):
-    assert here("run") == 0
-    refused(here, "too few for one window", "run", "--overwrite", block_size=100_000)
+def test_overwrite_discards_only_when_the_run_starts(main):
+    assert main("run") == 0
+    refused(main, "too few for one window", "run", "--overwrite", block_size=100_000)
 
 
-def test_data_that_are_not_as_they_should_be(here, corpus, tmp_path):
-    def broken(name, change):
+def test_damaged_data(main, corpus, tmp_path):
+    def damaged_copy(name, change):
         folder = tmp_path / name / "mini" / "byte"
         shutil.copytree(corpus / "mini" / "byte", folder)
         change(folder)
         return tmp_path / name
 
-    def cut(folder):
+    def truncated_train(folder):
         os.truncate(folder / "train.bin", 999)
 
-    def strange(folder):
+    def invalid_id(folder):
         ids = np.fromfile(folder / "train.bin", "<u2")
         ids[100] = 300
         ids.tofile(folder / "train.bin")
 
-    def other(folder):
+    def other_vocabulary(folder):
         meta = json.loads((folder / "meta.json").read_text())
         meta["tokenizer"]["sha256"] = "0" * 64
         (folder / "meta.json").write_text(json.dumps(meta))
 
-    def shrunk(folder):
+    def truncated_val(folder):
         os.truncate(folder / "val.bin", 10)
 
-    for change, said in {
-        cut: "train.bin .*python prepare.py mini",
-        strange: "300.*python prepare.py mini",
-        other: "vocabulary.*python prepare.py mini",
-        shrunk: "val.bin .*prepare.py mini",
+    for change, message in {
+        truncated_train: "train.bin .*python prepare.py mini",
+        invalid_id: "300.*python prepare.py mini",
+        other_vocabulary: "vocabulary.*python prepare.py mini",
+        truncated_val: "val.bin .*prepare.py mini",
     }.items():
-        place = broken(change.__name__, change)
-        refused(here, said, "run", data_dir=place)
+        data_dir = damaged_copy(change.__name__, change)
+        refused(main, message, "run", data_dir=data_dir)
 
 
-def test_a_validation_file_shorter_than_one_window_works(here):
-    assert here("run", block_size=600, eval_tokens=0, batch_size=2, max_iters=2) == 0
-    assert lines("run", "val")[-1]["bpb"] > 1
+def test_validation_file_shorter_than_one_window(main):
+    assert main("run", block_size=600, eval_tokens=0, batch_size=2, max_iters=2) == 0
+    assert metrics("run", "val")[-1]["bpb"] > 1
 
 
-def test_more_stories_than_were_prepared(here, corpus, tmp_path):
+def test_more_stories_than_prepared(main, corpus, tmp_path):
     prepare.prepare(
         "mini", "byte", source=str(corpus.parent / "mini.txt"), stories=20, data_dir=tmp_path / "few"
     )
-    assert here("run", data_dir=tmp_path / "few", stories=20, max_iters=1) == 0
+    assert main("run", data_dir=tmp_path / "few", stories=20, max_iters=1) == 0
     refused(
-        here,
+        main,
         r"only the first 20 stories.*python prepare.py mini",
         "more",
         data_dir=tmp_path / "few",
         stories=30,
     )
     refused(
-        here,
+        main,
         r"only the first 20 stories.*python prepare.py mini",
         "all",
         data_dir=tmp_path / "few",
@@ -204,73 +215,74 @@ def test_more_stories_than_were_prepared(here, corpus, tmp_path):
     )
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(here):
-    assert here("straight") == 0
-    assert here("run", stop_after=18) == 143
+def test_damaged_checkpoint_falls_back_to_previous(main):
+    assert main("straight") == 0
+    assert main("run", stop_after=18) == 143
     os.truncate("run/latest.pt", 5000)
-    assert here("run", "--resume") == 0
-    assert "WARNING: run/latest.pt is damaged" in here.said and "at step 15" in here.said
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    assert main("run", "--resume") == 0
+    assert "WARNING: run/latest.pt is damaged" in main.stderr and "at step 15" in main.stderr
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
     for name in ("latest", "previous"):
         os.truncate(f"run/{name}.pt", 5000)
-    refused(here, "run/previous.pt is damaged", "run", "--resume")
+    refused(main, "run/previous.pt is damaged", "run", "--resume")
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(here, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_the_first_step(main, monkeypatch):
     usage = shutil.disk_usage(".")._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    assert here("run") == 1
+    assert main("run") == 1
     assert (
-        "has 0 MB left" in here.said
-        and "Traceback" not in here.said
+        "has 0 MB left" in main.stderr
+        and "Traceback" not in main.stderr
         and not Path("run/metrics.jsonl").exists()
     )
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Names, plans, notes
+# Run directories, plans, notes
 
 
-def test_runs_without_out_dir_get_folders_of_their_own(here):
-    micro = recipe("micro", max_iters=2)
+def test_default_out_dirs_are_numbered(main):
+    micro = write_recipe("micro", max_iters=2)
     for name in ("micro", "micro-2", "micro-3"):
-        assert here("", micro, alone=True) == 0
-        assert f"run      out/{name}\n" in here.said and Path("out", name, "latest.pt").is_file()
-    assert here("", micro, "--resume", alone=True, max_iters=4) == 0 and "out/micro-3" in here.said
+        assert main("", micro, micro=False) == 0
+        assert f"run      out/{name}\n" in main.stderr and Path("out", name, "latest.pt").is_file()
+    assert main("", micro, "--resume", micro=False, max_iters=4) == 0 and "out/micro-3" in main.stderr
     assert len(list(Path("out").iterdir())) == 3
 
 
-def test_resume_takes_the_newest_unfinished_run_of_this_recipe(here):
-    micro, other = recipe("micro"), recipe("micro2")
-    assert here("", micro, alone=True, stop_after=3) == 143
-    assert here("", micro, alone=True, stop_after=4) == 143
-    assert here("", micro, alone=True) == 0  # out/micro-3, finished
-    assert here("", other, alone=True, stop_after=2) == 143
+def test_resume_selects_newest_unfinished_run_of_the_recipe(main):
+    micro, other = write_recipe("micro"), write_recipe("micro2")
+    assert main("", micro, micro=False, stop_after=3) == 143
+    assert main("", micro, micro=False, stop_after=4) == 143
+    assert main("", micro, micro=False) == 0  # out/micro-3, finished
+    assert main("", other, micro=False, stop_after=2) == 143
     assert sorted(p.name for p in Path("out").iterdir()) == ["micro", "micro-2", "micro-3", "micro2"]
-    assert here("", micro, "--resume", alone=True) == 0 and "out/micro-2 at step 4" in here.said
-    assert here("", micro, "--resume", alone=True) == 0 and "out/micro at step 3" in here.said
-    assert here("", micro, "--resume", alone=True) == 2 and "nothing to resume" in here.said
-    assert here("", other, "--resume", alone=True) == 0 and "out/micro2 at step 2" in here.said
+    assert main("", micro, "--resume", micro=False) == 0 and "out/micro-2 at step 4" in main.stderr
+    assert main("", micro, "--resume", micro=False) == 0 and "out/micro at step 3" in main.stderr
+    assert main("", micro, "--resume", micro=False) == 2 and "nothing to resume" in main.stderr
+    assert main("", other, "--resume", micro=False) == 0 and "out/micro2 at step 2" in main.stderr
 
 
-def test_a_run_that_its_patience_ended_is_finished(here):
-    """Unless it is given more of it, then it goes on as if it had had that from the start."""
-    micro = recipe("micro", eval_interval=2, learning_rate=0.5)
-    assert here("", micro, alone=True, patience=2) == 0
-    ended = kept("out/micro")["step"]
+def test_run_ended_by_patience_is_finished(main):
+    """With patience=0 it resumes, and equals a run that had patience=0 from the start."""
+    micro = write_recipe("micro", eval_interval=2, learning_rate=0.5)
+    assert main("", micro, micro=False, patience=2) == 0
+    ended = run_state("out/micro")["step"]
     assert ended < 24
-    refused(here, "nothing to resume: no unfinished run out/micro", "", micro, "--resume", alone=True)
-    assert here("", micro, "--resume", alone=True, patience=0) == 0 and f"at step {ended}" in here.said
-    assert here("", micro, alone=True) == 0 and "out/micro-2" in here.said
-    assert lines("out/micro") == lines("out/micro-2") and lines("out/micro")[-1]["step"] == 24
+    refused(main, "nothing to resume: no unfinished run out/micro", "", micro, "--resume", micro=False)
+    assert main("", micro, "--resume", micro=False, patience=0) == 0 and f"at step {ended}" in main.stderr
+    assert main("", micro, micro=False) == 0 and "out/micro-2" in main.stderr
+    assert metrics("out/micro") == metrics("out/micro-2") and metrics("out/micro")[-1]["step"] == 24
 
 
-def test_no_steps_print_the_plan(here):
-    refused_before = contents(".")
+def test_max_iters_0_prints_the_plan(main):
+    before = contents(".")
     assert (
-        here("", recipe("micro", max_iters=50, gradient_accumulation_steps=2), alone=True, max_iters=0) == 0
+        main("", write_recipe("micro", max_iters=50, gradient_accumulation_steps=2), micro=False, max_iters=0)
+        == 0
     )
-    for said in (
+    for part in (
         "parameters",
         "8 rows x 16 = 128 tokens a step",
         "50 steps",
@@ -278,25 +290,25 @@ def test_no_steps_print_the_plan(here):
         "MB of memory",
         "MB of disk",
     ):
-        assert said in here.said
-    assert not Path("out").exists() and contents(".").keys() - refused_before.keys() == {"micro.py"}
+        assert part in main.stderr
+    assert not Path("out").exists() and contents(".").keys() - before.keys() == {"micro.py"}
 
 
-def test_a_warmup_longer_than_the_run_is_cut_with_a_note(here):
-    assert here("run", warmup_iters=100, max_iters=10, log_interval=1) == 0
-    assert "warmup_iters=100 is cut to 5" in here.said
-    assert max(line["lr"] for line in lines("run", "train")) == pytest.approx(0.01)
-    assert here("", warmup_iters=10, max_iters=10) == 0 and "warmup_iters=10 is cut to 5" in here.said
-    assert here("", warmup_iters=9, max_iters=10) == 0 and "is cut" not in here.said
+def test_warmup_longer_than_the_run_is_cut_with_a_note(main):
+    assert main("run", warmup_iters=100, max_iters=10, log_interval=1) == 0
+    assert "warmup_iters=100 is cut to 5" in main.stderr
+    assert max(line["lr"] for line in metrics("run", "train")) == pytest.approx(0.01)
+    assert main("", warmup_iters=10, max_iters=10) == 0 and "warmup_iters=10 is cut to 5" in main.stderr
+    assert main("", warmup_iters=9, max_iters=10) == 0 and "is cut" not in main.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Going on with other settings
+# Resuming with other settings
 
 
-def test_free_settings_are_taken_and_listed(here):
-    assert here("run", stop_after=4) == 143
-    free = dict(
+def test_changeable_settings_are_applied_and_printed(main):
+    assert main("run", stop_after=4) == 143
+    changes = dict(
         max_iters=20,
         eval_interval=3,
         save_interval=4,
@@ -308,12 +320,12 @@ def test_free_settings_are_taken_and_listed(here):
         prompt="Mia",
         loss_chunk=8,
     )
-    assert here("run", "--resume", alone=True, **free) == 0
-    for name in free.keys() - {"threads"}:
-        assert f"changed for the rest of the run: {name}: " in here.said
-    assert "threads" not in here.said, "it did not change"
+    assert main("run", "--resume", micro=False, **changes) == 0
+    for name in changes.keys() - {"threads"}:
+        assert f"changed for the rest of the run: {name}: " in main.stderr
+    assert "threads" not in main.stderr, "it did not change"
     config = checkpoint.read("run/latest.pt")["train_config"]
-    assert all((config | config["model"])[name] == value for name, value in free.items())
+    assert all((config | config["model"])[name] == value for name, value in changes.items())
 
 
 @pytest.mark.parametrize(
@@ -333,97 +345,97 @@ def test_free_settings_are_taken_and_listed(here):
         batch_size=8,
     ).items(),
 )
-def test_settings_that_make_another_run_are_refused_by_name(name, value, here):
-    assert here("run", stop_after=4) == 143
+def test_other_settings_cannot_change_on_resume(name, value, main):
+    assert main("run", stop_after=4) == 143
     refused(
-        here, f"cannot change on resume: {name}.*--override", "run", "--resume", alone=True, **{name: value}
+        main, f"cannot change on resume: {name}.*--override", "run", "--resume", micro=False, **{name: value}
     )
-    status = here("run", "--resume", "--override", alone=True, **{name: value})
+    status = main("run", "--resume", "--override", micro=False, **{name: value})
     if name in ("n_embd", "optimizer"):
-        assert status == 2 and "the checkpoint does not fit these settings" in here.said
+        assert status == 2 and "the checkpoint does not fit these settings" in main.stderr
     else:
-        assert status == 0 and f"{name}: " in here.said and lines("run")[-1]["step"] == 24
+        assert status == 0 and f"{name}: " in main.stderr and metrics("run")[-1]["step"] == 24
 
 
-def test_a_recipe_that_was_edited_between(here):
-    recipe("micro", dropout=0.1)
-    assert here("", "micro.py", alone=True, stop_after=4, learning_rate=0.005) == 143
-    recipe("micro", dropout=0.1, eval_interval=2)
-    assert here("", "micro.py", "--resume", alone=True, stop_after=6) == 143
-    assert "eval_interval: 6 -> 2" in here.said, "what was edited is taken"
-    assert "learning_rate" not in here.said, "what the command line said still holds"
-    recipe("micro", dropout=0.2, eval_interval=2)
-    refused(here, "dropout: 0.1 -> 0.2", "", "micro.py", "--resume", alone=True)
+def test_resume_with_edited_recipe(main):
+    write_recipe("micro", dropout=0.1)
+    assert main("", "micro.py", micro=False, stop_after=4, learning_rate=0.005) == 143
+    write_recipe("micro", dropout=0.1, eval_interval=2)
+    assert main("", "micro.py", "--resume", micro=False, stop_after=6) == 143
+    assert "eval_interval: 6 -> 2" in main.stderr, "edits are applied"
+    assert "learning_rate" not in main.stderr, "settings of the first command line stay"
+    write_recipe("micro", dropout=0.2, eval_interval=2)
+    refused(main, "dropout: 0.1 -> 0.2", "", "micro.py", "--resume", micro=False)
     Path("micro.py").write_text(re.sub("dropout.*", "", Path("micro.py").read_text()))
-    refused(here, "dropout: 0.1 -> 0.0", "", "micro.py", "--resume", alone=True)
-    recipe("micro", dropout=0.1, eval_interval=2)
-    assert here("out/micro", "--resume", alone=True, stop_after=8) == 143, "and without the recipe"
-    assert here("", "micro.py", "--resume", alone=True) == 0
-    assert lines("out/micro", "train")[-1]["step"] == 24
+    refused(main, "dropout: 0.1 -> 0.0", "", "micro.py", "--resume", micro=False)
+    write_recipe("micro", dropout=0.1, eval_interval=2)
+    assert main("out/micro", "--resume", micro=False, stop_after=8) == 143, "also without the recipe"
+    assert main("", "micro.py", "--resume", micro=False) == 0
+    assert metrics("out/micro", "train")[-1]["step"] == 24
     assert checkpoint.read("out/micro/latest.pt")["train_config"]["learning_rate"] == 0.005
 
 
-def test_changed_code_is_said(here):
-    assert here("run", stop_after=4) == 143
+def test_changed_code_is_reported(main):
+    assert main("run", stop_after=4) == 143
     state = checkpoint.read("run/latest.pt")
     state["provenance"]["model.py"] = "something else"
     checkpoint.save("run/latest.pt", state)
-    assert here("run", "--resume") == 0
-    assert "model.py was changed since" in here.said and "train.py was changed" not in here.said
+    assert main("run", "--resume") == 0
+    assert "model.py was changed since" in main.stderr and "train.py was changed" not in main.stderr
 
 
-def test_bins_that_changed_under_a_run_are_refused(here, corpus, tmp_path):
-    place = tmp_path / "mine"
-    shutil.copytree(corpus, place)
-    assert here("run", data_dir=place, stop_after=4) == 143
-    file = place / "mini" / "byte" / "train.bin"
+def test_resume_refuses_changed_data(main, corpus, tmp_path):
+    data_dir = tmp_path / "mine"
+    shutil.copytree(corpus, data_dir)
+    assert main("run", data_dir=data_dir, stop_after=4) == 143
+    file = data_dir / "mini" / "byte" / "train.bin"
     ids = np.fromfile(file, "<u2")
     ids[1000] ^= 1
     ids.tofile(file)
-    refused(here, "are not those that this run began with", "run", "--resume", data_dir=place)
+    refused(main, "are not those that this run began with", "run", "--resume", data_dir=data_dir)
     ids[1000] ^= 1
     ids.tofile(file)
-    assert here("run", "--resume", data_dir=place) == 0
+    assert main("run", "--resume", data_dir=data_dir) == 0
 
 
-def test_the_first_stories_of_more_that_are_prepared(here, corpus, tmp_path):
-    """A run on them equals a run where no others are prepared, and it can be resumed when others are."""
+def test_stories_selects_the_first_of_more_prepared(main, corpus, tmp_path):
+    """Such a run equals one where only these are prepared, and it resumes after more have been prepared."""
     texts = (corpus.parent / "mini.txt").read_text().split("\n\n")
     for name, part in (("train", texts[:30]), ("validation", texts[30:])):
         (tmp_path / "source").mkdir(exist_ok=True)
         (tmp_path / "source" / f"{name}.txt").write_text("\n\n".join(part))
-    made = dict(source=str(tmp_path / "source"), data_dir=tmp_path / "data")
-    prepare.prepare("mini", "byte", stories=10, **made)
-    assert here("few", data_dir=tmp_path / "data", stories=10) == 0
-    assert here("run", data_dir=tmp_path / "data", stories=10, stop_after=4) == 143
-    prepare.prepare("mini", "byte", **made)
-    assert here("run", "--resume", alone=True, data_dir=tmp_path / "data") == 0
-    assert here("many", data_dir=tmp_path / "data", stories=10) == 0 and ": 10 stories, " in here.said
-    for other in ("run", "many"):
-        assert lines("few") == lines(other) and same(kept("few"), kept(other))
-    assert here("all", data_dir=tmp_path / "data") == 0 and ": 30 stories, " in here.said
-    assert lines("all") != lines("few")
+    kwargs = dict(source=str(tmp_path / "source"), data_dir=tmp_path / "data")
+    prepare.prepare("mini", "byte", stories=10, **kwargs)
+    assert main("few", data_dir=tmp_path / "data", stories=10) == 0
+    assert main("run", data_dir=tmp_path / "data", stories=10, stop_after=4) == 143
+    prepare.prepare("mini", "byte", **kwargs)
+    assert main("run", "--resume", micro=False, data_dir=tmp_path / "data") == 0
+    assert main("many", data_dir=tmp_path / "data", stories=10) == 0 and ": 10 stories, " in main.stderr
+    for run in ("run", "many"):
+        assert metrics("few") == metrics(run) and bit_equal(run_state("few"), run_state(run))
+    assert main("all", data_dir=tmp_path / "data") == 0 and ": 30 stories, " in main.stderr
+    assert metrics("all") != metrics("few")
 
 
-def test_the_number_of_stories_cannot_change_on_resume(here, corpus, tmp_path):
-    assert here("run", stories=10, stop_after=4) == 143
+def test_stories_cannot_change_on_resume(main, corpus, tmp_path):
+    assert main("run", stories=10, stop_after=4) == 143
     for n in (9, 30, 0):
-        said = f"cannot change on resume: stories: 10 -> {n}"
-        refused(here, said, "run", "--resume", alone=True, stories=n)
-    refused(here, "not those that this run", "run", "--resume", "--override", alone=True, stories=9)
+        message = f"cannot change on resume: stories: 10 -> {n}"
+        refused(main, message, "run", "--resume", micro=False, stories=n)
+    refused(main, "not those that this run", "run", "--resume", "--override", micro=False, stories=9)
 
 
-def test_the_fallback_has_as_many_stories(here, tmp_path):
-    """HF_HUB_OFFLINE is set in all tests."""
+def test_fallback_uses_the_same_number_of_stories(main, tmp_path):
+    """The Hub is unreachable because conftest.py sets HF_HUB_OFFLINE."""
     offline = dict(dataset="tinystories", fallback="toystories", data_dir="data")
-    assert here("run", **offline, stories=50, stop_after=4) == 143
-    assert "TRAINING ON TOYSTORIES INSTEAD" in here.said
+    assert main("run", **offline, stories=50, stop_after=4) == 143
+    assert "TRAINING ON TOYSTORIES INSTEAD" in main.stderr
     config = checkpoint.read("run/latest.pt")["train_config"]
     assert (config["dataset"], config["stories"]) == ("toystories", 50)
-    assert here("run", "--resume", alone=True, stories=50) == 0
-    assert here("fewer", **offline, stories=20, max_iters=1) == 0 and ": 20 stories, " in here.said
+    assert main("run", "--resume", micro=False, stories=50) == 0
+    assert main("fewer", **offline, stories=20, max_iters=1) == 0 and ": 20 stories, " in main.stderr
     refused(
-        here,
+        main,
         r"only the first 50 .*python prepare.py toystories .*--stories 60",
         "more",
         **offline,
@@ -432,7 +444,7 @@ def test_the_fallback_has_as_many_stories(here, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Signals, kills, two runs at once
+# Signals, kills, concurrent runs
 
 
 LONG = dict(
@@ -442,41 +454,41 @@ LONG = dict(
 
 @posix
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str)
-def test_a_signal_saves_within_one_step(number, status, tmp_path, corpus, here):
-    run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
+def test_signal_saves_within_one_step(number, status, tmp_path, corpus, main):
+    run = Program(cli_args(corpus, out_dir="run", **LONG), tmp_path)
     run.until("step      1")
     run.signal(number)
     assert run.wait() == status
     assert "saved at step" in run.text and "--resume" in run.text and "Traceback" not in run.text
-    step = lines("run")[-1]["step"]
-    assert kept("run")["step"] == step >= 1
-    assert here("run", "--resume", alone=True, max_iters=step + 7) == 0
-    assert here("straight", **LONG | dict(max_iters=step + 7)) == 0
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    step = metrics("run")[-1]["step"]
+    assert run_state("run")["step"] == step >= 1
+    assert main("run", "--resume", micro=False, max_iters=step + 7) == 0
+    assert main("straight", **LONG | dict(max_iters=step + 7)) == 0
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
 @posix
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str)
 @pytest.mark.parametrize("when", ["preparing", "compiling"])
-def test_a_signal_before_the_first_step(when, number, status, tmp_path, corpus):
+def test_signal_before_the_first_step(when, number, status, tmp_path, corpus):
     changes = dict(dataset="mine", source=corpus.parent / "mini.txt", data_dir="data", compile="True")
-    run = Program(words(corpus, **changes, out_dir="run"), tmp_path, hook=(slow_start, when))
+    run = Program(cli_args(corpus, **changes, out_dir="run"), tmp_path, hook=(slow_start, when))
     run.until("busy now")
     run.signal(signal.SIGUSR1)
     time.sleep(0.2)
-    assert run.process.is_alive(), "there is nothing to save yet, and no reason to die"
+    assert run.process.is_alive(), "SIGUSR1 is ignored while there is nothing to save"
     run.signal(number)
     assert run.wait(10) == status
     name = signal.Signals(number).name
     assert run.text.splitlines()[-1] == f"{name}: ended, with nothing lost" and "Traceback" not in run.text
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    made = {f"data/mine/byte/{name}" for name in ("train.bin", "val.bin", "meta.json")}
-    made |= {"run/lock", "run/metrics.jsonl", "run/config.json"}
-    assert left - {run.output.name} == (made if when == "compiling" else set())
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    expected = {f"data/mine/byte/{name}" for name in ("train.bin", "val.bin", "meta.json")}
+    expected |= {"run/lock", "run/metrics.jsonl", "run/config.json"}
+    assert files - {run.output.name} == (expected if when == "compiling" else set())
 
 
 def slow_start(when: str) -> None:
-    """Preparing the data or compiling takes a minute."""
+    """Make preparing the data or compiling take a minute."""
 
     def busy(*args, **kwargs):
         print("busy now", file=sys.stderr, flush=True)
@@ -491,28 +503,28 @@ def slow_start(when: str) -> None:
 
 
 @posix
-def test_sigusr1_saves_and_goes_on(tmp_path, corpus):
-    run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
+def test_sigusr1_saves_and_continues(tmp_path, corpus):
+    run = Program(cli_args(corpus, out_dir="run", **LONG), tmp_path)
     run.until("step      1")
     run.signal(signal.SIGUSR1)
     end = time.monotonic() + 30
     while not (tmp_path / "run/latest.pt").exists() and time.monotonic() < end:
         time.sleep(0.01)
-    saved = kept(tmp_path / "run")["step"]
-    while lines_so_far(tmp_path / "run")[-1]["step"] < saved + 5 and time.monotonic() < end:
+    saved = run_state(tmp_path / "run")["step"]
+    while metrics_so_far(tmp_path / "run")[-1]["step"] < saved + 5 and time.monotonic() < end:
         time.sleep(0.01)
-    assert lines_so_far(tmp_path / "run")[-1]["step"] >= saved + 5
+    assert metrics_so_far(tmp_path / "run")[-1]["step"] >= saved + 5
     run.kill()
 
 
-def lines_so_far(folder) -> list[dict]:
+def metrics_so_far(folder) -> list[dict]:
     return runs.read_metrics(Path(folder))
 
 
 @posix
-def test_a_second_ctrl_c_leaves_at_once_and_hurts_nothing(tmp_path, corpus, here):
+def test_second_ctrl_c_exits_immediately_and_damages_nothing(tmp_path, corpus, main):
     run = Program(
-        words(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path, hook=(slow_saves, 30)
+        cli_args(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path, hook=(slow_saves, 30)
     )
     run.until("saving now")
     run.signal(signal.SIGINT)
@@ -520,12 +532,12 @@ def test_a_second_ctrl_c_leaves_at_once_and_hurts_nothing(tmp_path, corpus, here
     time.sleep(1.1)  # until then, it could be a key held down
     run.signal(signal.SIGINT)
     assert run.wait(10) == 130
-    assert here("run", "--resume", **LONG | dict(max_iters=12)) == 0
-    assert "starts again at step 0" in here.said and not list(Path("run").glob("*.tmp"))
+    assert main("run", "--resume", **LONG | dict(max_iters=12)) == 0
+    assert "starts again at step 0" in main.stderr and not list(Path("run").glob("*.tmp"))
 
 
 def slow_saves(seconds: float) -> None:
-    """Each save takes its time between the writing and the renaming."""
+    """Delay each save between writing and renaming."""
     real = hashlib.file_digest
 
     def file_digest(*args):
@@ -539,32 +551,32 @@ def slow_saves(seconds: float) -> None:
 
 
 @posix
-def test_two_runs_on_one_out_dir(tmp_path, corpus, here):
-    """The second is refused while the first lives, and the lock does not outlive a kill -9."""
-    run = Program(words(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path)
+def test_concurrent_runs_in_one_out_dir(tmp_path, corpus, main):
+    """The second is refused while the first runs; kill -9 releases the lock."""
+    run = Program(cli_args(corpus, out_dir="run", **LONG | dict(save_interval=5)), tmp_path)
     run.until("step      1")
     while not Path("run/previous.pt").exists():
         time.sleep(0.01)
     for flag in ("--resume", "--overwrite"):
-        assert here("run", flag, **LONG) == 2 and "another run is writing to run" in here.said
+        assert main("run", flag, **LONG) == 2 and "another run is writing to run" in main.stderr
     assert run.process.is_alive()
     run.kill()
-    latest = Path("run/latest.pt")  # the kill may strike between the two renames of a save
+    latest = Path("run/latest.pt")  # the kill may fall between the two renames of a save
     step = checkpoint.read(latest if latest.exists() else "run/previous.pt")["step"]
     assert step >= 10
-    assert here("run", "--resume", alone=True, max_iters=step + 2) == 0
-    assert f"at step {step:,}" in here.said
+    assert main("run", "--resume", micro=False, max_iters=step + 2) == 0
+    assert f"at step {step:,}" in main.stderr
 
 
 @posix
-def test_killed_before_the_first_save(tmp_path, corpus, here):
-    run = Program(words(corpus, out_dir="run", **LONG), tmp_path)
+def test_killed_before_the_first_save(tmp_path, corpus, main):
+    run = Program(cli_args(corpus, out_dir="run", **LONG), tmp_path)
     run.until("step      1")
     run.kill()
-    assert here("run", "--resume", **LONG | dict(max_iters=10)) == 0
-    assert "ended before its first checkpoint: it starts again at step 0" in here.said
-    assert here("straight", **LONG | dict(max_iters=10)) == 0
-    assert lines("run") == lines("straight")
+    assert main("run", "--resume", **LONG | dict(max_iters=10)) == 0
+    assert "ended before its first checkpoint: it starts again at step 0" in main.stderr
+    assert main("straight", **LONG | dict(max_iters=10)) == 0
+    assert metrics("run") == metrics("straight")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -577,63 +589,63 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def ranks(world: int, argv: list[str], folder, hooks: dict | None = None) -> list[Program]:
-    """The processes that torchrun would start."""
-    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def ranks(world_size: int, argv: list[str], folder, hooks: dict | None = None) -> list[Program]:
+    """Start the processes that torchrun would start."""
+    env = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        Program(argv, folder, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, (hooks or {}).get(r, ()))
-        for r in range(world)
+        Program(argv, folder, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, (hooks or {}).get(rank, ()))
+        for rank in range(world_size)
     ]
 
 
-def keep_gradients(file: str) -> None:
-    """Save the gradient of the first update, averaged over the processes (and not clipped)."""
+def save_gradients(file: str) -> None:
+    """Save the gradients of the first update, averaged over the processes."""
     update = train.Trainer.update
 
-    def spy(self, finite):
+    def save_and_update(self, finite):
         if self.progress.step == 0:
             torch.save([p.grad for p in self.model.parameters()], file)
         update(self, finite)
 
-    train.Trainer.update = spy
+    train.Trainer.update = save_and_update
 
 
 @posix
 @pytest.mark.parametrize("accumulation", [2, 1], ids=["by micro-batches", "by rows"])
-def test_two_processes_are_the_same_run(accumulation, tmp_path, corpus):
-    """Also with another number of processes in the middle of it."""
+def test_two_processes_match_one(accumulation, tmp_path, corpus):
+    """Also, a run of two processes resumes with one."""
     changes = dict(gradient_accumulation_steps=accumulation, grad_clip=0.0, log_interval=1, max_iters=12)
-    one = Program(words(corpus, out_dir="one", **changes), tmp_path, hook=(keep_gradients, "one.pt"))
-    two = ranks(2, words(corpus, out_dir="two", **changes), tmp_path, {0: (keep_gradients, "two.pt")})
+    one = Program(cli_args(corpus, out_dir="one", **changes), tmp_path, hook=(save_gradients, "one.pt"))
+    two = ranks(2, cli_args(corpus, out_dir="two", **changes), tmp_path, {0: (save_gradients, "two.pt")})
     assert [p.wait() for p in (one, *two)] == [0, 0, 0], two[0].text + two[1].text
-    assert apart(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")) < 1e-6
-    a, b = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert max_difference(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")) < 1e-6
+    a, b = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [(x["step"], x["split"], x["tokens"]) for x in a] == [
         (x["step"], x["split"], x["tokens"]) for x in b
     ]
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
     assert [x["bpb"] for x in a if "bpb" in x] == pytest.approx([x["bpb"] for x in b if "bpb" in x], rel=1e-4)
-    assert two[1].text == "", "one process speaks and writes"
-    more = words(corpus, out_dir="two", **changes | dict(max_iters=14)) + ["--resume"]
-    assert Program(more, tmp_path).wait() == 0 and lines(tmp_path / "two")[-1]["step"] == 14
+    assert two[1].text == "", "only rank 0 prints"
+    argv = cli_args(corpus, out_dir="two", **changes | dict(max_iters=14)) + ["--resume"]
+    assert Program(argv, tmp_path).wait() == 0 and metrics(tmp_path / "two")[-1]["step"] == 14
 
 
 @posix
-def test_resuming_two_processes_is_exact(tmp_path, corpus):
-    """A signal to one process stops both, a step later, when its vote is read; the rest is bitwise equal."""
+def test_resume_of_two_processes_is_bitwise_exact(tmp_path, corpus):
+    """A signal to one rank stops both, one step later; the resumed run is bitwise equal."""
     changes = dict(gradient_accumulation_steps=2, dropout=0.1, log_interval=1, save_interval=7)
-    straight = ranks(2, words(corpus, out_dir="straight", **changes), tmp_path)
-    stopped = ranks(2, words(corpus, out_dir="stopped", **changes), tmp_path, {1: (ask, 9)})
+    straight = ranks(2, cli_args(corpus, out_dir="straight", **changes), tmp_path)
+    stopped = ranks(2, cli_args(corpus, out_dir="stopped", **changes), tmp_path, {1: (terminate, 9)})
     assert [p.wait() for p in (*straight, *stopped)] == [0, 0, 143, 143], stopped[0].text
-    assert kept(tmp_path / "stopped")["step"] == 10
-    again = ranks(2, words(corpus, out_dir="stopped", **changes) + ["--resume"], tmp_path)
-    assert [p.wait() for p in again] == [0, 0], again[0].text
-    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
-    assert same(kept(tmp_path / "stopped"), kept(tmp_path / "straight"))
+    assert run_state(tmp_path / "stopped")["step"] == 10
+    resumed = ranks(2, cli_args(corpus, out_dir="stopped", **changes) + ["--resume"], tmp_path)
+    assert [p.wait() for p in resumed] == [0, 0], resumed[0].text
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    assert bit_equal(run_state(tmp_path / "stopped"), run_state(tmp_path / "straight"))
 
 
-def ask(after: int) -> None:
-    """SIGTERM in update `after`."""
+def terminate(after: int) -> None:
+    """Send SIGTERM to this process in update `after`."""
     step = train.Trainer.train_step
 
     def train_step(self, n):
@@ -645,25 +657,25 @@ def ask(after: int) -> None:
 
 
 @posix
-@pytest.mark.parametrize("dies", [0, 1])
-def test_a_rank_that_dies_stops_the_other(dies, tmp_path, corpus):
-    """Within seconds, with the reason and no half save; and the run goes on."""
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_rank_stops_the_other(killed, tmp_path, corpus):
+    """Within seconds, with an error message and no partial checkpoint; the run can be resumed."""
     changes = dict(gradient_accumulation_steps=2, log_interval=1)
-    pair = ranks(2, words(corpus, out_dir="run", **changes), tmp_path, {dies: (die, 13)})
-    assert pair[dies].wait() == -signal.SIGKILL
-    assert pair[1 - dies].wait(10) == 1
-    said = pair[1 - dies].text
-    assert "error: another process of this run is gone" in said and "Traceback" not in said
-    assert kept(tmp_path / "run")["step"] == 10 and not list((tmp_path / "run").glob("*.tmp"))
-    again = ranks(2, words(corpus, out_dir="run", **changes) + ["--resume"], tmp_path)
-    straight = ranks(2, words(corpus, out_dir="straight", **changes), tmp_path)
-    assert [p.wait() for p in (*again, *straight)] == [0] * 4
-    assert lines(tmp_path / "run") == lines(tmp_path / "straight")
-    assert same(kept(tmp_path / "run"), kept(tmp_path / "straight"))
+    pair = ranks(2, cli_args(corpus, out_dir="run", **changes), tmp_path, {killed: (kill, 13)})
+    assert pair[killed].wait() == -signal.SIGKILL
+    assert pair[1 - killed].wait(10) == 1
+    err = pair[1 - killed].text
+    assert "error: another process of this run is gone" in err and "Traceback" not in err
+    assert run_state(tmp_path / "run")["step"] == 10 and not list((tmp_path / "run").glob("*.tmp"))
+    resumed = ranks(2, cli_args(corpus, out_dir="run", **changes) + ["--resume"], tmp_path)
+    straight = ranks(2, cli_args(corpus, out_dir="straight", **changes), tmp_path)
+    assert [p.wait() for p in (*resumed, *straight)] == [0] * 4
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    assert bit_equal(run_state(tmp_path / "run"), run_state(tmp_path / "straight"))
 
 
-def die(after: int) -> None:
-    """kill -9 in update `after`."""
+def kill(after: int) -> None:
+    """Send SIGKILL to this process in update `after`."""
     step = train.Trainer.train_step
 
     def train_step(self, n):
@@ -675,8 +687,8 @@ def die(after: int) -> None:
 
 
 @posix
-def test_processes_that_divide_nothing(tmp_path, corpus):
-    trio = ranks(3, words(corpus, out_dir="run", batch_size=4), tmp_path)
+def test_indivisible_world_size(tmp_path, corpus):
+    trio = ranks(3, cli_args(corpus, out_dir="run", batch_size=4), tmp_path)
     assert [p.wait() for p in trio] == [2, 2, 2]
     assert "3 processes divide neither" in trio[0].text and not (tmp_path / "run").exists()
 
@@ -684,7 +696,7 @@ def test_processes_that_divide_nothing(tmp_path, corpus):
 @pytest.mark.slow
 @posix
 def test_torchrun(tmp_path, corpus):
-    """The real torchrun: two processes to the end, and a SIGTERM on the way that saves."""
+    """The real torchrun: SIGTERM saves, and the run resumes to its end."""
 
     def torchrun(*extra, **changes):
         argv = [
@@ -694,22 +706,22 @@ def test_torchrun(tmp_path, corpus):
             "--standalone",
             "--nproc_per_node=2",
             str(ROOT / "train.py"),
-            *words(corpus, **changes),
+            *cli_args(corpus, **changes),
             *extra,
         ]
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(argv, cwd=tmp_path, **quiet)
+        streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(argv, cwd=tmp_path, **streams)
 
     changes = dict(gradient_accumulation_steps=2, log_interval=1, out_dir="run")
     run = torchrun(**LONG | changes)
     end = time.monotonic() + 120
-    while len(lines_so_far(tmp_path / "run")) < 10 and time.monotonic() < end:
+    while len(metrics_so_far(tmp_path / "run")) < 10 and time.monotonic() < end:
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
-    said = run.communicate(timeout=60)[1]
-    assert "saved at step" in said and run.returncode != 0
-    step = kept(tmp_path / "run")["step"]
-    assert step == lines(tmp_path / "run")[-1]["step"]
+    err = run.communicate(timeout=60)[1]
+    assert "saved at step" in err and run.returncode != 0
+    step = run_state(tmp_path / "run")["step"]
+    assert step == metrics(tmp_path / "run")[-1]["step"]
     run = torchrun("--resume", **LONG | changes | dict(max_iters=step + 3))
-    said = run.communicate(timeout=120)[1]
-    assert run.returncode == 0 and f"at step {step:,}" in said, said
+    err = run.communicate(timeout=120)[1]
+    assert run.returncode == 0 and f"at step {step:,}" in err, err

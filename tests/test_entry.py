@@ -1,9 +1,8 @@
 """
-How scripts begin and end: statuses, errors in one line, signals in every phase, output that cannot be
-written.
+nanostlm/entry.py: exit statuses, one-line errors, signals in each phase of a script, unwritable output.
 
-Most processes here are scripts of a copy of the repository that has only nanostlm/entry.py: they start in
-milliseconds, and each of their phases lasts as long as a test needs.
+Most tests run scripts of a minimal repository that contains only nanostlm/entry.py: they start in
+milliseconds, and each phase lasts as long as the test needs.
 """
 
 import ast
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MICRO, ROOT, kept, lines, numbers, same, trainer, words
+from helpers import MICRO, ROOT, bit_equal, cli_args, metrics, random_data, run_state, trainer
 
 import prepare
 import sample
@@ -36,20 +35,20 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 signals = pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
 
 # ----------------------------------------------------------------------------------------------------------
-# Errors in one line
+# One-line errors
 
 
-FORESEEN = [
+EXPECTED_ERRORS = [
     (ValueError("a\n  b"), 2, "a b"),
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "invalid start byte"),
     (json.JSONDecodeError("Expecting value", "", 0), 2, "Expecting value"),
     (FileNotFoundError(2, "No such file", "x.txt"), 2, "[Errno 2] No such file: 'x.txt'"),
-    (FileExistsError("x is there"), 2, "x is there"),
+    (FileExistsError("x exists"), 2, "x exists"),
     (IsADirectoryError("x is a folder"), 2, "x is a folder"),
     (NotADirectoryError("x is a file"), 2, "x is a file"),
     (Unreachable("no network"), 1, "no network"),
     (PermissionError(13, "Permission denied", "x"), 2, "Permission denied"),
-    (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),  # of a connection: stdout raises none
+    (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe"),  # of a socket; stdout does not raise it
     (OSError(28, "No space left on device"), 1, "No space left on device"),
     (RuntimeError("the kernel failed"), 1, "the kernel failed"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
@@ -59,26 +58,26 @@ FORESEEN = [
 ]
 
 
-def status_of(do) -> int:
-    return entry.script(lambda argv: do())([])
+def exit_status(call) -> int:
+    return entry.script(lambda argv: call())([])
 
 
-@pytest.mark.parametrize("error, status, said", FORESEEN, ids=lambda x: type(x).__name__)
-def test_what_this_code_raises_is_its_message(error, status, said, capsys):
-    def do():
+@pytest.mark.parametrize("error, status, message", EXPECTED_ERRORS, ids=lambda x: type(x).__name__)
+def test_expected_error_prints_its_message_and_sets_the_status(error, status, message, capsys):
+    def fail():
         raise error
 
-    assert status_of(do) == status
+    assert exit_status(fail) == status
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
     assert "test_entry" not in err
 
 
-def endless():
-    return endless()
+def recurse():
+    return recurse()
 
 
-UNFORESEEN = {
+BUGS = {
     "KeyError: 'x'": lambda: {}["x"],
     "IndexError: list index out of range": lambda: [][0],
     "ZeroDivisionError: division by zero": lambda: 1 / 0,
@@ -86,48 +85,49 @@ UNFORESEEN = {
     "AttributeError: ": lambda: None.x,
     "NameError: name 'missing' is not defined": lambda: missing,  # noqa: F821
     "StopIteration: ": lambda: next(iter(())),
-    "RecursionError: ": endless,
+    "RecursionError: ": recurse,
     "ModuleNotFoundError: No module named 'nowhere'": lambda: __import__("nowhere"),
     "RuntimeError: mat1 and mat2 shapes cannot be multiplied": lambda: torch.ones(2, 3) @ torch.ones(2, 3),
     "SyntaxError: invalid syntax": lambda: compile("def f(:", os.path.join(ROOT, "model.py"), "exec"),
 }
-UNFORESEEN_VALUES = {
+BUGS_WITH_STATUS_2 = {
     "ValueError: invalid literal": lambda: int("x"),
     "ValueError: embedded null byte": lambda: open("a\0b"),
-    "JSONDecodeError: Expecting value": lambda: json.loads(""),  # deep inside another library
+    "JSONDecodeError: Expecting value": lambda: json.loads(""),  # raised inside another library
     "UnicodeDecodeError: ": lambda: b"\xff".decode(),
 }
 
 
-@pytest.mark.parametrize("said", UNFORESEEN | UNFORESEEN_VALUES)
-def test_any_other_error_is_named_with_the_last_line_of_our_code(said, capsys):
-    do = (UNFORESEEN | UNFORESEEN_VALUES)[said]
-    assert status_of(do) == (1 if said in UNFORESEEN else 2)
-    line = endless.__code__.co_firstlineno + 1 if do is endless else do.__code__.co_firstlineno
-    where = "model.py:1" if "SyntaxError" in said else f"tests/test_entry.py:{line}"
+@pytest.mark.parametrize("message", BUGS | BUGS_WITH_STATUS_2)
+def test_unexpected_error_prints_its_type_and_location(message, capsys):
+    """The location is the last line of our code in the traceback."""
+    call = (BUGS | BUGS_WITH_STATUS_2)[message]
+    assert exit_status(call) == (1 if message in BUGS else 2)
+    line = recurse.__code__.co_firstlineno + 1 if call is recurse else call.__code__.co_firstlineno
+    location = "model.py:1" if "SyntaxError" in message else f"tests/test_entry.py:{line}"
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {said}") and err.endswith(f" ({where})\n") and err.count("\n") == 1
+    assert err.startswith(f"error: {message}") and err.endswith(f" ({location})\n") and err.count("\n") == 1
 
 
-def test_a_script_takes_the_command_line_and_returns_the_status(capsys, monkeypatch):
+def test_script_reads_sys_argv_and_returns_the_status(capsys, monkeypatch):
     @entry.script
     def main(argv):
-        """What it does."""
+        """A description."""
         if argv[0] == "exit":
             sys.exit(3)
         if argv[0] == "ctrl-c":
             raise KeyboardInterrupt
         return {"none": None, "zero": 0, "signal": 143}[argv[0]]
 
-    found = [main([word]) for word in ("none", "zero", "signal", "ctrl-c", "exit")]
-    assert found == [0, 0, 143, 130, 3]
+    statuses = [main([arg]) for arg in ("none", "zero", "signal", "ctrl-c", "exit")]
+    assert statuses == [0, 0, 143, 130, 3]
     monkeypatch.setattr(sys, "argv", ["some.py", "signal"])
-    assert main() == 143 and main.__name__ == "main" and main.__doc__ == "What it does."
+    assert main() == 143 and main.__name__ == "main" and main.__doc__ == "A description."
     assert capsys.readouterr() == ("", "")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# A repository of scripts that do nothing
+# A minimal repository
 
 SCRIPT = r"""
 from nanostlm.entry import lost, script
@@ -165,15 +165,15 @@ def main(argv):
         case ["print", count]:
             for i in range(int(count)):
                 print(i)
-            open("whole", "w").close()
+            open("done", "w").close()
         case ["both"]:
             print("out")
             print("err", file=sys.stderr)
-            print("lost", *sorted(lost), file=open("whole", "w"))
+            print("lost", *sorted(lost), file=open("done", "w"))
         case ["read"]:
             print(repr(sys.stdin.read()))
         case ["open"]:
-            print(open("x", "w").fileno() > 2, file=open("whole", "w"))
+            print(open("x", "w").fileno() > 2, file=open("done", "w"))
         case ["warn"]:
             warnings.warn("two\n  lines")
         case ["unicode"]:
@@ -195,7 +195,7 @@ import time
 def ready(seconds):
     os.close(os.open("ready", os.O_CREAT))
     end = time.monotonic() + seconds
-    while time.monotonic() < end:  # a signal just before a long sleep would wait for its end
+    while time.monotonic() < end:  # short sleeps: a signal just before a long one would wait for its end
         time.sleep(0.01)
 
 
@@ -210,6 +210,7 @@ if sys.argv[1:] == ["import"]:
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
+    """A folder with all scripts, replaced by SCRIPT, a `model.py` and nanostlm/entry.py."""
     (tmp_path / "nanostlm").mkdir()
     for name in ("__init__.py", "entry.py"):
         shutil.copy(ROOT / "nanostlm" / name, tmp_path / "nanostlm")
@@ -225,14 +226,14 @@ def start(folder: Path, *argv: str, script: str = "train", **options) -> subproc
     return subprocess.Popen([sys.executable, f"{script}.py", *argv], cwd=folder, env=env, **pipes)
 
 
-def until_ready(folder: Path, process: subprocess.Popen) -> None:
+def wait_until_ready(folder: Path, process: subprocess.Popen) -> None:
     end = time.monotonic() + 20
     while not (folder / "ready").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
     assert (folder / "ready").exists()
 
 
-def test_a_script_in_a_process_of_its_own(repository):
+def test_script_in_a_subprocess(repository):
     for argv, status, out, err in [
         (["warn"], 0, b"", b"note: two lines\n"),
         (["print", "2"], 0, b"0\n1\n", b""),
@@ -240,12 +241,12 @@ def test_a_script_in_a_process_of_its_own(repository):
         (["bug"], 1, b"", b"error: KeyError: 'x' (model.py:15)\n"),
     ]:
         process = start(repository, *argv)
-        found = process.communicate()
-        assert (process.returncode, *(text.replace(b"\r", b"") for text in found)) == (status, out, err), argv
+        texts = process.communicate()
+        assert (process.returncode, *(text.replace(b"\r", b"") for text in texts)) == (status, out, err), argv
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     {
         "x = (": "SyntaxError: '(' was never closed (model.py:1)",
         "if True:\nx = 1": "IndentationError: expected an indented block after 'if' statement on line 1",
@@ -256,15 +257,17 @@ def test_a_script_in_a_process_of_its_own(repository):
         "def f():\n    assert False, 'why'\n\n\nf()": "AssertionError: why (model.py:2)",
     }.items(),
 )
-def test_an_error_in_an_edited_file(text, said, repository):
+def test_error_in_a_module_prints_its_location(text, message, repository):
     (repository / "model.py").write_text(text)
     process = start(repository)
     err = process.communicate()[1].decode()
-    assert err.startswith(f"error: {said}") and err.count("\n") == 1 and re.search(r"\(model.py:\d\)$", err)
+    assert (
+        err.startswith(f"error: {message}") and err.count("\n") == 1 and re.search(r"\(model.py:\d\)$", err)
+    )
     assert process.returncode == (2 if "json.loads" in text else 1)
 
 
-def test_the_whole_traceback(repository):
+def test_traceback_environment_variable(repository):
     for script, text in (("bug", MODEL), ("import", "y + 1")):
         (repository / "model.py").write_text(text)
         process = start(repository, script, env={"NANOSTLM_TRACEBACK": "1"})
@@ -274,14 +277,14 @@ def test_the_whole_traceback(repository):
 
 
 @pytest.mark.parametrize("name", [f"{name}.py" for name in SCRIPTS])
-def test_every_script_imports_the_entry_first(name):
+def test_scripts_import_entry_first(name):
     statements = ast.parse((ROOT / name).read_text(encoding="utf-8")).body
-    found = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
-    assert found[0].module == "nanostlm.entry" and found[0] is statements[1]  # after the docstring
+    imports = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
+    assert imports[0].module == "nanostlm.entry" and imports[0] is statements[1]  # after the docstring
     assert name in entry.SCRIPTS
 
 
-CHANGES_NOTHING = """
+NO_SIDE_EFFECTS = """
 import signal, sys, warnings
 def state():
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -296,10 +299,10 @@ assert state() == before
 
 
 @pytest.mark.parametrize("how", ["-c", "a file"])
-def test_importing_it_changes_nothing(how, repository):
+def test_import_from_other_programs_has_no_side_effects(how, repository):
     (repository / "entry_again.py").write_text("import importlib\nimportlib.import_module('nanostlm.entry')")
-    (repository / "mine.py").write_text(CHANGES_NOTHING)
-    argv = ["-c", CHANGES_NOTHING] if how == "-c" else ["mine.py"]
+    (repository / "mine.py").write_text(NO_SIDE_EFFECTS)
+    argv = ["-c", NO_SIDE_EFFECTS] if how == "-c" else ["mine.py"]
     done = subprocess.run([sys.executable, *argv], cwd=repository, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"0\n" if os.name != "nt" else b"0\r\n", b"")
 
@@ -312,40 +315,40 @@ def test_importing_it_changes_nothing(how, repository):
 @signals
 @pytest.mark.parametrize("times", [1, 3], ids=["once", "held down"])
 @pytest.mark.parametrize("phase", ["import", "work", "clean up", "destroy", "exit"])
-def test_a_signal_in_every_phase(phase, times, number, repository):
+def test_signal_in_each_phase(phase, times, number, repository):
     process = start(repository, phase)
-    until_ready(repository, process)
-    began = time.monotonic()
+    wait_until_ready(repository, process)
+    start_time = time.monotonic()
     for _ in range(times):
         process.send_signal(number)
         time.sleep(0.02)
     out, err = process.communicate(timeout=20)
     assert process.returncode == STATUS[number] and out == b""
-    quiet = phase in ("import", "exit")
-    assert err.decode() == ("" if quiet else f"{number.name}: ended, with nothing lost\n")
-    assert (time.monotonic() - began > 1.9) == (phase == "clean up"), "it is allowed to clean up"
+    silent = phase in ("import", "exit")
+    assert err.decode() == ("" if silent else f"{number.name}: ended, with nothing lost\n")
+    assert (time.monotonic() - start_time > 1.9) == (phase == "clean up"), "finally blocks are executed"
 
 
 @posix
 @signals
-def test_a_second_signal_a_second_later(number, repository):
+def test_second_signal_after_a_second_exits_immediately(number, repository):
     process = start(repository, "clean up")
-    until_ready(repository, process)
+    wait_until_ready(repository, process)
     process.send_signal(number)
     time.sleep(1.1)
     process.send_signal(number)
-    began = time.monotonic()
+    start_time = time.monotonic()
     assert process.communicate(timeout=20)[1].count(b"\n") == 1 and process.returncode == STATUS[number]
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - start_time < 0.5
 
 
 @posix
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_signals_at_random_moments(script, repository):
-    """From the first line of the script on: before it, Python is still starting."""
+def test_sigint_at_different_times(script, repository):
+    """After the first line of the script; before it, Python itself is still starting."""
     for i in range(6):
         process = start(repository, "import" if i % 2 else "work", script=script)
-        until_ready(repository, process)
+        wait_until_ready(repository, process)
         (repository / "ready").unlink()
         time.sleep(0.01 * i)
         process.send_signal(signal.SIGINT)
@@ -354,25 +357,25 @@ def test_signals_at_random_moments(script, repository):
 
 
 @posix
-def test_a_signal_while_the_output_is_lost(repository):
+def test_signal_with_closed_stderr(repository):
     process = start(repository, "work")
-    until_ready(repository, process)
+    wait_until_ready(repository, process)
     process.stderr.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
 
 
 @posix
-@pytest.mark.parametrize("rank, said", [("0", 1), ("1", 0)])
-def test_one_process_of_several_speaks(rank, said, repository):
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_only_rank_0_prints(rank, lines, repository):
     process = start(repository, "work", env={"RANK": rank})
-    until_ready(repository, process)
+    wait_until_ready(repository, process)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[1].count(b"\n") == said and process.returncode == 130
+    assert process.communicate(timeout=20)[1].count(b"\n") == lines and process.returncode == 130
 
 
 @posix
-def test_requests_and_handlers_as_before():
+def test_requests_are_recorded_and_handlers_restored():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before, requests = [signal.getsignal(number) for number in numbers], entry.Requests()
     entry.received.clear()
@@ -381,7 +384,7 @@ def test_requests_and_handlers_as_before():
             os.kill(os.getpid(), number)
         assert requests.save and requests.stop == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGINT)
-        assert requests.stop == signal.SIGINT, "the last one that came"
+        assert requests.stop == signal.SIGINT, "the most recent one"
         assert [signal.getsignal(number) for number in numbers] != before
         raise ZeroDivisionError
     entry.received.clear()
@@ -389,9 +392,9 @@ def test_requests_and_handlers_as_before():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Output that cannot be written, streams that are closed
+# Unwritable output, closed streams
 
-STREAMS = {  # what a shell does with the streams -> status of a worker that prints, and of a filter
+STREAMS = {  # redirections in a shell -> exit status of train, prepare and export, and of sample and evaluate
     ">&-": (0, 0),
     "2>&-": (0, 0),
     "<&-": (0, 0),
@@ -408,7 +411,7 @@ FULL = b"error: stdout cannot be written: No space left on device\n"
 
 
 def shell(folder: Path, script: str, argv: list[str], streams: str) -> tuple[int, bytes]:
-    """The status of `script argv streams` in a shell, and what came on the shell's stderr."""
+    """Run `script argv streams` in a shell -> (the status of the script, stderr of the shell)."""
     line = shlex.join([sys.executable, f"{script}.py", *argv])
     line = (
         f"{{ {line}; echo $? > status; }} {streams}"
@@ -423,33 +426,33 @@ def shell(folder: Path, script: str, argv: list[str], streams: str) -> tuple[int
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("count", ["1", "100000"])
 @pytest.mark.parametrize("streams", STREAMS)
-def test_output_that_cannot_be_written(streams, count, script, repository):
+def test_unwritable_output(streams, count, script, repository):
     if not os.path.exists("/dev/full") and "full" in streams:
         pytest.skip("needs /dev/full")
     status, err = shell(repository, script, ["print", count], streams)
     assert status == STREAMS[streams][script in ("sample", "evaluate")]
     assert err == (FULL if streams == "> /dev/full" else b"")
     if script in ("train", "prepare", "export"):
-        assert (repository / "whole").exists(), "it finishes its work"
+        assert (repository / "done").exists(), "the script ran to its end"
 
 
 @posix
 @pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- 2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_no_file_becomes_a_closed_stream(streams, repository):
-    """A library's warning on stderr would be written into it."""
+def test_opened_file_does_not_reuse_a_closed_stream(streams, repository):
+    """Otherwise, a library's warning on stderr would be written to that file."""
     assert shell(repository, "train", ["open"], streams)[0] == 0
-    assert (repository / "whole").read_text() == "True\n"
+    assert (repository / "done").read_text() == "True\n"
 
 
 @posix
-def test_a_script_knows_which_output_was_lost(repository):
-    for streams, said in {"": "", ">&-": " 1", "2> /dev/full": " 2", "> /dev/full 2>&1": " 1 2"}.items():
+def test_lost_lists_the_unwritable_streams(repository):
+    for streams, numbers in {"": "", ">&-": " 1", "2> /dev/full": " 2", "> /dev/full 2>&1": " 1 2"}.items():
         shell(repository, "train", ["both"], streams)
-        assert (repository / "whole").read_text() == f"lost{said}\n"
+        assert (repository / "done").read_text() == f"lost{numbers}\n"
 
 
 @posix
-def test_a_closed_stdin_is_empty(repository):
+def test_closed_stdin_reads_as_empty(repository):
     process = subprocess.run(
         ["bash", "-c", f"{sys.executable} sample.py read <&-"], cwd=repository, capture_output=True
     )
@@ -458,24 +461,24 @@ def test_a_closed_stdin_is_empty(repository):
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("code", [errno.EPIPE, errno.ENOSPC, errno.EIO])
-def test_training_saves_when_its_output_is_lost(code, number, here, monkeypatch):
-    """At the current step, not at the last checkpoint, and what follows is what would have been."""
+def test_training_saves_when_output_fails(code, number, main, monkeypatch):
+    """It saves at the current step, and the resumed run is bitwise equal to an uninterrupted one."""
     show = report.Console.show
 
-    def losing(console, line):
+    def fail_at_step_7(console, line):
         show(console, line)
         if line["step"] == 7:
             monkeypatch.setitem(entry.lost, number, OSError(code, os.strerror(code)))
 
-    assert here("straight", log_interval=1) == 0
+    assert main("straight", log_interval=1) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(report.Console, "show", losing)
-        assert here("run", log_interval=1) == 1
+        patch.setattr(report.Console, "show", fail_at_step_7)
+        assert main("run", log_interval=1) == 1
     entry.lost.clear()
-    assert f"error: [Errno {code}]" in here.said and "the run is saved at step 8" in here.said
-    assert kept("run")["step"] == 8
-    assert here("run", "--resume", log_interval=1) == 0
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    assert f"error: [Errno {code}]" in main.stderr and "the run is saved at step 8" in main.stderr
+    assert run_state("run")["step"] == 8
+    assert main("run", "--resume", log_interval=1) == 0
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
 LONG = dict(
@@ -484,35 +487,35 @@ LONG = dict(
 
 
 @posix
-def test_a_run_whose_reader_leaves(tmp_path, corpus, here):
-    """The real thing: `python train.py ... 2>&1 | head -9`."""
-    line = shlex.join([sys.executable, str(ROOT / "train.py"), *words(corpus, out_dir="run", **LONG)])
+def test_training_saves_when_its_pipe_closes(tmp_path, corpus, main):
+    """As a user runs it: `python train.py ... 2>&1 | head -9`."""
+    line = shlex.join([sys.executable, str(ROOT / "train.py"), *cli_args(corpus, out_dir="run", **LONG)])
     done = subprocess.run(
         ["bash", "-c", f"{{ {line}; echo $? > status; }} 2>&1 | head -9"], capture_output=True
     )
     assert Path("status").read_text() == "1\n" and done.stderr == b""
-    step = kept("run")["step"]
-    assert step == lines("run")[-1]["step"] >= 1
-    assert here("run", "--resume", alone=True, max_iters=step + 3) == 0
-    assert here("straight", **LONG | dict(max_iters=step + 3)) == 0
-    assert lines("run") == lines("straight") and same(kept("run"), kept("straight"))
+    step = run_state("run")["step"]
+    assert step == metrics("run")[-1]["step"] >= 1
+    assert main("run", "--resume", micro=False, max_iters=step + 3) == 0
+    assert main("straight", **LONG | dict(max_iters=step + 3)) == 0
+    assert metrics("run") == metrics("straight") and bit_equal(run_state("run"), run_state("straight"))
 
 
 @posix
 @signals
-def test_a_signal_in_the_final_report(number, here, monkeypatch):
+def test_signal_in_the_final_report(number, main, monkeypatch):
     def final(trainer, name):
         os.kill(os.getpid(), number)
-        raise AssertionError("it went on")
+        raise AssertionError("it continued after the signal")
 
     monkeypatch.setattr(report, "final", final)
-    assert here("run") == STATUS[number] and kept("run")["step"] == MICRO["max_iters"]
+    assert main("run") == STATUS[number] and run_state("run")["step"] == MICRO["max_iters"]
 
 
 @posix
 @signals
-def test_a_signal_in_the_last_evaluation(number, here, monkeypatch):
-    """The run is finished: there is no report, and nothing to continue."""
+def test_signal_in_the_last_evaluation(number, main, monkeypatch):
+    """The run is finished: no report follows, and no hint to resume it."""
     real = train.Trainer.val_step
 
     def val_step(trainer):
@@ -521,14 +524,14 @@ def test_a_signal_in_the_last_evaluation(number, here, monkeypatch):
         return real(trainer)
 
     monkeypatch.setattr(train.Trainer, "val_step", val_step)
-    assert here("run") == STATUS[number] and "the run is finished" in here.said
-    assert kept("run")["step"] == MICRO["max_iters"]
+    assert main("run") == STATUS[number] and "the run is finished" in main.stderr
+    assert run_state("run")["step"] == MICRO["max_iters"]
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Commands to type
+# Printed commands
 
-NAMES = [
+SPECIAL_NAMES = [
     "plain",
     "two words",
     "$HOME",
@@ -546,31 +549,31 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_printed_command_is_read_back_by_a_shell(name, here, tmp_path, capsys):
-    assert here(f"./{name}", stop_after=2) == 143
-    command = shlex.split(here.said.rpartition("continue with: ")[2])
+@pytest.mark.parametrize("name", SPECIAL_NAMES)
+def test_printed_commands_are_quoted_for_the_shell(name, main, tmp_path, capsys):
+    assert main(f"./{name}", stop_after=2) == 143
+    command = shlex.split(main.stderr.rpartition("continue with: ")[2])
     assert command[:2] == ["python", "train.py"] and f"--out_dir=./{name}" in command
     assert command[-1] == "--resume"
     command = shlex.split(remedy(tmp_path / name / "mini" / "byte").partition(": ")[2])
     assert command[command.index("--data_dir") + 1] == str(tmp_path / name)
-    with pytest.raises(ValueError, match="no name for a corpus") as caught:
+    with pytest.raises(ValueError, match="no name for a corpus") as excinfo:
         prepare.prepare(f"{name}.txt", data_dir=tmp_path)
-    assert shlex.split(str(caught.value).partition("corpus: ")[2])[-1] == f"{name}.txt"
+    assert shlex.split(str(excinfo.value).partition("corpus: ")[2])[-1] == f"{name}.txt"
 
 
 @pytest.mark.parametrize("name", ["resume", "overwrite", "override"])
-def test_a_value_that_reads_like_a_flag_is_kept(name, here):
-    assert here("", "--out_dir", name, "--overwrite", stop_after=2) == 143
-    words = shlex.split(here.said.rpartition("continue with: ")[2])
-    assert words[words.index("--out_dir") + 1] == name and "--overwrite" not in words
+def test_resume_command_keeps_a_value_named_like_a_flag(name, main):
+    assert main("", "--out_dir", name, "--overwrite", stop_after=2) == 143
+    argv = shlex.split(main.stderr.rpartition("continue with: ")[2])
+    assert argv[argv.index("--out_dir") + 1] == name and "--overwrite" not in argv
 
 
 @pytest.mark.parametrize("prompt", ["Tom", "it's $HOME; ls", "-x", "--zzz", "two\nlines", '"', "", "#"])
-def test_the_next_command_is_one_that_sample_reads(prompt, tmp_path, monkeypatch, capsys):
+def test_next_command_is_valid_for_sample(prompt, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "plot", lambda *args: None)
     monkeypatch.setattr(generate, "stories", lambda *args, **sampling: [])
-    data = numbers()._replace(meta={"corpus": "numbers", "val": dict(bytes=80, stories=10, tokens=90)})
+    data = random_data()._replace(meta={"corpus": "numbers", "val": dict(bytes=80, stories=10, tokens=90)})
     folder = tmp_path / f"of {prompt}"
     report.final(trainer(data, out_dir=folder, prompt=prompt), "run")
     command = shlex.split(capsys.readouterr().err.rpartition("next:  ")[2])

@@ -1,4 +1,4 @@
-"""evaluate.py and nanostlm/tasks.py against simple formulas."""
+"""evaluate.py and nanostlm/tasks.py against simple references."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ def model():
 
 @pytest.fixture
 def run(tmp_path, model, data, monkeypatch):
-    """The path of a checkpoint of the model, trained on the data."""
+    """The path of a checkpoint of the model that names the data as its training data."""
     monkeypatch.chdir(tmp_path)
     trained = dict(
         data_dir=str(data.folder.parent.parent), dataset="toystories", tokenizer="byte", cross_stories=True
@@ -65,7 +65,7 @@ def stories_of(data) -> list[list[int]]:
 
 
 @torch.no_grad()
-def slow_nats(model, ids: list[int]) -> float:
+def reference_nats(model, ids: list[int]) -> float:
     """Negative log-likelihood of ids in windows of block_size, with end-of-text before the first."""
     T, total = model.config.block_size, 0.0
     for start in range(0, len(ids), T):
@@ -76,15 +76,15 @@ def slow_nats(model, ids: list[int]) -> float:
     return total
 
 
-def test_the_loss_and_bits_per_byte_of_the_validation_file(model, data):
+def test_validation_loss_matches_reference(model, data):
     nats, bpb, n_tokens = tasks.validation_loss(model, data, rows=2)
     assert n_tokens == len(data.val)
-    assert nats == pytest.approx(slow_nats(model, data.val.tolist()) / n_tokens, rel=1e-5)
+    assert nats == pytest.approx(reference_nats(model, data.val.tolist()) / n_tokens, rel=1e-5)
     assert bpb == pytest.approx(nats / math.log(2), rel=1e-9)  # each token is a byte
 
 
 @pytest.mark.parametrize("block_size", [1024, 64])
-def test_the_distance_to_the_entropy(model, data, block_size, monkeypatch):
+def test_grammar_report_compares_with_the_entropy(model, data, block_size, monkeypatch):
     model = GPT(dataclasses.replace(model.config, block_size=block_size)).eval()
     whole = [story for story in stories_of(data) if len(story) <= block_size]
     line, _ = tasks.grammar_report(model, data, rows=2, n_stories=1)
@@ -92,25 +92,25 @@ def test_the_distance_to_the_entropy(model, data, block_size, monkeypatch):
         assert line.startswith("on 0 whole stories: ") and line.endswith(": no story fits into the context")
         return
     n_bytes = sum(map(len, whole))
-    bpb = sum(slow_nats(model, story) for story in whole) / n_bytes / math.log(2)
+    bpb = sum(reference_nats(model, story) for story in whole) / n_bytes / math.log(2)
     logprobs = [toystories.check(BYTE.decode(story[:-1])).logprob for story in whole]
     entropy = -sum(logprobs) / n_bytes / math.log(2)
-    found = line.replace(":", "").replace(",", "").split()
-    assert int(found[1]) == len(whole)
-    assert float(found[4]) == pytest.approx(bpb, abs=2e-4) and float(found[11]) == pytest.approx(
+    words = line.replace(":", "").replace(",", "").split()
+    assert int(words[1]) == len(whole)
+    assert float(words[4]) == pytest.approx(bpb, abs=2e-4) and float(words[11]) == pytest.approx(
         entropy, abs=1e-4
     )
     assert line.endswith(f"{bpb / entropy - 1:.1%} above it")
 
 
-def test_whole_stories_fit_into_the_context_and_are_not_empty(data):
+def test_whole_stories_skips_empty_and_too_long_ones(data):
     stories = [[*b"four", EOT], [EOT], [*b"three", EOT], [*b"a", EOT]]
     val = np.array([i for story in stories for i in story] + list(b"cut"), dtype=data.val.dtype)
-    found = tasks.whole_stories(data._replace(val=val), block_size=5)
-    assert [story.tolist() for story in found] == [stories[0], stories[3]]
+    selected = tasks.whole_stories(data._replace(val=val), block_size=5)
+    assert [story.tolist() for story in selected] == [stories[0], stories[3]]
 
 
-def test_the_share_of_valid_stories(model, data, monkeypatch):
+def test_grammar_report_counts_valid_stories(model, data, monkeypatch):
     valid = BYTE.decode(stories_of(data)[0][:-1])
     texts = [valid, valid + " Nonsense.", "Nonsense.", valid]
     monkeypatch.setattr(tasks, "stories", lambda *args: texts)
@@ -121,7 +121,7 @@ def test_the_share_of_valid_stories(model, data, monkeypatch):
     assert tasks.grammar_report(model, data, n_stories=1)[1] == "1 of 1 generated stories are valid"
 
 
-def test_the_newest_run_on_its_own_data(run, model, data, capsys):
+def test_default_is_the_newest_run_on_its_own_data(run, model, data, capsys):
     assert evaluate.main([]) == 0
     first, *others = capsys.readouterr().out.splitlines()
     nats, bpb, n_tokens = tasks.validation_loss(model, data)
@@ -142,7 +142,7 @@ def test_the_newest_run_on_its_own_data(run, model, data, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "argv, message",
     [
         (["--out_dir", "nowhere"], "no checkpoint at nowhere"),
         (["--data", "nowhere"], "nowhere"),
@@ -152,16 +152,16 @@ def test_the_newest_run_on_its_own_data(run, model, data, capsys):
         (["--dtype", "float8"], "--dtype"),
     ],
 )
-def test_a_user_error_prints_one_line_and_returns_2(run, argv, words, capsys):
+def test_user_error_prints_one_line_and_returns_2(run, argv, message, capsys):
     if "bpe264" in argv[1]:
         prepare.prepare("toystories", "bpe264", stories=40, data_dir="other")
         capsys.readouterr()
     assert evaluate.main(argv) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
+    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_a_checkpoint_that_does_not_name_its_data(tmp_path, model, data, capsys):
+def test_checkpoint_without_data_needs_an_option(tmp_path, model, data, capsys):
     state = {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
     checkpoint.save(tmp_path / "model.pt", state | {"tokenizer": BYTE.state()})
     assert evaluate.main(["--out_dir", str(tmp_path / "model.pt")]) == 2
@@ -169,17 +169,17 @@ def test_a_checkpoint_that_does_not_name_its_data(tmp_path, model, data, capsys)
     assert evaluate.main(["--out_dir", str(tmp_path / "model.pt"), "--data", str(data.folder)]) == 0
 
 
-def test_several_runs_are_compared(here, capsys):
-    assert here("a") == 0 and here("b", n_layer=1, max_iters=12) == 0
+def test_comparison_of_runs(main, capsys):
+    assert main("a") == 0 and main("b", n_layer=1, max_iters=12) == 0
     assert evaluate.main(["a", "b", "--plot", "both.png"]) == 0
     *_, head, first, second = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["run", "max_iters", "n_layer"] and head.endswith("bits per byte")
     assert first.split()[:3] == ["a", "24", "2"] and second.split()[:3] == ["b", "12", "1"]
-    assert "1,536" in first and "768" in second, "tokens: 24 and 12 updates of 64"
+    assert "1,536" in first and "768" in second, "tokens of 24 and 12 updates"
     assert Path("both.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tasks_and_devices(run, capsys):
+def test_tasks_and_device_options(run, capsys):
     assert evaluate.main([str(run), "--tasks=bpb", "--device=cpu"]) == 0
     assert "generated stories" not in capsys.readouterr().out
     assert evaluate.main([str(run), "--tasks=bpb,nothing"]) == 2
@@ -188,9 +188,9 @@ def test_tasks_and_devices(run, capsys):
     assert "there is no task nothing" in err and "device must be" in err
 
 
-def test_the_checkpoint_s_tokenizer_is_enough(here, monkeypatch):
-    """GPT-2's vocabulary, say, need not be available: the checkpoint holds it."""
-    assert here("run", max_iters=2) == 0
+def test_tokenizer_is_read_from_the_checkpoint(main, monkeypatch):
+    """So GPT-2's vocabulary, for example, need not be available."""
+    assert main("run", max_iters=2) == 0
 
     def unreachable(name):
         raise tokenizer.Unreachable("no network")
@@ -199,7 +199,7 @@ def test_the_checkpoint_s_tokenizer_is_enough(here, monkeypatch):
     assert evaluate.main(["run"]) == 0
 
 
-def test_ctrl_c_ends_it_quietly(run, monkeypatch, capsys):
+def test_ctrl_c_exits_with_130_and_prints_nothing(run, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 

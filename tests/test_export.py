@@ -1,8 +1,8 @@
 """
-Exports: the same logits, ids and text in transformers and in llama2.c, and back.
+Exports to transformers and llama2.c give the same logits, ids and text; imports from transformers.
 
-transformers is an independent implementation. For llama2.c, `RunC` below reads the two files and computes
-what the format prescribes, in numpy; if LLAMA2C names a checkout, the real run.c is compiled and compared.
+transformers is an independent implementation. For llama2.c, `RunC` below is a numpy implementation of the
+format; if LLAMA2C names a checkout, the real run.c is compiled and compared too.
 """
 
 import codecs
@@ -43,8 +43,8 @@ def bpe():
     return tokenizers.train_bpe(STORIES * 3, 300)
 
 
-def model_of(tokenizer, **settings) -> GPT:
-    """A random model whose every weight matters: nothing is 0 or 1, logits are about 1 wide."""
+def random_model(tokenizer, **settings) -> GPT:
+    """A random model in which every weight affects the output: no zeros or ones, logits of std about 1."""
     torch.manual_seed(0)
     model = GPT(replace(SMALL, vocab_size=tokenizer.vocab_size, **settings)).eval()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def model_of(tokenizer, **settings) -> GPT:
 
 @pytest.fixture(scope="module")
 def trained(bpe, tmp_path_factory):
-    """The folder of a run that has learnt the stories by heart."""
+    """The folder of a run that has memorized STORIES."""
     torch.manual_seed(0)
     model = GPT(replace(SMALL, block_size=96, vocab_size=bpe.vocab_size, n_kv_head=2, tied=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -111,7 +111,7 @@ CASES = {  # name: (class of transformers, settings)
 def open_model(folder):
     transformers = pytest.importorskip("transformers")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info  # nothing missing, nothing left over
+    assert not any(info.values()), info  # no missing and no unexpected keys
     return model.eval()
 
 
@@ -126,15 +126,15 @@ def edit_json(path: Path, missing: list[str], **changes) -> None:
 
 
 def hf_greedy(model, tokenizer, text: str, n: int) -> list[int]:
-    fed = tokenizer(text, return_tensors="pt")
-    ids = model.generate(**fed, max_new_tokens=n, do_sample=False)[0, fed.input_ids.shape[1] :].tolist()
+    inputs = tokenizer(text, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=n, do_sample=False)[0, inputs.input_ids.shape[1] :].tolist()
     return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_computes_the_same(case, bpe, tmp_path):
+def test_transformers_match(case, bpe, tmp_path):
     name, settings = CASES[case]
-    model = model_of(bpe, **settings)
+    model = random_model(bpe, **settings)
     assert to_hf(model, bpe, tmp_path).startswith(name)
     theirs, tokenizer = open_hf(tmp_path)
     assert type(theirs).__name__.startswith(name)
@@ -143,33 +143,33 @@ def test_transformers_computes_the_same(case, bpe, tmp_path):
     assert tied == settings.get("tied", True)
     idx = torch.randint(0, bpe.vocab_size, (3, 48))
     with torch.no_grad():
-        ours = model(idx)[0]
-        assert ours.std() > 0.3
-        torch.testing.assert_close(theirs(idx).logits, ours, rtol=0, atol=1e-5)
+        expected = model(idx)[0]
+        assert expected.std() > 0.3
+        torch.testing.assert_close(theirs(idx).logits, expected, rtol=0, atol=1e-5)
     text = "Once upon a time"
     assert hf_greedy(theirs, tokenizer, text, 32) == greedy(model, bpe.encode(text), 32, bpe.eot)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back(case, bpe, tmp_path):
-    model = model_of(bpe, **CASES[case][1])
+def test_hf_roundtrip(case, bpe, tmp_path):
+    model = random_model(bpe, **CASES[case][1])
     to_hf(model, bpe, tmp_path)
-    back, tokenizer = from_hf(tmp_path)
+    loaded, tokenizer = from_hf(tmp_path)
     assert tokenizer.state() == bpe.state() | {"name": tokenizer.name} and tokenizer.name == "bpe300"
     idx = torch.randint(0, bpe.vocab_size, (3, 48))
-    if model.config.share == "lora":  # merged: equal up to rounding
-        return torch.testing.assert_close(back(idx)[0], model(idx)[0], rtol=0, atol=1e-5)
-    assert torch.equal(back(idx)[0], model(idx)[0])
-    ours, theirs, V = model.state_dict(), back.state_dict(), bpe.vocab_size
+    if model.config.share == "lora":  # merged, so equal up to rounding
+        return torch.testing.assert_close(loaded(idx)[0], model(idx)[0], rtol=0, atol=1e-5)
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
+    ours, theirs, V = model.state_dict(), loaded.state_dict(), bpe.vocab_size
     for name, weight in theirs.items():
-        if name in ours:  # bit for bit, up to the padding of the vocabulary
+        if name in ours:  # bitwise, except for the padded vocabulary
             assert torch.equal(weight[:V], ours[name][:V]), name
-        elif name != "embedder.positions.weight":  # what the file had to say explicitly
+        elif name != "embedder.positions.weight":  # written explicitly: ones or zeros
             assert weight.unique().item() == name.endswith("weight"), name
 
 
-def test_refused_by_name(bpe, tmp_path):
-    for settings, words in [
+def test_unsupported_settings_are_named(bpe, tmp_path):
+    for settings, message in [
         (dict(position="alibi"), "position=alibi has no equivalent in LlamaForCausalLM"),
         (dict(GPT2, position="shaw"), "position=shaw has no equivalent in GPT2LMHeadModel"),
         (dict(softcap=30.0), "softcap=30.0 has no equivalent in LlamaForCausalLM"),
@@ -184,8 +184,8 @@ def test_refused_by_name(bpe, tmp_path):
         (dict(window=1), "window=1 has no equivalent in MistralForCausalLM with a cache"),
         (dict(window=1, qk_norm=True), "window=1 has no equivalent in Qwen3ForCausalLM with a cache"),
     ]:
-        with pytest.raises(ValueError, match=words):
-            to_hf(model_of(bpe, **settings), bpe, tmp_path / "no")
+        with pytest.raises(ValueError, match=message):
+            to_hf(random_model(bpe, **settings), bpe, tmp_path / "no")
         assert not (tmp_path / "no").exists()
 
 
@@ -198,11 +198,11 @@ def vocabularies(bpe):
         pass
 
 
-def test_tokenizers_give_the_same_ids(bpe, tmp_path):
+def test_tokenizer_ids_match(bpe, tmp_path):
     pytest.importorskip("transformers")
     for ours in vocabularies(bpe):
         folder = tmp_path / ours.name
-        to_hf(model_of(ours, n_embd=8, n_layer=1), ours, folder)
+        to_hf(random_model(ours, n_embd=8, n_layer=1), ours, folder)
         model, theirs = open_hf(folder)
         assert theirs.bos_token_id == theirs.eos_token_id == ours.eot == model.config.bos_token_id
         for text in TEXTS:
@@ -212,7 +212,7 @@ def test_tokenizers_give_the_same_ids(bpe, tmp_path):
         assert from_hf(folder)[1].state() == ours.state()
 
 
-def test_trained_text(trained, bpe, tmp_path):
+def test_generated_text_matches_transformers(trained, bpe, tmp_path):
     model, _ = checkpoint.load(trained)
     to_hf(model, bpe, tmp_path)
     theirs, tokenizer = open_hf(tmp_path)
@@ -224,11 +224,11 @@ def test_trained_text(trained, bpe, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Models of others
+# Foreign models
 
 
-def others(folder, model, tokens=STORIES, special=("<|endoftext|>",), edit=lambda data: None, **saving):
-    """Write a folder as transformers does; Hugging Face's tokenizer is trained, the special ids first."""
+def save_foreign(folder, model, tokens=STORIES, special=("<|endoftext|>",), edit=lambda data: None, **saving):
+    """Write a folder as transformers does, with a new Hugging Face tokenizer whose special ids come first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     trainer = trainers.BpeTrainer(
@@ -247,8 +247,8 @@ def others(folder, model, tokens=STORIES, special=("<|endoftext|>",), edit=lambd
     return hf
 
 
-def llama(name="Llama", **settings):
-    """A random model of a class of transformers."""
+def foreign_model(name="Llama", **settings):
+    """A random model of class {name}ForCausalLM of transformers."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(
         vocab_size=310,
@@ -277,16 +277,16 @@ def check_import(folder, theirs, hf, begin=0, end=0, atol=1e-5):
             "".join(tokenizers.byte_chars()[b] for b in tokenizer.tokens[i]) for i in tokenizer.encode(text)
         ]
     text = STORIES[0][:40]
-    ids, fed = tokenizer.encode(text), [begin, *hf.encode(text).ids]
+    ids, inputs = tokenizer.encode(text), [begin, *hf.encode(text).ids]
     with torch.no_grad():
-        ours = model(torch.tensor([[tokenizer.eot, *ids]]))[0][0]
-        logits = theirs(torch.tensor([fed])).logits[0].float()
+        actual = model(torch.tensor([[tokenizer.eot, *ids]]))[0][0]
+        expected = theirs(torch.tensor([inputs])).logits[0].float()
     order = [hf.token_to_id("".join(tokenizers.byte_chars()[b] for b in t)) for t in tokenizer.tokens[:-1]]
-    torch.testing.assert_close(ours, logits[:, [*order, end]], rtol=0, atol=atol)
+    torch.testing.assert_close(actual, expected[:, [*order, end]], rtol=0, atol=atol)
     return model, tokenizer
 
 
-def test_llama_of_others(tmp_path):
+def test_import_llama(tmp_path):
     rope = {"rope_type": "default", "rope_theta": 99.0}
     for i, settings in enumerate(
         [
@@ -296,14 +296,14 @@ def test_llama_of_others(tmp_path):
             dict(attention_bias=True, mlp_bias=True),
         ]
     ):
-        theirs = llama(**settings)
-        hf = others(tmp_path / str(i), theirs)
+        theirs = foreign_model(**settings)
+        hf = save_foreign(tmp_path / str(i), theirs)
         model, tokenizer = check_import(tmp_path / str(i), theirs, hf)
         assert tokenizer.vocab_size == 300 and model.config.tied == settings.get("tie_word_embeddings", False)
-    hf = others(tmp_path / "shards", theirs, max_shard_size="20KB")
+    hf = save_foreign(tmp_path / "shards", theirs, max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     check_import(tmp_path / "shards", theirs, hf)
-    hf = others(tmp_path / "bf16", theirs.bfloat16())
+    hf = save_foreign(tmp_path / "bf16", theirs.bfloat16())
     check_import(tmp_path / "bf16", type(theirs).from_pretrained(tmp_path / "bf16", dtype="float32"), hf)
 
 
@@ -318,7 +318,7 @@ INCOMPLETE = {  # class, its settings, keys left out of config.json, our setting
     "all sliding": ("Qwen3", QWEN3 | dict(layer_types=SLIDING), ["max_window_layers"], dict(window=5)),
     "window of mistral": ("Mistral", {}, ["sliding_window"], dict(window=4096)),
     "no window": ("Mistral", dict(sliding_window=None), [], dict(window=0)),
-    "mistral has no use_sliding_window": (
+    "mistral ignores use_sliding_window": (
         "Mistral",
         dict(sliding_window=5, use_sliding_window=False),
         [],
@@ -333,17 +333,17 @@ INCOMPLETE = {  # class, its settings, keys left out of config.json, our setting
 
 
 @pytest.mark.parametrize("case", INCOMPLETE)
-def test_missing_keys_have_the_defaults_of_transformers(case, tmp_path):
-    name, settings, missing, wanted = INCOMPLETE[case]
-    hf = others(tmp_path, llama(name, **settings))
+def test_missing_config_keys_take_the_defaults_of_transformers(case, tmp_path):
+    name, settings, missing, expected = INCOMPLETE[case]
+    hf = save_foreign(tmp_path, foreign_model(name, **settings))
     edit_json(tmp_path / "config.json", missing)
     theirs = open_model(tmp_path)
     model, _ = check_import(tmp_path, theirs, hf)
-    assert {key: getattr(model.config, key) for key in wanted} == wanted
+    assert {key: getattr(model.config, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(
-    "name, settings, missing, words",
+    "name, settings, missing, message",
     [
         ("Qwen3", QWEN3 | dict(layer_types=MIXED), [], "layer_types=full_attention and sliding_attention"),
         ("Qwen3", QWEN3 | dict(max_window_layers=1), ["layer_types"], "max_window_layers=1"),
@@ -354,22 +354,22 @@ def test_missing_keys_have_the_defaults_of_transformers(case, tmp_path):
         ("Llama", dict(partial_rotary_factor=0.5), [], "partial_rotary_factor=0.5"),
     ],
 )
-def test_an_import_that_would_compute_something_else_is_refused(name, settings, missing, words, tmp_path):
-    others(tmp_path, llama(name, **settings))
+def test_unsupported_imports_raise(name, settings, missing, message, tmp_path):
+    save_foreign(tmp_path, foreign_model(name, **settings))
     edit_json(tmp_path / "config.json", missing)
-    with pytest.raises(ValueError, match=f"{words} has no equivalent in model.py"):
+    with pytest.raises(ValueError, match=f"{message} has no equivalent in model.py"):
         from_hf(tmp_path)
 
 
-def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
-    hf = others(tmp_path, llama())
+def test_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
+    hf = save_foreign(tmp_path, foreign_model())
     edit_json(tmp_path / "config.json", [], tie_word_embeddings=True)
     model, _ = check_import(tmp_path, open_model(tmp_path), hf)
     assert not model.config.tied
 
 
-def test_rope_theta_is_read_where_older_files_have_it(bpe, tmp_path):
-    model = model_of(bpe, rope_theta=99.0)
+def test_rope_theta_of_older_files_is_read(bpe, tmp_path):
+    model = random_model(bpe, rope_theta=99.0)
     to_hf(model, bpe, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"]
@@ -378,15 +378,15 @@ def test_rope_theta_is_read_where_older_files_have_it(bpe, tmp_path):
     torch.testing.assert_close(from_hf(tmp_path)[0](idx)[0], model(idx)[0])
 
 
-def test_begin_and_end_may_differ(tmp_path):
-    theirs = llama(bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
-    hf = others(tmp_path, theirs, special=("<unk>", "<s>", "</s>"))
+def test_bos_and_eos_may_differ(tmp_path):
+    theirs = foreign_model(bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
+    hf = save_foreign(tmp_path, theirs, special=("<unk>", "<s>", "</s>"))
     with pytest.warns(UserWarning, match="left out: <unk>"):
         model, tokenizer = check_import(tmp_path, theirs, hf, begin=1, end=2)
     assert not model.config.tied and tokenizer.vocab_size == 298
 
 
-def test_gpt2_of_others(tmp_path):
+def test_import_gpt2(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         vocab_size=300,
@@ -399,10 +399,10 @@ def test_gpt2_of_others(tmp_path):
         initializer_range=0.2,
     )
     theirs = transformers.GPT2LMHeadModel(config).eval()
-    hf = others(tmp_path, theirs)
+    hf = save_foreign(tmp_path, theirs)
     model, _ = check_import(tmp_path, theirs, hf)
     assert model.config.mlp == "gelu_tanh" and model.config.hidden == 128 and model.config.tied
-    # as in the files of gpt2 itself: no "transformer." in names, masks; no type of BPE, merges as strings
+    # as in the files of gpt2: names without "transformer.", masks; no type of BPE, merges as strings
     weights = {
         name.removeprefix("transformer."): p.detach().clone()
         for name, p in theirs.transformer.named_parameters()
@@ -420,11 +420,11 @@ def test_gpt2_of_others(tmp_path):
     assert model.config.tied
 
 
-def test_what_cannot_be_imported(tmp_path):
-    good = llama()
-    others(tmp_path / "good", good)
+def test_invalid_imports_raise(tmp_path):
+    good = foreign_model()
+    save_foreign(tmp_path / "good", good)
 
-    def bad(words, kind=ValueError, file="config.json", remove=False, **changes):
+    def fails(message, kind=ValueError, file="config.json", remove=False, **changes):
         folder = tmp_path / "bad"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "good", folder)
@@ -443,50 +443,54 @@ def test_what_cannot_be_imported(tmp_path):
             tensors = safetensors.torch.load_file(folder / file) | changes.get("tensors", {})
             tensors = {name: x for name, x in tensors.items() if x is not None}
             safetensors.torch.save_file(tensors, folder / file)
-        with pytest.raises(kind, match=words):
+        with pytest.raises(kind, match=message):
             from_hf(folder)
 
-    bad("model_type=gpt_neox has no", model_type="gpt_neox")
-    bad("rope_type=llama3 has no", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0})
-    bad("type=linear has no", rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})
-    bad("head_dim=16 has no", head_dim=16)
-    bad("hidden_act=relu has no", hidden_act="relu")
-    bad("mlp_bias=True has no", mlp_bias=True)
-    bad("hidden_size", hidden_size=None)
-    bad("eos_token_id=5", eos_token_id=5)
-    bad("config.json: there is no such file", remove=True)
-    bad("tokenizer.json: there is no such file", file="tokenizer.json", remove=True)
-    bad("model.safetensors", FileNotFoundError, "model.safetensors", remove=True)
+    fails("model_type=gpt_neox has no", model_type="gpt_neox")
+    fails(
+        "rope_type=llama3 has no", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
+    )
+    fails("type=linear has no", rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})
+    fails("head_dim=16 has no", head_dim=16)
+    fails("hidden_act=relu has no", hidden_act="relu")
+    fails("mlp_bias=True has no", mlp_bias=True)
+    fails("hidden_size", hidden_size=None)
+    fails("eos_token_id=5", eos_token_id=5)
+    fails("config.json: there is no such file", remove=True)
+    fails("tokenizer.json: there is no such file", file="tokenizer.json", remove=True)
+    fails("model.safetensors", FileNotFoundError, "model.safetensors", remove=True)
     tensors = "model.safetensors"
-    bad(
+    fails(
         "layers.0.input_layernorm.weight has shape",
         file=tensors,
         tensors={"model.layers.0.input_layernorm.weight": None},
     )
-    bad(
+    fails(
         "q_proj.bias has no equivalent",
         file=tensors,
         tensors={"model.layers.0.self_attn.q_proj.bias": torch.ones(32)},
     )
-    bad(
+    fails(
         "embed_tokens.weight has shape",
         file=tensors,
         tensors={"model.embed_tokens.weight": torch.ones(200, 32)},
     )
-    words = "tokenizer.json"
-    bad("no byte-level BPE", file=words, model__type="WordPiece")
-    bad("no byte-level BPE", file=words, pre_tokenizer={"type": "Metaspace"})
+    tokenizer_file = "tokenizer.json"
+    fails("no byte-level BPE", file=tokenizer_file, model__type="WordPiece")
+    fails("no byte-level BPE", file=tokenizer_file, pre_tokenizer={"type": "Metaspace"})
     llama3 = [{"type": "Split", "pattern": {"Regex": "a"}}, {"type": "ByteLevel", "use_regex": False}]
     llama3 = {"type": "Sequence", "pretokenizers": llama3}
-    bad("splits text into words in another way", file=words, pre_tokenizer=llama3)
-    bad("splits text into words in another way", file=words, pre_tokenizer__add_prefix_space=True)
-    bad("changes texts", file=words, normalizer={"type": "NFC"})
+    fails("splits text into words in another way", file=tokenizer_file, pre_tokenizer=llama3)
+    fails("splits text into words in another way", file=tokenizer_file, pre_tokenizer__add_prefix_space=True)
+    fails("changes texts", file=tokenizer_file, normalizer={"type": "NFC"})
     merges = json.loads((tmp_path / "good" / "tokenizer.json").read_text())["model"]["merges"]
-    made = ["ab", "bc", "abc"]  # here abc comes of a and bc, which by rank never meet
-    vocab = {token: i for i, token in enumerate(["<|endoftext|>", *tokenizers.byte_chars().values(), *made])}
+    merged = ["ab", "bc", "abc"]  # abc is merged from a and bc, which is impossible in order of rank
+    vocab = {
+        token: i for i, token in enumerate(["<|endoftext|>", *tokenizers.byte_chars().values(), *merged])
+    }
     wrong = [["a", "b"], ["b", "c"], ["a", "bc"]]
-    bad("in an order", file=words, model__vocab=vocab, model__merges=wrong)
-    bad("no merge makes", file=words, model__merges=merges[:-1])
+    fails("in an order", file=tokenizer_file, model__vocab=vocab, model__merges=wrong)
+    fails("no merge makes", file=tokenizer_file, model__merges=merges[:-1])
     (tmp_path / "bad" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: Expecting"):
         from_hf(tmp_path / "bad")
@@ -501,7 +505,7 @@ def test_what_cannot_be_imported(tmp_path):
 
 
 class RunC:
-    """llama2.c's format, version 0, read and computed as it prescribes, independently of our code."""
+    """A numpy implementation of llama2.c's format, version 0, independent of our code."""
 
     def __init__(self, path: Path):
         data = path.read_bytes()
@@ -541,8 +545,8 @@ class RunC:
 
         def rope(x):  # (T, heads, size): neighbours are pairs
             angle = np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(0, self.size, 2) / self.size)
-            turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, None]
-            return np.stack((turned.real, turned.imag), -1).reshape(x.shape)
+            rotated = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, None]
+            return np.stack((rotated.real, rotated.imag), -1).reshape(x.shape)
 
         x, T = self.embedding[ids].astype(np.float64), len(ids)
         for layer in range(self.layers):
@@ -561,23 +565,25 @@ class RunC:
         return rms(x, self.norm) @ self.head.T
 
     def encode(self, text: str) -> list[int]:
-        """Begin, a space, and the text's characters; then the best pair merges until none can."""
-        known = {token: i for i, token in enumerate(self.tokens)}
+        """BOS, a space and the text's characters, merged by the best pair until no pair can be merged."""
+        ids_by_token = {token: i for i, token in enumerate(self.tokens)}
         ids = [1]
         for char in (" " + text if text else "").encode("utf-8").decode("utf-8"):
-            whole = known.get(char.encode())
-            ids += [whole] if whole is not None else [b + 3 for b in char.encode()]
+            token_id = ids_by_token.get(char.encode())
+            ids += [token_id] if token_id is not None else [b + 3 for b in char.encode()]
         while True:
-            both = (known.get(self.tokens[a] + self.tokens[b]) for a, b in zip(ids, ids[1:], strict=False))
-            best = [(-1e10 if i is None else self.scores[i], -at) for at, i in enumerate(both)]
-            pairs = [pair for pair in best if pair[0] > -1e10]
+            merged = (
+                ids_by_token.get(self.tokens[a] + self.tokens[b]) for a, b in zip(ids, ids[1:], strict=False)
+            )
+            candidates = [(-1e10 if i is None else self.scores[i], -at) for at, i in enumerate(merged)]
+            pairs = [pair for pair in candidates if pair[0] > -1e10]
             if not pairs:
                 return ids
             at = -max(pairs)[1]
-            ids[at : at + 2] = [known[self.tokens[ids[at]] + self.tokens[ids[at + 1]]]]
+            ids[at : at + 2] = [ids_by_token[self.tokens[ids[at]] + self.tokens[ids[at + 1]]]]
 
     def text(self, prompt: str) -> str:
-        """What `run -t 0 -n 0 -i PROMPT` prints: seq_len steps; a space at the beginning is left out."""
+        """The output of `run -t 0 -n 0 -i PROMPT`: seq_len steps, without a leading space."""
         ids = self.encode(prompt)
         while len(ids) <= self.seq_len and (best := int(self.logits(ids)[-1].argmax())) != 1:
             ids.append(best)
@@ -585,7 +591,7 @@ class RunC:
         return codecs.getincrementaldecoder("utf-8")("replace").decode(said).removeprefix(" ")
 
 
-def our_text(model: GPT, tokenizer, prompt: str) -> str:
+def expected_text(model: GPT, tokenizer, prompt: str) -> str:
     prompt = " " + prompt if prompt else ""
     n = model.config.block_size - len(tokenizer.encode(prompt))
     return stories(model, tokenizer, prompt, 1, n, temperature=0, top_p=1)[0].removeprefix(" ")
@@ -605,8 +611,8 @@ PROMPTS = ["", "Once upon a time", "The dog", 'Tom had a red ball, didn\'t he? "
     ],
     ids=str,
 )
-def test_llama2c_computes_the_same(settings, bpe, tmp_path):
-    model = model_of(bpe, **settings)
+def test_llama2c_matches(settings, bpe, tmp_path):
+    model = random_model(bpe, **settings)
     assert to_llama2c(model, bpe, tmp_path / "new" / "m.bin") == tmp_path / "new" / "tokenizer.bin"
     theirs = RunC(tmp_path / "new" / "m.bin")
     order = [bpe.tokens.index(token) for token in theirs.tokens]  # our ids in the order of theirs
@@ -614,17 +620,17 @@ def test_llama2c_computes_the_same(settings, bpe, tmp_path):
     assert theirs.tokens[3:259] == [bytes([b]) for b in range(256)]
     ids = torch.randint(0, bpe.vocab_size, (48,))
     with torch.no_grad():
-        ours = model(ids[None])[0][0][:, order]
-    got = torch.from_numpy(theirs.logits([order.index(i) for i in ids.tolist()])).float()
-    torch.testing.assert_close(got, ours, rtol=0, atol=1e-5)
+        expected = model(ids[None])[0][0][:, order]
+    actual = torch.from_numpy(theirs.logits([order.index(i) for i in ids.tolist()])).float()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     for prompt in PROMPTS:
         assert [order[i] for i in theirs.encode(prompt)[1:]] == bpe.encode(" " + prompt if prompt else "")
-        assert theirs.text(prompt) == our_text(model, bpe, prompt)
+        assert theirs.text(prompt) == expected_text(model, bpe, prompt)
 
 
 def test_llama2c_vocabularies(bpe, tmp_path):
     for tokenizer in (*vocabularies(bpe), tokenizers.train_bpe(STORIES, 258)):
-        to_llama2c(model_of(tokenizer, n_embd=8, n_layer=1), tokenizer, tmp_path / "m.bin")
+        to_llama2c(random_model(tokenizer, n_embd=8, n_layer=1), tokenizer, tmp_path / "m.bin")
         theirs = RunC(tmp_path / "m.bin")
         assert sorted(theirs.tokens) == sorted(tokenizer.tokens) and theirs.tokens[1] == b"<|endoftext|>"
         for prompt in PROMPTS[1:]:
@@ -634,16 +640,16 @@ def test_llama2c_vocabularies(bpe, tmp_path):
 
 
 def test_text_never_becomes_end_of_text_in_llama2c(tmp_path):
-    """Although this vocabulary has all but the last character of it as one token."""
+    """Not even with a vocabulary that has all but its last character as one token."""
     start = b"<|endoftext|"
     merged = [start[:n] for n in range(2, len(start) + 1)]
     tokenizer = tokenizers.Tokenizer("bpe268", [bytes([b]) for b in range(256)] + merged)
-    to_llama2c(model_of(tokenizer, n_embd=8, n_layer=1), tokenizer, tmp_path / "m.bin")
+    to_llama2c(random_model(tokenizer, n_embd=8, n_layer=1), tokenizer, tmp_path / "m.bin")
     theirs = RunC(tmp_path / "m.bin")
     assert [theirs.tokens[i] for i in theirs.encode("<|endoftext|>")[1:]] == [b" ", start, b">"]
 
 
-def test_llama2c_refuses_by_name(bpe, tmp_path):
+def test_llama2c_names_unsupported_settings(bpe, tmp_path):
     for settings in (
         dict(norm_eps=1e-6),
         dict(rope_theta=500.0),
@@ -662,41 +668,41 @@ def test_llama2c_refuses_by_name(bpe, tmp_path):
     ):
         name, value = *settings, *settings.values()
         with pytest.raises(ValueError, match=f"^{name}={value} has no equivalent in llama2.c's run.c$"):
-            to_llama2c(model_of(bpe, **settings), bpe, tmp_path / "m.bin")
+            to_llama2c(random_model(bpe, **settings), bpe, tmp_path / "m.bin")
     assert not list(tmp_path.iterdir())
 
 
-def test_run_c_itself(trained, bpe, tmp_path):
+def test_compiled_run_c_matches(trained, bpe, tmp_path):
     checkout = os.environ.get("LLAMA2C")
     if not checkout or not shutil.which("gcc"):
         pytest.skip("needs LLAMA2C=path to a checkout of llama2.c, and gcc")
     subprocess.run(["gcc", "-O2", "-o", tmp_path / "run", Path(checkout, "run.c"), "-lm"], check=True)
-    cases = [(other, model_of(other, n_kv_head=2)) for other in vocabularies(bpe)]
+    cases = [(other, random_model(other, n_kv_head=2)) for other in vocabularies(bpe)]
     cases.append((bpe, checkpoint.load(trained)[0]))
     for tokenizer, model in cases:
-        beside = to_llama2c(model, tokenizer, tmp_path / "m.bin")
+        vocabulary = to_llama2c(model, tokenizer, tmp_path / "m.bin")
         for prompt in PROMPTS:
-            command = [tmp_path / "run", tmp_path / "m.bin", "-z", beside, "-t", "0", "-n", "0"]
+            command = [tmp_path / "run", tmp_path / "m.bin", "-z", vocabulary, "-t", "0", "-n", "0"]
             command += ["-i", prompt] if prompt else []
-            printed = subprocess.run(command, capture_output=True, check=True).stdout.decode(
+            output = subprocess.run(command, capture_output=True, check=True).stdout.decode(
                 "utf-8", "replace"
             )
-            ours = our_text(model, tokenizer, prompt) + "\n"
-            assert printable(printed) == printable(ours), (tokenizer.name, prompt)
+            expected = expected_text(model, tokenizer, prompt) + "\n"
+            assert printable(output) == printable(expected), (tokenizer.name, prompt)
 
 
 def printable(text: str) -> str:
-    """run.c leaves out a byte that does not print by itself, such as each part of an emoji."""
+    """run.c does not print bytes that are not printable alone, such as the parts of an emoji."""
     return "".join(char for char in text if char in string.printable)
 
 
-def test_trained_text_in_llama2c(trained, bpe, tmp_path):
+def test_generated_text_matches_llama2c(trained, bpe, tmp_path):
     model, _ = checkpoint.load(trained)
     to_llama2c(model, bpe, tmp_path / "m.bin")
     theirs = RunC(tmp_path / "m.bin")
     texts = [theirs.text(prompt) for prompt in PROMPTS]
-    assert texts == [our_text(model, bpe, prompt) for prompt in PROMPTS]
-    assert texts[0] in STORIES  # and it ends where the story does
+    assert texts == [expected_text(model, bpe, prompt) for prompt in PROMPTS]
+    assert texts[0] in STORIES  # the generated text ends with the story
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -708,9 +714,9 @@ def test_command_line(trained, tmp_path, monkeypatch, capsys):
 
     def status(*arguments) -> tuple[int, str]:
         code = export.main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        assert said.err.count("\n") == (code != 0)
-        return code, said.out + said.err
+        out = capsys.readouterr()
+        assert out.err.count("\n") == (code != 0)
+        return code, out.out + out.err
 
     hf, file = tmp_path / "new" / "hf", tmp_path / "new" / "c" / "m.bin"
     assert "LlamaForCausalLM" in status("--to", "hf", hf)[1]
@@ -723,28 +729,30 @@ def test_command_line(trained, tmp_path, monkeypatch, capsys):
         "generation_config.json",
         "model.safetensors",
     ):
-        assert (hf / name).stat().st_mode & 0o044, name  # not for the owner alone
+        assert (hf / name).stat().st_mode & 0o044, name  # readable by others
     for to, dest in (("hf", hf), ("llama2c", file)):
-        code, said = status("--to", to, dest)
-        assert code == 2 and "exists already" in said
+        code, out = status("--to", to, dest)
+        assert code == 2 and "exists already" in out
         assert status("--to", to, dest, "--overwrite", "--out_dir", trained / "best.pt")[0] == 0
         assert status("--to", to, dest, trained, "--overwrite")[0] == 0
-    code, said = status("--to", "hf", hf, trained, "--out_dir", trained)
-    assert code == 2 and "RUN and --out_dir" in said
-    code, said = status("--to", "llama2c", file.with_name("other.bin"))  # would replace m.bin's vocabulary
-    assert code == 2 and "tokenizer.bin exists already" in said and not file.with_name("other.bin").exists()
-    code, said = status("--to", "onnx", hf)
-    assert code == 2 and "invalid choice: 'onnx'" in said
+    code, out = status("--to", "hf", hf, trained, "--out_dir", trained)
+    assert code == 2 and "RUN and --out_dir" in out
+    code, out = status(
+        "--to", "llama2c", file.with_name("other.bin")
+    )  # would overwrite the vocabulary of m.bin
+    assert code == 2 and "tokenizer.bin exists already" in out and not file.with_name("other.bin").exists()
+    code, out = status("--to", "onnx", hf)
+    assert code == 2 and "invalid choice: 'onnx'" in out
     assert status("--to", "hf")[0] == status(hf)[0] == status("--to", "hf", hf, "--nonsense")[0] == 2
     assert (
         status("--to", "hf", file)[0] == status("--to", "hf", tmp_path / "x", "--out_dir", "no/such")[0] == 2
     )
     monkeypatch.chdir(tmp_path)
-    code, said = status("--to", "hf", "x")
-    assert code == 2 and "no checkpoint" in said
+    code, out = status("--to", "hf", "x")
+    assert code == 2 and "no checkpoint" in out
 
-    def full(*_):
+    def disk_full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     assert status("--to", "hf", "x", "--out_dir", trained)[0] == 1

@@ -1,6 +1,6 @@
 """
-Faults, injected on purpose: a micro run is killed at every stage of its life, its files are damaged, its disk
-fails; it resumes, and what it finishes with must be bit-equal to a run that nothing happened to.
+Fault injection: a micro run is killed at every stage, its files are damaged, its disk fails. It resumes, and
+the result must be bitwise equal to that of an uninterrupted run.
 
     pytest -m slow -n 0 -s tests/test_faults.py      # about 200 faults, a few minutes; prints the table
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Program, kept, lines, same, words
+from helpers import Program, bit_equal, cli_args, metrics, run_state
 
 import train
 from nanostlm import checkpoint, runs, score
@@ -39,7 +39,7 @@ RUN = dict(
     out_dir="run",
 )
 
-STAGES = {  # where kill -9 strikes: at a call of what is named here, from the 1st to the n-th in that process
+STAGES = {  # stage -> n: kill -9 happens when the process reaches it for the 1st to n-th time
     "setting up": 1,
     "an update": 12,
     "an evaluation": 6,
@@ -53,7 +53,7 @@ STAGES = {  # where kill -9 strikes: at a call of what is named here, from the 1
     "writing best.pt": 4,
     "renaming best.pt": 4,
 }
-OTHERS = {
+OTHER_FAULTS = {
     "kill -9 at a random moment": "kill",
     "SIGTERM at a random moment": signal.SIGTERM,
     "SIGINT at a random moment": signal.SIGINT,
@@ -64,7 +64,7 @@ OTHERS = {
 
 
 # ----------------------------------------------------------------------------------------------------------
-# In the process that is to die
+# In the training process
 
 
 def die(*args, **kwargs) -> None:
@@ -72,75 +72,75 @@ def die(*args, **kwargs) -> None:
 
 
 def inject(stage: str, n: int) -> None:
-    """Arrange for this process to be killed at its n-th arrival at `stage`."""
-    saving, left = [None], [n]  # the file that is being saved; arrivals still to come
+    """Make this process kill itself when it reaches `stage` for the n-th time."""
+    saving, left = [None], [n]  # the file that is being saved; how often the stage is still to be reached
 
-    def arrived() -> bool:
+    def reached() -> bool:
         left[0] -= 1
         return left[0] == 0
 
-    def before(module, name: str, applies=lambda *args: True, instead=die) -> None:
+    def wrap(module, name: str, condition=lambda *args: True, action=die) -> None:
         real = getattr(module, name)
 
-        def wrapped(*args, **kwargs):
-            if applies(*args) and arrived():
-                instead(*args, **kwargs)
+        def wrapper(*args, **kwargs):
+            if condition(*args) and reached():
+                action(*args, **kwargs)
             return real(*args, **kwargs)
 
-        setattr(module, name, wrapped)
+        setattr(module, name, wrapper)
 
     save = runs.RunDirectory.save
 
-    def spying_save(self, name, *args, **kwargs):
+    def save_and_record(self, name, *args, **kwargs):
         saving[0] = name
         save(self, name, *args, **kwargs)
         saving[0] = None
 
-    def half_written(content, file, **kwargs):
-        whole = io.BytesIO()
-        torch_save(content, whole)
-        file.write(whole.getvalue()[: whole.tell() // 2])
+    def write_half(content, file, **kwargs):
+        buffer = io.BytesIO()
+        torch_save(content, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
         file.flush()
         die()
 
     class HalfLine(io.TextIOWrapper):
         def write(self, text):
-            if arrived():
+            if reached():
                 super().write(text[: len(text) // 2])
                 self.flush()
                 die()
             return super().write(text)
 
-    runs.RunDirectory.save, torch_save = spying_save, torch.save
+    runs.RunDirectory.save, torch_save = save_and_record, torch.save
     name = next((word for word in stage.split() if word.endswith(".pt")), "latest.pt")
     match stage.split():
         case ["setting", *_]:
-            before(runs.RunDirectory, "cut_back")
+            wrap(runs.RunDirectory, "cut_back")
         case ["an", "update"]:
-            before(train.Trainer, "update")
+            wrap(train.Trainer, "update")
         case ["an", "evaluation"]:
-            before(score, "bits_per_byte")
+            wrap(score, "bits_per_byte")
         case ["a", "line", *_]:
             runs.open = lambda file, mode, encoding: HalfLine(open(file, mode + "b"), encoding)
         case ["cutting", *_]:
-            before(os, "replace", lambda old, new: Path(new).name == "metrics.jsonl")
+            wrap(os, "replace", lambda old, new: Path(new).name == "metrics.jsonl")
         case ["writing", _]:
-            before(torch, "save", lambda *args: saving[0] == name, half_written)
+            wrap(torch, "save", lambda *args: saving[0] == name, write_half)
         case ["syncing", _]:
-            before(os, "fsync", lambda handle: saving[0] == name)
+            wrap(os, "fsync", lambda handle: saving[0] == name)
         case ["renaming", _, "to", _]:
-            before(os, "replace", lambda old, new: Path(new).name == "previous.pt")
+            wrap(os, "replace", lambda old, new: Path(new).name == "previous.pt")
         case ["between", *_]:
-            before(os, "replace", lambda old, new: Path(new).name == "latest.pt")
+            wrap(os, "replace", lambda old, new: Path(new).name == "latest.pt")
         case ["after", *_]:
-            before(checkpoint, "sync_folder", lambda folder: saving[0] == "latest.pt")
+            wrap(checkpoint, "sync_folder", lambda folder: saving[0] == "latest.pt")
         case ["renaming", _]:
-            before(os, "replace", lambda old, new: Path(new).name == name)
+            wrap(os, "replace", lambda old, new: Path(new).name == name)
         case ["disk", "full", *_]:
             real = os.fsync
 
             def full(handle):
-                if saving[0] and arrived():
+                if saving[0] and reached():
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 real(handle)
 
@@ -150,17 +150,17 @@ def inject(stage: str, n: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# In the process that watches
+# In the test process
 
 
-class Watch:
-    """Runs with faults, and what came of them."""
+class Harness:
+    """Runs with faults, and a table of the results."""
 
     def __init__(self, tmp_path: Path, corpus: Path, seed: int):
-        self.root, self.argv, self.draw = tmp_path, words(corpus, **RUN), random.Random(seed)
-        self.table: dict[str, list[int]] = {}  # fault -> injected, survived, lost, most updates made again
-        self.damaged = b""  # what latest.pt was turned into
-        for name in ("warm-up", "straight"):  # the first one waits for the fork server to start
+        self.root, self.argv, self.rng = tmp_path, cli_args(corpus, **RUN), random.Random(seed)
+        self.table: dict[str, list[int]] = {}  # fault -> injected, survived, lost, most repeated updates
+        self.damaged = b""  # the damaged content of latest.pt
+        for name in ("warm-up", "straight"):  # the warm-up starts the fork server
             began, self.straight = time.monotonic(), self.folder(name)
             assert Program(self.argv, self.straight.parent).wait() == 0
             self.seconds = time.monotonic() - began
@@ -169,86 +169,87 @@ class Watch:
         (self.root / name).mkdir()
         return self.root / name / "run"
 
-    def once(self, folder: Path, fault: str | None) -> tuple[bool, int]:
+    def start(self, folder: Path, fault: str | None) -> tuple[bool, int]:
         """
-        Start or resume the run, with one fault on the way. -> (whether it is finished, updates that the start
-        had to make again).
+        Start or resume the run with one fault. -> (whether it is finished, number of repeated updates).
         """
         latest = folder / "latest.pt"
         if latest.exists() and latest.read_bytes() != self.damaged:
-            self.damaged = b""  # there is a newer one
-        allowed = 2 * INTERVAL if self.damaged else INTERVAL
+            self.damaged = b""  # it has been replaced
+        max_lost = 2 * INTERVAL if self.damaged else INTERVAL
         done = max((x["step"] for x in runs.read_metrics(folder) if x["split"] == "train"), default=0)
         saved = (folder / "latest.pt").exists() or (folder / "previous.pt").exists()
         begun = (folder / "metrics.jsonl").exists()
-        how = OTHERS.get(fault)
-        hook = (inject, fault, self.draw.randint(1, STAGES[fault])) if fault in STAGES else ()
-        hook = (inject, fault, self.draw.randint(1, 12)) if how == "full" else hook
+        action = OTHER_FAULTS.get(fault)
+        hook = (inject, fault, self.rng.randint(1, STAGES[fault])) if fault in STAGES else ()
+        hook = (inject, fault, self.rng.randint(1, 12)) if action == "full" else hook
         run = Program(self.argv + ["--resume"] * begun, folder.parent, hook=hook)
-        if how and how != "full":
+        if action and action != "full":
             while not run.output.exists():
                 time.sleep(0.001)
-            run.process.join(self.draw.uniform(0, self.seconds))
+            run.process.join(self.rng.uniform(0, self.seconds))
             if run.process.exitcode is None:
-                run.signal(how if isinstance(how, signal.Signals) else signal.SIGKILL)
+                run.signal(action if isinstance(action, signal.Signals) else signal.SIGKILL)
         status = run.wait(120)
-        fine = (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
-        assert status in fine, f"status {status} after {fault}:\n{run.text}"
+        expected = (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+        assert status in expected, f"status {status} after {fault}:\n{run.text}"
         assert "Traceback" not in run.text or "KeyboardInterrupt" in run.text, run.text
-        said = re.search(r"resuming run at step (\d+)", run.text)
-        lost = done - int(said[1]) if said else 0
+        resumed = re.search(r"resuming run at step (\d+)", run.text)
+        lost = done - int(resumed[1]) if resumed else 0
         if begun and not saved and status != -signal.SIGKILL:
-            assert "starts again at step 0" in run.text or how, run.text
-        assert lost <= allowed, f"{lost} updates were lost after {fault}:\n{run.text}"
+            assert "starts again at step 0" in run.text or action, run.text
+        assert lost <= max_lost, f"{lost} updates were lost after {fault}:\n{run.text}"
         return status == 0, lost
 
-    def disturb(self, name: str, faults: list[str]) -> None:
-        """One run with these faults, one after the other, and then to its end."""
+    def run_with_faults(self, name: str, faults: list[str]) -> None:
+        """One run, interrupted by these faults in turn and then finished."""
         folder, injected, self.damaged = self.folder(name), [], b""
         for fault in faults:
-            finished, lost = self.once(folder, fault)
-            self.note(injected, lost)
+            finished, lost = self.start(folder, fault)
+            self.record(injected, lost)
             if finished and fault != "disk full at one save":
-                break  # it was over before the fault could strike
+                break  # the run finished before the fault occurred
             injected.append(fault)
-            if OTHERS.get(fault) in ("flip", "cut") and (folder / "previous.pt").exists():
-                self.damage(folder / "latest.pt", OTHERS[fault])
+            if OTHER_FAULTS.get(fault) in ("flip", "cut") and (folder / "previous.pt").exists():
+                self.damage(folder / "latest.pt", OTHER_FAULTS[fault])
             if finished:
                 break
         else:
-            finished, lost = self.once(folder, None)
-            self.note(injected, lost)
+            finished, lost = self.start(folder, None)
+            self.record(injected, lost)
         assert finished
-        equal = lines(folder) == lines(self.straight) and same(kept(folder), kept(self.straight))
-        equal = equal and same(kept(folder, "best.pt"), kept(self.straight, "best.pt"))
+        equal = metrics(folder) == metrics(self.straight) and bit_equal(
+            run_state(folder), run_state(self.straight)
+        )
+        equal = equal and bit_equal(run_state(folder, "best.pt"), run_state(self.straight, "best.pt"))
         equal = equal and not list(folder.glob("*.tmp"))
         for fault in injected:
             self.table.setdefault(fault, [0, 0, 0, 0])
             self.table[fault][0] += 1
             self.table[fault][1 if equal else 2] += 1
 
-    def note(self, injected: list[str], lost: int) -> None:
+    def record(self, injected: list[str], lost: int) -> None:
         if injected:
             row = self.table.setdefault(injected[-1], [0, 0, 0, 0])
             row[3] = max(row[3], lost)
 
-    def damage(self, file: Path, how: str) -> None:
+    def damage(self, file: Path, kind: str) -> None:
         if not file.exists():
             return
         content = bytearray(file.read_bytes())
-        place = self.draw.randrange(len(content))
-        if how == "cut":
-            del content[place:]
+        position = self.rng.randrange(len(content))
+        if kind == "cut":
+            del content[position:]
         else:
-            content[place] ^= 1 << self.draw.randrange(8)
+            content[position] ^= 1 << self.rng.randrange(8)
         file.write_bytes(content)
         self.damaged = bytes(content)
 
     def print(self) -> None:
-        order = {name: i for i, name in enumerate([*STAGES, *OTHERS])}
+        order = {name: i for i, name in enumerate([*STAGES, *OTHER_FAULTS])}
         rows = sorted(self.table.items(), key=lambda row: order[row[0]])
         total = [sum(row[i] for _, row in rows) for i in range(3)] + [max(row[3] for _, row in rows)]
-        print("\n| fault | times injected | survived | lost | most updates made again |")
+        print("\n| fault | times injected | survived | lost | most repeated updates |")
         print("|---|---:|---:|---:|---:|")
         for fault, row in [*rows, ("all", total)]:
             name = f"kill -9 at: {fault}" if fault in STAGES else fault
@@ -259,30 +260,30 @@ class Watch:
         assert all(row[2] == 0 for row in self.table.values()), self.table
 
 
-def test_a_kill_at_every_stage(tmp_path, corpus):
-    """One each, in one run after another: the short form of the harness below."""
-    watch = Watch(tmp_path, corpus, seed=1)
+def test_kill_at_every_stage(tmp_path, corpus):
+    """One kill at each stage: the short version of test_faults."""
+    harness = Harness(tmp_path, corpus, seed=1)
     stages = list(STAGES)
     for i in range(3):
-        watch.disturb(f"run-{i}", stages[i::3])
-    watch.check()
-    assert sum(row[0] for row in watch.table.values()) >= 9
+        harness.run_with_faults(f"run-{i}", stages[i::3])
+    harness.check()
+    assert sum(row[0] for row in harness.table.values()) >= 9
 
 
 @pytest.mark.slow
 def test_faults(tmp_path, corpus):
-    """At least 100 kills, repeatable but for the random moments."""
-    watch, i = Watch(tmp_path, corpus, seed=0), 0
-    wanted = dict.fromkeys(STAGES, 8) | dict.fromkeys(OTHERS, 8) | {"kill -9 at a random moment": 30}
+    """At least 100 kills, reproducible except for those at random moments."""
+    harness, i = Harness(tmp_path, corpus, seed=0), 0
+    wanted = dict.fromkeys(STAGES, 8) | dict.fromkeys(OTHER_FAULTS, 8) | {"kill -9 at a random moment": 30}
 
     def missing():
-        return [fault for fault in wanted for _ in range(wanted[fault] - watch.table.get(fault, [0])[0])]
+        return [fault for fault in wanted for _ in range(wanted[fault] - harness.table.get(fault, [0])[0])]
 
     while faults := missing():
-        watch.disturb(f"run-{i}", watch.draw.sample(faults, min(4, len(faults))))
+        harness.run_with_faults(f"run-{i}", harness.rng.sample(faults, min(4, len(faults))))
         i += 1
-        assert i < 400, f"{watch.table}"
-    watch.print()
-    watch.check()
-    kills = sum(row[0] for fault, row in watch.table.items() if "SIG" not in fault and "full" not in fault)
+        assert i < 400, f"{harness.table}"
+    harness.print()
+    harness.check()
+    kills = sum(row[0] for fault, row in harness.table.items() if "SIG" not in fault and "full" not in fault)
     assert kills >= 100

@@ -1,4 +1,4 @@
-"""init_from: a new run from the weights and the tokenizer of another."""
+"""init_from: start a run from the weights and the tokenizer of another."""
 
 import shutil
 from dataclasses import replace
@@ -17,15 +17,15 @@ from nanostlm.tokenizer import from_state
 
 
 @pytest.fixture
-def origin(here, tmp_path):
+def origin(main, tmp_path):
     """A finished micro run."""
-    assert here("first", max_iters=3) == 0
+    assert main("first", max_iters=3) == 0
     return tmp_path / "first"
 
 
-def test_begins_from_the_weights_with_a_fresh_optimizer(here, origin):
+def test_init_from_takes_weights_and_a_new_optimizer(main, origin):
     assert (
-        here("second", init_from="first", learning_rate=1e-9, max_iters=1, warmup_iters=0, weight_decay=0)
+        main("second", init_from="first", learning_rate=1e-9, max_iters=1, warmup_iters=0, weight_decay=0)
         == 0
     )
     before, after = (checkpoint.read(run / "latest.pt") for run in (origin, origin.parent / "second"))
@@ -36,65 +36,65 @@ def test_begins_from_the_weights_with_a_fresh_optimizer(here, origin):
     assert before["tokenizer"] == after["tokenizer"]
 
 
-def test_another_model_is_refused_by_name(here, origin):
-    assert here("second", init_from="first", n_layer=3) == 2
-    assert "n_layer=3" in here.said and not (origin.parent / "second").exists()
+def test_init_from_with_another_model_shape_names_the_setting(main, origin):
+    assert main("second", init_from="first", n_layer=3) == 2
+    assert "n_layer=3" in main.stderr and not (origin.parent / "second").exists()
 
 
-def test_settings_on_which_no_weight_depends_may_change():
-    """The others keep their values; learned positions are cut to a shorter context and never made up."""
+def test_adapt_changes_only_settings_without_weights():
+    """Learned positions are truncated to a shorter context and never extended."""
     idx = torch.randint(0, 256, (1, 8))
     for position in ("rope", "learned"):
-        own = config(position=position, block_size=16, separator=256, softcap=5.0).model
-        model = GPT(own).eval()
-        found = checkpoint.adapt(model, GPTConfig(block_size=8, dropout=0.5), "first").eval()
-        assert found.config == replace(own, block_size=8, dropout=0.5, separator=-1)
-        assert torch.equal(found(idx)[0], model(idx)[0])
+        c = config(position=position, block_size=16, separator=256, softcap=5.0).model
+        model = GPT(c).eval()
+        adapted = checkpoint.adapt(model, GPTConfig(block_size=8, dropout=0.5), "first").eval()
+        assert adapted.config == replace(c, block_size=8, dropout=0.5, separator=-1)
+        assert torch.equal(adapted(idx)[0], model(idx)[0])
     with pytest.raises(ValueError, match="block_size=32, but first has learned only 16 positions"):
         checkpoint.adapt(model, GPTConfig(block_size=32), "first")
 
 
-def test_no_such_checkpoint(here):
-    assert here("second", init_from="nowhere.pt") == 2
-    assert "nowhere.pt" in here.said
+def test_init_from_missing_checkpoint(main):
+    assert main("second", init_from="nowhere.pt") == 2
+    assert "nowhere.pt" in main.stderr
 
 
-def test_from_a_hugging_face_folder(here, origin, tmp_path):
+def test_init_from_hugging_face_folder(main, origin, tmp_path):
     model, tokenizer = checkpoint.load(origin)
     try:
         hf.to_hf(model, tokenizer, tmp_path / "hf")
     except ValueError as error:
         pytest.skip(f"the micro model has no equivalent there: {error}")
-    assert here("second", init_from=f"hf:{tmp_path / 'hf'}", max_iters=1) == 0
-    assert here("third", init_from="first", max_iters=1) == 0
+    assert main("second", init_from=f"hf:{tmp_path / 'hf'}", max_iters=1) == 0
+    assert main("third", init_from="first", max_iters=1) == 0
     first = [runs.read_metrics(tmp_path / run)[0]["loss"] for run in ("second", "third")]
     assert first[0] == pytest.approx(first[1], rel=1e-6)
 
 
-def test_on_a_corpus_that_is_prepared_with_another_tokenizer(here, corpus):
-    """It is prepared with the run's tokenizer, from the source that prepare.py was given."""
-    source, places = str(corpus.parent / "mini.txt"), dict(dataset="other", data_dir="data", max_iters=1)
+def test_init_from_prepares_the_corpus_with_its_tokenizer(main, corpus):
+    """From the source that prepare.py was given for another tokenizer."""
+    source, changes = str(corpus.parent / "mini.txt"), dict(dataset="other", data_dir="data", max_iters=1)
     prepare.prepare("mini", "bpe270", source, data_dir="data")
-    assert here("first", dataset="mini", tokenizer="bpe270", data_dir="data", max_iters=3) == 0
-    texts = (f"{i} {words}" for i, words in enumerate((corpus.parent / "mini.txt").read_text().split("\n\n")))
+    assert main("first", dataset="mini", tokenizer="bpe270", data_dir="data", max_iters=3) == 0
+    texts = (f"{i} {text}" for i, text in enumerate((corpus.parent / "mini.txt").read_text().split("\n\n")))
     Path("other.txt").write_text("\n\n".join(texts))
     prepare.prepare("other", "bpe270", "other.txt", data_dir="data")
-    assert here("second", init_from="first", **places) == 0
+    assert main("second", init_from="first", **changes) == 0
     tokenizer = checkpoint.read("second/latest.pt")["tokenizer"]
     assert tokenizer == checkpoint.read("first/latest.pt")["tokenizer"]
     name = f"bpe270-{from_state(tokenizer).sha256[:8]}"
     assert checkpoint.read("second/latest.pt")["train_config"]["tokenizer"] == name
     assert load_data(Path("data", "other", name)).train.size > 100
-    shutil.rmtree(Path("data", "other", name))  # a resumed run makes the same data
-    assert here("second", "--resume", alone=True, max_iters=2, data_dir="data") == 0
+    shutil.rmtree(Path("data", "other", name))  # a resumed run prepares it again
+    assert main("second", "--resume", micro=False, max_iters=2, data_dir="data") == 0
 
 
-def test_on_a_corpus_whose_source_is_gone(here, origin, corpus):
+def test_init_from_when_the_source_of_the_corpus_is_missing(main, origin, corpus):
     Path("other.txt").write_text((corpus.parent / "mini.txt").read_text())
     prepare.prepare("other", "bpe270", "other.txt", data_dir="data")
     Path("other.txt").unlink()
-    assert here("second", init_from="first", dataset="other", data_dir="data") == 2
+    assert main("second", init_from="first", dataset="other", data_dir="data") == 2
     assert (
-        "prepared with bpe270, not with this model's tokenizer" in here.said
-        and "add --source=PATH" in here.said
+        "prepared with bpe270, not with this model's tokenizer" in main.stderr
+        and "add --source=PATH" in main.stderr
     )

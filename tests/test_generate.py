@@ -1,4 +1,4 @@
-"""nanostlm/generate.py: generation against full forward passes, samplers against simple formulas, text."""
+"""nanostlm/generate.py: generation against full forward passes, samplers against references, text output."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ EOT = BYTE.eot
 
 
 def tiny(**settings) -> GPT:
-    """A byte-level model whose logits differ enough for errors to show (fan_in)."""
+    """A byte-level model with init="fan_in": its logits differ enough to expose errors."""
     torch.manual_seed(0)
     fields = dict(n_layer=2, n_head=4, n_embd=16, block_size=12, vocab_size=257, init="fan_in", tied=False)
     model = GPT(GPTConfig(**fields | settings)).eval()
@@ -49,11 +49,11 @@ def tiny(**settings) -> GPT:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# From token ids to token ids
+# stream() and generate(): token ids to token ids
 
 
 @torch.no_grad()
-def slow_logits(model: GPT, ids: list[int], context: int) -> torch.Tensor:
+def reference_logits(model: GPT, ids: list[int], context: int) -> torch.Tensor:
     """Logits of the token after ids, without a cache: each token sees `context` tokens, itself included."""
     c = model.config
     if c.separator >= 0:  # documents are separate
@@ -98,7 +98,7 @@ def no_end(logits, history):
 
 @pytest.mark.parametrize("kind", COMPILED)
 @pytest.mark.filterwarnings("ignore:a prompt of")
-def test_one_compiled_step_serves_every_token(kind):
+def test_step_is_compiled_once(kind):
     torch._dynamo.reset()
     model, graphs = tiny(**KINDS[kind]), []
 
@@ -121,13 +121,13 @@ LOW_PRECISION = {
 
 @pytest.mark.parametrize("kind", LOW_PRECISION)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_compiled_step_of_one_row_computes_in_float32(dtype, kind):
+def test_compiled_step_of_one_row_computes_in_float32(dtype, kind):
     torch._dynamo.reset()
     model = tiny(tied=True, **LOW_PRECISION[kind]).to(getattr(torch, dtype))
     for part in model.modules():
         if getattr(part, "bias", None) is not None:
             torch.nn.init.normal_(part.bias)
-    exact, ids, recorded = copy.deepcopy(model).float(), [EOT, *b"The dog"], []
+    reference, ids, recorded = copy.deepcopy(model).float(), [EOT, *b"The dog"], []
 
     def record(logits, history):
         recorded.append(logits)
@@ -137,20 +137,20 @@ def test_a_compiled_step_of_one_row_computes_in_float32(dtype, kind):
     new = generate(model, [ids[1:]], 30, [record, no_end, temperature(0)], eot=EOT, step=step)[0]
     atol = 1e-5 if dtype == "float32" else 0.05  # the cache rounds to bfloat16
     for i, logits in zip(new, recorded, strict=True):
-        torch.testing.assert_close(logits[0], slow_logits(exact, ids, 12), rtol=0, atol=atol)
+        torch.testing.assert_close(logits[0], reference_logits(reference, ids, 12), rtol=0, atol=atol)
         ids.append(i)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:a prompt of")
-def test_generation_equals_the_full_forward_within_and_past_the_context(kind):
+def test_generation_matches_full_forward_within_and_past_the_context(kind):
     check_generation(tiny(**KINDS[kind]))
 
 
 def check_generation(model: GPT, compiled_step=None) -> None:
     c = model.config
     prompts = [[], list(b"abcde"), list(b"The dog"), list(b"longer than the context"), [1, 2, EOT, 3, 4]]
-    fed = [[EOT, *prompt[max(0, len(prompt) - c.block_size + 1) :]] for prompt in prompts]
+    contexts = [[EOT, *prompt[max(0, len(prompt) - c.block_size + 1) :]] for prompt in prompts]
     recorded = []
 
     def record(logits, history):
@@ -160,28 +160,28 @@ def check_generation(model: GPT, compiled_step=None) -> None:
 
     new = generate(model, prompts, 40, [record, no_end, temperature(0)], eot=EOT, step=compiled_step)
     assert [len(ids) for ids in new] == [40] * len(prompts)
-    for row, ids in enumerate(fed):
+    for row, ids in enumerate(contexts):
         for step, i in enumerate(new[row]):
             if c.position in ("learned", "sinusoidal") and len(ids) > c.block_size:
                 ids = ids[-max(1, c.block_size // 2) :]
-            want = slow_logits(model, ids, c.window or c.block_size)
-            torch.testing.assert_close(recorded[step][row], want, rtol=0, atol=1e-5)
+            expected = reference_logits(model, ids, c.window or c.block_size)
+            torch.testing.assert_close(recorded[step][row], expected, rtol=0, atol=1e-5)
             ids = [*ids, i]
 
 
-def test_samplers_get_the_ids_given_to_the_model():
-    seen = []
+def test_sampler_history_is_the_model_input():
+    recorded = []
 
     def record(logits, history):
-        seen.append((logits.shape, history.tolist()))
+        recorded.append((logits.shape, history.tolist()))
         return logits
 
     new = generate(tiny(), [[1, 2], []], 3, [record, no_end], eot=EOT)
-    assert [shape for shape, _ in seen] == [(2, 257)] * 3
-    assert seen[2][1] == [[EOT, 1, 2, *new[0][:2]], [EOT, EOT, EOT, *new[1][:2]]]
+    assert [shape for shape, _ in recorded] == [(2, 257)] * 3
+    assert recorded[2][1] == [[EOT, 1, 2, *new[0][:2]], [EOT, EOT, EOT, *new[1][:2]]]
 
 
-def test_a_row_draws_from_its_own_generator():
+def test_rows_have_independent_generators():
     model, prompt = tiny(n_embd=32), list(b"Once")
     sixteen = generate(model, [prompt] * 16, 60, chain(), eot=EOT, seed=5)
     assert len(set(map(tuple, sixteen))) == 16
@@ -194,35 +194,37 @@ def test_a_row_draws_from_its_own_generator():
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
 def test_finished_rows_leave_the_batch_without_affecting_others(position):
-    model, size = tiny(position=position), []
+    model, batch_sizes = tiny(position=position), []
     prompts = [list(b"abcdefgh"[:n]) for n in range(8)]
 
-    def watch(logits, history):
-        size.append(len(logits))
+    def record_size(logits, history):
+        batch_sizes.append(len(logits))
         return no_end(logits, history)
 
     def stop(ids):  # after 1, 3, 6, ... ids in row 0, 1, 2, ..., which its first id identifies
         return len(ids) == lengths[ids[0]]
 
     first = [ids[0] for ids in generate(model, prompts, 1, [no_end], eot=EOT, seed=2)]
-    assert len(set(first)) == 8  # otherwise, the rows cannot be told apart: use another seed
+    assert len(set(first)) == 8  # else choose another seed, so that the rows differ
     lengths = dict(zip(first, [1, 3, 6, 10, 15, 21, 28, 36], strict=True))
-    whole = generate(model, prompts, 36, [no_end], eot=EOT, seed=2)
-    cut = generate(model, prompts, 36, [watch], eot=EOT, seed=2, stops=[stop])
-    assert cut == [ids[: lengths[ids[0]]] for ids in whole]
-    assert size == [8] * 10 + [4] * 11 + [2] * 7 + [1] * 8
+    full = generate(model, prompts, 36, [no_end], eot=EOT, seed=2)
+    stopped = generate(model, prompts, 36, [record_size], eot=EOT, seed=2, stops=[stop])
+    assert stopped == [ids[: lengths[ids[0]]] for ids in full]
+    assert batch_sizes == [8] * 10 + [4] * 11 + [2] * 7 + [1] * 8
 
 
-def test_a_compiled_step_keeps_the_rows_of_its_batch():
-    """A finished row stays in the batch, so that the step is not compiled anew, and yields nothing more."""
+def test_compiled_step_keeps_the_batch_size():
+    """A finished row stays in the batch, to avoid recompilation, and yields nothing more."""
     torch._dynamo.reset()
     model, prompts = tiny(), [[1], [2], [3]]
-    want = [ids[:n] for ids, n in zip(generate(model, prompts, 9, [no_end], eot=EOT), (9, 2, 1), strict=True)]
-    lengths = {ids[0]: len(ids) for ids in want}
+    expected = [
+        ids[:n] for ids, n in zip(generate(model, prompts, 9, [no_end], eot=EOT), (9, 2, 1), strict=True)
+    ]
+    lengths = {ids[0]: len(ids) for ids in expected}
     assert len(lengths) == 3
     stops = [lambda ids: len(ids) == lengths[ids[0]]]
     step = compile_step(model, backend="eager")
-    assert generate(model, prompts, 9, [no_end], eot=EOT, stops=stops, step=step) == want
+    assert generate(model, prompts, 9, [no_end], eot=EOT, stops=stops, step=step) == expected
 
 
 def test_end_of_text_ends_a_row_and_is_not_yielded():
@@ -251,12 +253,12 @@ def test_inductor_generates_the_same_ids():
     for settings in ({}, dict(pointer=True), dict(n_kv_head=2, bias=True)):
         model = tiny(**settings)
         samplers = [no_end, temperature(0)]
-        want = [generate(model, prompts, 20, samplers, eot=EOT) for prompts in batches]
+        expected = [generate(model, prompts, 20, samplers, eot=EOT) for prompts in batches]
         step = compile_step(model)
-        assert [generate(model, prompts, 20, samplers, eot=EOT, step=step) for prompts in batches] == want
+        assert [generate(model, prompts, 20, samplers, eot=EOT, step=step) for prompts in batches] == expected
 
 
-def test_edges():
+def test_generate_edge_cases():
     model = tiny()
     assert generate(model, [], 5, eot=EOT) == []
     assert generate(model, [[1], []], 0, eot=EOT) == [[], []]
@@ -274,7 +276,7 @@ def test_edges():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_dtypes(dtype):
+def test_generate_in_16_bit_dtypes(dtype):
     for kind in ("rope", "shaw", "alibi", "learned"):
         new = generate(tiny(**KINDS[kind]).to(dtype), [[1, 2], [3]], 20, [no_end], eot=EOT)
         assert [len(ids) for ids in new] == [20, 20]
@@ -286,7 +288,7 @@ def test_other_dtypes(dtype):
 INT8_KINDS = KINDS | {  # 257 ids, padded to 320
     "tied": dict(tied=True),
     "lora": dict(share="lora", lora_rank=3, bias=True),
-    "odd": dict(mlp_hidden=21),  # these layers stay in float32
+    "odd": dict(mlp_hidden=21),  # not divisible by 16: not quantized
 }
 
 
@@ -295,16 +297,16 @@ INT8_KINDS = KINDS | {  # 257 ids, padded to 320
 def test_int8_is_close_to_float32(kind):
     model, ids = tiny(**INT8_KINDS[kind]), torch.randint(257, (1, 12), generator=torch.manual_seed(1))
     ids = ids[:, : model.config.block_size]
-    want, loss = model(ids)[0], model(ids, ids)[1]
+    expected, loss = model(ids)[0], model(ids, ids)[1]
     quantize(model)
-    kept = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
-    assert all(any(side % 16 for side in part.weight.shape) for part in kept)
-    assert (len(kept) > 0) == (kind in ("alibi_window", "lora", "odd"))  # the first: 24 rows of q, k, v
+    plain = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    assert all(any(side % 16 for side in part.weight.shape) for part in plain)
+    assert (len(plain) > 0) == (kind in ("alibi_window", "lora", "odd"))  # the first: 24 rows of q, k, v
     assert isinstance(model.head.linear, Int8Linear)
-    few, many = model(ids)[0], model(ids.expand(2, -1))[0][:1]  # with the int8 kernel, and in float32
-    assert few.shape == want.shape and (ids.shape[1] == 1 or not torch.equal(few, many))
-    for logits in (few, many):
-        assert (logits - want).norm() < 0.03 * want.norm()
+    int8, float32 = model(ids)[0], model(ids.expand(2, -1))[0][:1]  # with the int8 kernel, and in float32
+    assert int8.shape == expected.shape and (ids.shape[1] == 1 or not torch.equal(int8, float32))
+    for logits in (int8, float32):
+        assert (logits - expected).norm() < 0.03 * expected.norm()
     assert (model(ids, ids)[1] - loss).abs() < 0.05
     blocks = model.core.blocks
     assert (blocks[0].mlp.proj is blocks[1].mlp.proj) == (kind == "none")  # of share="layers"
@@ -312,23 +314,23 @@ def test_int8_is_close_to_float32(kind):
     assert [len(ids) for ids in new] == [20, 20]
 
 
-def test_rows_are_quantized_to_within_half_a_step():
+def test_quantization_error_is_at_most_half_a_step():
     weight = torch.randn(3, 16, generator=torch.manual_seed(0)) * torch.tensor([[1.0], [1000.0], [1e-3]])
     rows, scale = quantize_rows(weight)
     assert rows.dtype == torch.int8 and scale.shape == (3,) and (rows.abs().amax(1) == 127).all()
     assert ((rows * scale[:, None].float() - weight).abs() <= 0.51 * scale[:, None]).all()
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17])  # with the int8 kernel up to 16
-def test_an_int8_layer_adds_its_bias(rows):
+@pytest.mark.parametrize("rows", [1, 16, 17])  # the int8 kernel takes up to 16
+def test_int8_linear_adds_its_bias(rows):
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(32, 16), torch.randn(rows, 32)
     torch.nn.init.normal_(linear.bias)
-    want = linear(x)
-    assert (Int8Linear(linear)(x) - want).norm() < 0.03 * want.norm()
+    expected = linear(x)
+    assert (Int8Linear(linear)(x) - expected).norm() < 0.03 * expected.norm()
 
 
-def test_int8_of_a_row_of_zeros():
+def test_int8_linear_with_a_row_of_zeros():
     linear = torch.nn.Linear(16, 2, bias=False)
     linear.weight.data[0] = 0
     assert Int8Linear(linear)(torch.ones(1, 16))[0, 0] == 0
@@ -363,7 +365,7 @@ def probabilities(sampler, p, history=None) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "sampler, p, want",
+    "sampler, p, expected",
     [
         (temperature(1), [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]),
         (temperature(0.5), [0.5, 0.3, 0.2], np.array([25, 9, 4]) / 38),
@@ -391,55 +393,56 @@ def probabilities(sampler, p, history=None) -> np.ndarray:
         (min_p(1), [0.4, 0.2, 0.4], [0.5, 0, 0.5]),
     ],
 )
-def test_samplers_by_hand(sampler, p, want):
-    same(probabilities(sampler, p), want)
+def test_samplers_on_small_examples(sampler, p, expected):
+    assert_close(probabilities(sampler, p), expected)
 
 
 def renormalized(p: np.ndarray) -> np.ndarray:
     return p / p.sum(-1, keepdims=True)
 
 
-def same(got: np.ndarray, want: np.ndarray) -> None:
-    np.testing.assert_allclose(got, want, atol=1e-6)
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
-def slow_top_p(p: np.ndarray, target: float) -> np.ndarray:
-    kept, total = np.zeros_like(p), 0.0
+def reference_top_p(p: np.ndarray, threshold: float) -> np.ndarray:
+    kept, mass = np.zeros_like(p), 0.0
     for i in np.argsort(-p, kind="stable"):
-        if total >= target:
+        if mass >= threshold:
             break
         kept[i] = p[i]
-        total += p[i]
+        mass += p[i]
     return renormalized(kept)
 
 
-def test_samplers_over_many_tokens_against_slow_formulas():
+def test_samplers_match_references_on_large_vocabularies():
     rng = np.random.default_rng(0)
-    for spread in (0.01, 1, 5):  # 0.01: top_p needs more tokens than it looks at first
+    for spread in (0.01, 1, 5):  # 0.01: top_p needs more than its first 256 tokens
         p = renormalized(np.exp(rng.normal(size=(3, 3000)) * spread))
         rank = np.argsort(np.argsort(-p))
         for k in (1, 7, 2999):
-            same(probabilities(top_k(k), p), renormalized(np.where(rank < k, p, 0)))
+            assert_close(probabilities(top_k(k), p), renormalized(np.where(rank < k, p, 0)))
         for share in (0.1, 0.5, 0.95, 0.9999):
-            want, got = np.stack([slow_top_p(row, share) for row in p]), probabilities(top_p(share), p)
-            same(got, want)
-            assert abs((got > 0).sum() - (want > 0).sum()) <= 6  # differences by rounding
+            expected = np.stack([reference_top_p(row, share) for row in p])
+            actual = probabilities(top_p(share), p)
+            assert_close(actual, expected)
+            assert abs((actual > 0).sum() - (expected > 0).sum()) <= 6  # rounding
         for share in (0.01, 0.3):
-            kept = np.where(p >= share * p.max(1, keepdims=True), p, 0)
-            same(probabilities(min_p(share), p), renormalized(kept))
-        few = renormalized(np.where(rank < 50, p, 0))
+            masked = np.where(p >= share * p.max(1, keepdims=True), p, 0)
+            assert_close(probabilities(min_p(share), p), renormalized(masked))
+        truncated = renormalized(np.where(rank < 50, p, 0))
         composed = probabilities(lambda x, h: top_p(0.9)(top_k(50)(x, h), h), p)
-        same(composed, np.stack([slow_top_p(row, 0.9) for row in few]))
+        assert_close(composed, np.stack([reference_top_p(row, 0.9) for row in truncated]))
 
 
 def test_repetition_penalty():
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0, 4.0]])
-    got = repetition_penalty(2.0)(logits, torch.tensor([[4, 0, 1, 0, 4]]))
+    actual = repetition_penalty(2.0)(logits, torch.tensor([[4, 0, 1, 0, 4]]))
     # applied once to each token of the history, and not to end-of-text (4)
-    assert got.tolist() == [[1.0, -4.0, 1.0, -1.0, 4.0]]
+    assert actual.tolist() == [[1.0, -4.0, 1.0, -1.0, 4.0]]
 
 
-def test_chain_orders_the_samplers_in_use():
+def test_chain_selects_and_orders_samplers():
     assert chain(temperature=1, top_p=1) == []
     assert len(chain()) == len(DEFAULTS)
     assert "repetition_penalty" in chain(temperature=0.5, repetition_penalty=2)[0].__qualname__
@@ -470,12 +473,12 @@ def test_chain_orders_the_samplers_in_use():
         ("repetition_penalty", np.nan),
     ],
 )
-def test_samplers_reject(name, value):
+def test_invalid_sampler_values_raise(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*, not {re.escape(str(value))}"):
         chain(**{name: value})
 
 
-def test_frequencies_of_draws_are_the_probabilities():
+def test_draw_frequencies_match_probabilities():
     p, n = torch.tensor([0.4, 0.0, 0.3, 0.15, 0.1, 0.05, 0.0]), 20000
     rngs = [random.Random(f"1337 {row}") for row in range(n)]  # as `stream` makes them
     for _ in range(2):  # the first and the second step
@@ -483,31 +486,31 @@ def test_frequencies_of_draws_are_the_probabilities():
         assert drawn.shape == (n, 1)
         count = drawn.flatten().bincount(minlength=7).double()
         assert count[1] == count[6] == 0
-        chi = ((count - n * p)[p > 0] ** 2 / (n * p)[p > 0]).sum()
-        assert chi < 18.5, chi  # 4 degrees of freedom: 1 in 1000
+        chi_square = ((count - n * p)[p > 0] ** 2 / (n * p)[p > 0]).sum()
+        assert chi_square < 18.5, chi_square  # 4 degrees of freedom: 1 in 1000
 
 
-@pytest.mark.parametrize("u, want", [(0.0, 1), (0.4999, 1), (0.5, 3), (0.99999, 3), (1 - 2**-53, 3)])
-def test_tokens_of_probability_0_are_never_drawn(u, want):
+@pytest.mark.parametrize("u, expected", [(0.0, 1), (0.4999, 1), (0.5, 3), (0.99999, 3), (1 - 2**-53, 3)])
+def test_zero_probability_tokens_are_never_drawn(u, expected):
     class Fixed:
         def random(self):
             return u
 
-    assert draw(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log(), [Fixed()]).item() == want
+    assert draw(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log(), [Fixed()]).item() == expected
 
 
-SETTINGS = [
+SAMPLER_SETTINGS = [
     dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values, strict=True))
     for values in itertools.product((0, 1e-5, 0.8, 1e6), (0, 2, 99), (0, 0.9, 1), (0, 0.5, 1), (1e-3, 1, 1e3))
 ]
 V = 5
-ROWS = [
-    [*[0.5] * at, value, *[0.5] * (V - 1 - at)]
+LOGITS = [
+    [*[0.5] * i, value, *[0.5] * (V - 1 - i)]
     for value in (np.nan, np.inf, -np.inf, 3e38, -3e38)
-    for at in range(V)
+    for i in range(V)
 ]
-ROWS += [[value] * V for value in (np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0)]
-ROWS += [
+LOGITS += [[value] * V for value in (np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0)]
+LOGITS += [
     [np.nan, np.inf, -np.inf, 0, 1],
     [-np.inf, np.inf, -np.inf, -np.inf, np.inf],
     [np.nan, *[-np.inf] * 4],
@@ -516,84 +519,86 @@ ROWS += [
 ]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_no_logits_select_a_token_that_is_none(row):
-    """Whatever the samplers: an id of a token that the logits allow, or one clear error."""
+@pytest.mark.parametrize("row", LOGITS, ids=str)
+def test_extreme_logits_give_a_valid_token_or_an_error(row):
+    """For all samplers: the id of a token with a finite logit, or one error for non-finite logits."""
     row, history = torch.tensor(row), torch.tensor([[4, 0, 1]] * 2)
-    wrong = not row.amax().isfinite()  # NaN, inf, or nothing but -inf
+    invalid = not row.amax().isfinite()  # NaN, inf, or all -inf
     chains = [
-        chain(**values) for values in SETTINGS if values["repetition_penalty"] == 1 or row.abs().max() < 1e38
+        chain(**values)
+        for values in SAMPLER_SETTINGS
+        if values["repetition_penalty"] == 1 or row.abs().max() < 1e38
     ]
     for samplers, other in itertools.product(chains, (row, torch.zeros(V))):
         logits = torch.stack((row, other))
         for sampler in samplers:
             logits = sampler(logits, history)
         for rngs in ([random.Random(0), random.Random(1)], None):
-            if wrong:
+            if invalid:
                 with pytest.raises(RuntimeError, match="^the logits are not finite: .*$"):
                     draw(logits, rngs)
             else:
                 ids = draw(logits, rngs)
                 assert ids.shape == (2, 1) and 0 <= ids.min() and ids.max() < V
                 assert row[ids[0]] > -torch.inf
-    if wrong:
+    if invalid:
         with pytest.raises(RuntimeError, match="not finite"):
             draw(greedy(row[None], history), None)
 
 
 @pytest.mark.parametrize("t", [0, 1e-6, 0.8])
 @pytest.mark.parametrize("value", [1e30, -1e30, np.nan, np.inf])
-def test_the_padding_of_the_vocabulary_is_never_chosen(value, t):
+def test_vocabulary_padding_is_never_generated(value, t):
     model = tiny()  # 257 ids in 320 rows
-    want = generate(model, [[1], []], 20, chain(temperature=t), eot=EOT)
+    expected = generate(model, [[1], []], 20, chain(temperature=t), eot=EOT)
     model.head.linear.weight.data[257:] = value
-    assert generate(model, [[1], []], 20, chain(temperature=t), eot=EOT) == want
-    assert max(map(max, filter(None, want))) < 257
+    assert generate(model, [[1], []], 20, chain(temperature=t), eot=EOT) == expected
+    assert max(map(max, filter(None, expected))) < 257
 
 
 @pytest.mark.parametrize("t", [0, 0.8])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_become_invalid_end_the_text_with_one_line(value, t):
+def test_generate_raises_when_logits_become_non_finite(value, t):
     model, steps = tiny(), []
 
-    def spoil(logits, history):
+    def spoil_fifth_step(logits, history):
         steps.append(len(history))
         return logits.index_fill(-1, torch.tensor([3]), value if len(steps) == 5 else 0.0)
 
     with pytest.raises(RuntimeError, match="not finite"):
-        generate(model, [[1], []], 20, [no_end, spoil, *chain(temperature=t)], eot=EOT)
+        generate(model, [[1], []], 20, [no_end, spoil_fifth_step, *chain(temperature=t)], eot=EOT)
     assert len(steps) == 5
 
 
 # ----------------------------------------------------------------------------------------------------------
-# From text to text
+# write() and stories(): text to text
 
 
-def show(text: bytes, stop=(), per_token=1) -> list[str]:
-    """What a Story returns for each byte, and at the end."""
+def add_all(text: bytes, stop=(), per_token=1) -> list[str]:
+    """The outputs of Story.add for each byte, and of Story.end."""
     story = Story(BYTE, stop)
     return [story.add(i) for i in text] + [story.end()]
 
 
-def test_streaming_never_shows_incomplete_characters():
+def test_streaming_never_emits_incomplete_characters():
     text = "naïve 🎃, 日本 👩‍👩‍👧!"
-    shown = show(text.encode())
-    assert "".join(shown) == text
-    assert [piece for piece in shown if piece] == list(text)
-    assert show("a🎃".encode()[:-1]) == ["a", "", "", "", ""]  # incomplete at the end: dropped
-    assert "".join(show(b"a\xffb\xf0\x9fc")) == "a\ufffdb\ufffdc"  # not UTF-8: replaced
+    pieces = add_all(text.encode())
+    assert "".join(pieces) == text
+    assert [piece for piece in pieces if piece] == list(text)
+    assert add_all("a🎃".encode()[:-1]) == ["a", "", "", "", ""]  # incomplete at the end: dropped
+    assert "".join(add_all(b"a\xffb\xf0\x9fc")) == "a\ufffdb\ufffdc"  # not UTF-8: replaced
 
 
-def test_the_possible_start_of_a_stop_string_is_held_back():
-    assert show(b"The end. No", ["end."])[:8] == ["T", "h", "", "e ", "", "", "", ""]
-    assert show(b"The ends", ["end."]) == ["T", "h", "", "e ", "", "", "", "ends", ""]
-    assert show(b"an en", ["end."]) == [*"a", "n", " ", "", "", "en"]
-    assert "".join(show(b"eenend.", ["end."])) == "een"
-    assert "".join(show("a🎃b".encode(), ["🎃"]))[:1] == "a"
+def test_possible_start_of_a_stop_string_is_held_back():
+    assert add_all(b"The end. No", ["end."])[:8] == ["T", "h", "", "e ", "", "", "", ""]
+    assert add_all(b"The ends", ["end."]) == ["T", "h", "", "e ", "", "", "", "ends", ""]
+    assert add_all(b"an en", ["end."]) == [*"a", "n", " ", "", "", "en"]
+    assert "".join(add_all(b"eenend.", ["end."])) == "een"
+    assert "".join(add_all("a🎃b".encode(), ["🎃"]))[:1] == "a"
 
 
-class Script(torch.nn.Module):
-    """A model that predicts the ids of a script in order, then end-of-text."""
+class ScriptedModel(torch.nn.Module):
+    """A mock model that predicts the given ids in order, then end-of-text."""
 
     def __init__(self, ids, vocab_size):
         super().__init__()
@@ -605,11 +610,11 @@ class Script(torch.nn.Module):
         return torch.nn.functional.one_hot(torch.tensor([[i]]), self.config.vocab_size) * 100.0, None
 
 
-def test_stop_strings_across_tokens_and_inside_one():
+def test_stop_strings_across_and_within_tokens():
     pieces = [b"Once", b" up", b"on a ti", b"me. ", b"The en", b"d. Mo", b"re"]
-    words = tokenizer.Tokenizer("bpe264", [*(bytes([b]) for b in range(256)), *pieces])
+    tok = tokenizer.Tokenizer("bpe264", [*(bytes([b]) for b in range(256)), *pieces])
     script = [256 + i for i in range(len(pieces))]
-    assert stories(Script(script, 264), words, "") == ["Once upon a time. The end. More"]
+    assert stories(ScriptedModel(script, 264), tok, "") == ["Once upon a time. The end. More"]
     cut = {
         "end.": "Once upon a time. The ",
         "ce": "On",
@@ -618,18 +623,18 @@ def test_stop_strings_across_tokens_and_inside_one():
         "x": None,
         "More!": None,
     }
-    for stop, want in cut.items():
-        model = Script(script, 264)
-        got = stories(model, words, "", stop=["no", stop])
-        assert got == [want or "Once upon a time. The end. More"]
-        ended = stop_string(words, stop)
-        needed = next((n for n in range(1, 8) if ended(script[:n])), 8)
+    for stop, expected in cut.items():
+        model = ScriptedModel(script, 264)
+        texts = stories(model, tok, "", stop=["no", stop])
+        assert texts == [expected or "Once upon a time. The end. More"]
+        stopped = stop_string(tok, stop)
+        needed = next((n for n in range(1, 8) if stopped(script[:n])), 8)
         assert model.at == needed  # no token is generated after the stop string
     with pytest.raises(ValueError, match="must not be empty"):
-        stories(Script(script, 264), words, "", stop=[""])
+        stories(ScriptedModel(script, 264), tok, "", stop=[""])
 
 
-def test_stories_begin_with_the_prompt_and_equal_the_streamed_text():
+def test_stories_start_with_the_prompt_and_match_streaming():
     model = tiny(n_embd=32)
     texts = stories(model, BYTE, "Once ü", 5, 50, temperature=1.0, top_k=40, top_p=0.9, seed=3)
     assert len(texts) == 5 and all(text.startswith("Once ü") for text in texts)

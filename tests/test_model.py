@@ -1,4 +1,4 @@
-"""The default path of model.py: shapes, attention, initialization, loss, numerics; against other programs."""
+"""model.py: shapes, attention, initialization, loss, numerics, counts; the same as Hugging Face's models."""
 
 import math
 import subprocess
@@ -40,7 +40,7 @@ TINY = dict(n_layer=2, n_head=4, n_embd=16, block_size=16, vocab_size=V)
 
 
 def tiny(**settings) -> GPT:
-    """A micro model in eval mode whose parameters are drawn so large that every part of it matters."""
+    """A micro model in eval mode with weights large enough that every part affects the output."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**TINY, **settings})).eval()
     with torch.no_grad():
@@ -51,7 +51,7 @@ def tiny(**settings) -> GPT:
                 p += 0.2 * torch.randn_like(p)
             elif name.startswith(("embedder", "head")):
                 p.normal_()
-            else:  # without norms the values grow from layer to layer, and rounding with them
+            else:  # without norms, values and rounding errors grow with depth
                 p.normal_(std=p.shape[1] ** -0.5 * (0.5 if model.config.norm == "none" else 1.0))
     return model
 
@@ -60,14 +60,14 @@ def tokens(*shape: int, seed: int = 1, vocab: int = V) -> torch.Tensor:
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, relative to the scale of b."""
+def rel_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest absolute difference, relative to the largest magnitude in `b`."""
     assert a.shape == b.shape
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def greedy(model: GPT, prompt: torch.Tensor, count: int) -> torch.Tensor:
-    """prompt (B, T) and `count` most likely tokens after it, with a cache."""
+    """The prompt (B, T) and `count` greedy tokens after it, with a cache."""
     cache, ids = KVCache(model.config, len(prompt)), prompt
     for _ in range(count):
         new = ids if not cache.seen else ids[:, -1:]
@@ -76,11 +76,11 @@ def greedy(model: GPT, prompt: torch.Tensor, count: int) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Shapes and the three parts
+# Shapes, and the three parts
 
 
 @pytest.mark.parametrize("loss_chunk", [0, 7])
-def test_shapes_and_types_of_the_model(loss_chunk):
+def test_model_output_shapes_and_dtypes(loss_chunk):
     model, idx = tiny(loss_chunk=loss_chunk), tokens(2, 9)
     logits, loss = model(idx)
     assert logits.shape == (2, 9, V) and logits.dtype == torch.float32 and loss is None
@@ -91,7 +91,7 @@ def test_shapes_and_types_of_the_model(loss_chunk):
 
 @pytest.mark.parametrize("n_kv_head", [8, 4, 1])
 @pytest.mark.parametrize("position", ["rope", "learned", "shaw"])
-def test_shapes_of_the_parts(position, n_kv_head):
+def test_part_output_shapes(position, n_kv_head):
     settings = dict(position=position, n_kv_head=n_kv_head)
     c = GPTConfig(n_layer=2, n_head=8, n_embd=64, block_size=16, vocab_size=V, **settings)
     idx, x = tokens(2, 16), torch.randn(2, 16, 64)
@@ -130,7 +130,7 @@ def test_every_part_can_be_replaced():
     assert torch.equal(GPT(c, OneHot(), Last(), Constant())(idx)[0], torch.full((2, 5, V), 17.0))
 
 
-def test_a_given_part_keeps_its_weights_and_the_untied_head_is_drawn():
+def test_given_embedder_keeps_its_weights_and_is_not_tied():
     c = GPTConfig(**TINY)
     given = Embedder(c)
     before = given.tokens.weight.clone()
@@ -150,9 +150,9 @@ def test_dropout_in_training_only():
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(position="shaw"), dict(position="shaw", shaw_values=True), dict(n_embd=256)],  # wide heads
+    [{}, dict(position="shaw"), dict(position="shaw", shaw_values=True), dict(n_embd=256)],  # head_dim 64
 )
-def test_dropout_of_attention_weights(settings):
+def test_dropout_of_attention_probabilities(settings):
     c = GPTConfig(**TINY | settings, dropout=0.5)
     attention, x = Block(c).attn, torch.randn(2, 9, c.n_embd)
     attn = attn_inputs(c, tokens(2, 9))[1]
@@ -161,33 +161,35 @@ def test_dropout_of_attention_weights(settings):
     assert torch.equal(attention(x, attn), attention(x, attn))
 
 
-@pytest.mark.parametrize("live, dead", [("attn", "mlp"), ("mlp", "attn")])
-def test_dropout_of_both_outputs_of_a_block_and_of_the_embeddings(live, dead):
+@pytest.mark.parametrize("active, zeroed", [("attn", "mlp"), ("mlp", "attn")])
+def test_dropout_of_block_outputs_and_embeddings(active, zeroed):
     c, idx, x = GPTConfig(**TINY, dropout=0.5), tokens(2, 9), torch.randn(2, 9, 16)
     block, embedder = Block(c), Embedder(c)
     block.attn.dropout = 0.0
-    nn.init.zeros_(getattr(block, dead).proj.weight)
+    nn.init.zeros_(getattr(block, zeroed).proj.weight)
     positions, attn = attn_inputs(c, idx)
-    moved = block(x, attn) - x
-    assert 0.3 < (moved == 0).float().mean() < 0.7, f"{live} is dropped half of the time"
+    output = block(x, attn) - x
+    assert 0.3 < (output == 0).float().mean() < 0.7, f"{active} is dropped half of the time"
     assert 0.3 < (embedder(idx, positions) == 0).float().mean() < 0.7
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Rotary positions and attention, against formulas
+# RoPE and attention against their formulas
 
 
 def test_rope_is_a_complex_rotation():
     x, position = torch.randn(2, 3, 50, 8, dtype=torch.float64), torch.arange(50) * 7
-    got = rotate(x, *rope_table(position, 8, 10000.0))
+    actual = rotate(x, *rope_table(position, 8, 10000.0))
     frequency = torch.tensor([10000.0 ** (-2 * k / 8) for k in range(4)], dtype=torch.float64)
-    turn = torch.polar(torch.ones(50, 4, dtype=torch.float64), position[:, None] * frequency)
-    want = torch.complex(x[..., :4], x[..., 4:]) * turn
-    assert error(got, torch.cat((want.real, want.imag), dim=-1)) < 3e-5  # angles up to 343 in float32
-    assert error(got[:, :, :4], torch.cat((want.real, want.imag), dim=-1)[:, :, :4]) < 2e-6
+    rotation = torch.polar(torch.ones(50, 4, dtype=torch.float64), position[:, None] * frequency)
+    expected = torch.complex(x[..., :4], x[..., 4:]) * rotation
+    assert (
+        rel_error(actual, torch.cat((expected.real, expected.imag), dim=-1)) < 3e-5
+    )  # float32 angles to 343
+    assert rel_error(actual[:, :, :4], torch.cat((expected.real, expected.imag), dim=-1)[:, :, :4]) < 2e-6
 
 
-def test_rope_scores_depend_on_distance_alone():
+def test_rope_scores_depend_only_on_distance():
     q, k = torch.randn(2, 8, dtype=torch.float64)
     q, k = (rotate(x.expand(1, 1, 60, 8), *rope_table(torch.arange(60), 8, 100.0))[0, 0] for x in (q, k))
     scores = q @ k.T
@@ -197,78 +199,76 @@ def test_rope_scores_depend_on_distance_alone():
     assert scores.diagonal(1)[0] != pytest.approx(scores.diagonal(2)[0].item(), abs=1e-3)
 
 
-def test_attention_is_the_formula():
+def test_attention_matches_formula():
     torch.manual_seed(0)
     c = GPTConfig(**TINY, n_kv_head=2, position="none", bias=True)
     attention, x = Attention(c).double(), torch.randn(2, 7, 16, dtype=torch.float64)
-    got = attention(x, AttnInputs(None, None, True))
+    actual = attention(x, AttnInputs(None, None, True))
     qkv = F.linear(x, attention.qkv.weight, attention.qkv.bias)
     q, k, v = qkv[..., :16], qkv[..., 16:24], qkv[..., 24:]
-    want = torch.zeros(2, 7, 16, dtype=torch.float64)
+    expected = torch.zeros(2, 7, 16, dtype=torch.float64)
     for h in range(4):
-        mine, group = slice(4 * h, 4 * h + 4), slice(4 * (h // 2), 4 * (h // 2) + 4)
+        head, group = slice(4 * h, 4 * h + 4), slice(4 * (h // 2), 4 * (h // 2) + 4)
         for i in range(7):
-            score = (q[:, i, None, mine] * k[:, : i + 1, group]).sum(-1) / 2
-            want[:, i, mine] = (score.softmax(-1)[..., None] * v[:, : i + 1, group]).sum(1)
-    assert error(got, attention.proj(want)) < 1e-12
+            score = (q[:, i, None, head] * k[:, : i + 1, group]).sum(-1) / 2
+            expected[:, i, head] = (score.softmax(-1)[..., None] * v[:, : i + 1, group]).sum(1)
+    assert rel_error(actual, attention.proj(expected)) < 1e-12
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("T", [2, 64, 65, 150])
-def test_block_attention_is_torchs(T, biased):
+def test_block_attention_matches_sdpa(T, biased):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for _ in "qkv")
     bias = torch.randn(2, 1, T, T, dtype=torch.float64).masked_fill(torch.rand(2, 1, T, T) < 0.3, -torch.inf)
     bias.diagonal(dim1=-2, dim2=-1).zero_()
     bias = bias.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf) if biased else None
-    got = BlockAttention.apply(q, k, v, bias)
-    want = F.scaled_dot_product_attention(q, k, v, bias, is_causal=not biased)
-    assert error(got, want) < 1e-12
-    along = torch.randn_like(want)
-    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), along) for y in (got, want)), strict=True):
-        assert error(a, b) < 1e-12
-    low = BlockAttention.apply(
+    actual = BlockAttention.apply(q, k, v, bias)
+    expected = F.scaled_dot_product_attention(q, k, v, bias, is_causal=not biased)
+    assert rel_error(actual, expected) < 1e-12
+    grad = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), grad) for y in (actual, expected)), strict=True):
+        assert rel_error(a, b) < 1e-12
+    bf16 = BlockAttention.apply(
         *(x.detach().bfloat16() for x in (q, k, v)), bias.bfloat16() if biased else None
     )
-    assert low.dtype == torch.bfloat16 and error(low.double(), want) < 0.03
+    assert bf16.dtype == torch.bfloat16 and rel_error(bf16.double(), expected) < 0.03
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("heads, n_kv_head, head_dim", [(2, 2, 64), (4, 2, 64), (4, 1, 16)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_kernel_for_a_cpu_computes_what_the_plain_one_does(
-    masked, heads, n_kv_head, head_dim, dtype, tolerance
-):
+def test_cpu_attention_matches_sdpa(masked, heads, n_kv_head, head_dim, dtype, tolerance):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 70, head_dim).to(dtype) for n in (heads, n_kv_head, n_kv_head))
     mask = torch.zeros(2, 1, 70, 70)
     mask[0, :, 30:, :30] = -torch.inf
     mask = mask.masked_fill(torch.ones(70, 70, dtype=torch.bool).triu(1), -torch.inf) if masked else None
-    got, want = (kernel(q, k, v, mask, not masked, 0.0) for kernel in (cpu_attention, sdpa))
-    assert got.dtype == want.dtype == dtype and error(got.float(), want.float()) < tolerance
+    actual, expected = (kernel(q, k, v, mask, not masked, 0.0) for kernel in (cpu_attention, sdpa))
+    assert actual.dtype == expected.dtype == dtype and rel_error(actual.float(), expected.float()) < tolerance
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     "settings", [{}, dict(n_kv_head=2), dict(window=9), dict(position="shaw"), dict(position="alibi")]
 )
-def test_attention_in_bf16_is_that_in_float32(settings, causal):
-    """Whichever way it takes: values, and gradients of every weight, over more than one block of queries."""
+def test_attention_gradients_in_bf16_are_close_to_float32(settings, causal):
+    """With either kernel, and more than one block of queries."""
     model, idx = tiny(block_size=80, causal=causal, **settings), tokens(2, 80)
-    segments, found = (torch.arange(80) >= 30).long().expand(2, 80), []
-    for apart in (None, segments):
-        for mixed in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                loss = model(idx, idx.roll(1, 1), segments=apart)[1]
+    segments, grads = (torch.arange(80) >= 30).long().expand(2, 80), []
+    for segments_or_none in (None, segments):
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(idx, idx.roll(1, 1), segments=segments_or_none)[1]
             weights = [p for name, p in model.named_parameters() if "attn" in name]
-            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
-        plain, low = found[-2:]
-        assert error(low, plain) < 0.05
-        assert F.cosine_similarity(low, plain, dim=0) > 0.999
+            grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
+        float32, bf16 = grads[-2:]
+        assert rel_error(bf16, float32) < 0.05
+        assert F.cosine_similarity(bf16, float32, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("settings", [{}, dict(window=4), dict(position="shaw"), dict(position="alibi")])
-def test_a_bidirectional_model_sees_both_sides(settings):
+def test_bidirectional_attention(settings):
     model, idx = tiny(causal=False, **settings), tokens(1, 9)
     other = idx.clone()
     other[0, 4] = (idx[0, 4] + 1) % V
@@ -279,7 +279,7 @@ def test_a_bidirectional_model_sees_both_sides(settings):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The same weights in Hugging Face's models
+# The same weights in Hugging Face models
 
 
 def to_llama(model: GPT) -> dict[str, torch.Tensor]:
@@ -291,19 +291,19 @@ def to_llama(model: GPT) -> dict[str, torch.Tensor]:
         "lm_head.weight": ours["head.linear.weight"][: c.vocab_size],
     }
     for i in range(c.n_layer):
-        us, them = f"core.blocks.{i}.", f"model.layers.{i}."
-        theirs[them + "input_layernorm.weight"] = ours[us + "norm1.weight"]
-        theirs[them + "post_attention_layernorm.weight"] = ours[us + "norm2.weight"]
-        for name, part in zip("qkv", ours[us + "attn.qkv.weight"].split(heads), strict=True):
-            theirs[f"{them}self_attn.{name}_proj.weight"] = part
-        theirs[them + "self_attn.o_proj.weight"] = ours[us + "attn.proj.weight"]
-        theirs[them + "mlp.gate_proj.weight"], theirs[them + "mlp.up_proj.weight"] = ours[
-            us + "mlp.fc.weight"
+        our, their = f"core.blocks.{i}.", f"model.layers.{i}."
+        theirs[their + "input_layernorm.weight"] = ours[our + "norm1.weight"]
+        theirs[their + "post_attention_layernorm.weight"] = ours[our + "norm2.weight"]
+        for name, part in zip("qkv", ours[our + "attn.qkv.weight"].split(heads), strict=True):
+            theirs[f"{their}self_attn.{name}_proj.weight"] = part
+        theirs[their + "self_attn.o_proj.weight"] = ours[our + "attn.proj.weight"]
+        theirs[their + "mlp.gate_proj.weight"], theirs[their + "mlp.up_proj.weight"] = ours[
+            our + "mlp.fc.weight"
         ].chunk(2)
-        theirs[them + "mlp.down_proj.weight"] = ours[us + "mlp.proj.weight"]
+        theirs[their + "mlp.down_proj.weight"] = ours[our + "mlp.proj.weight"]
         if c.qk_norm:
             for name in "qk":
-                theirs[f"{them}self_attn.{name}_norm.weight"] = ours[f"{us}attn.{name}_norm.weight"]
+                theirs[f"{their}self_attn.{name}_norm.weight"] = ours[f"{our}attn.{name}_norm.weight"]
     return theirs
 
 
@@ -319,15 +319,15 @@ def to_gpt2(model: GPT) -> dict[str, torch.Tensor]:
     names = {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj"}
     names |= {"mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
     for i in range(c.n_layer):
-        for us, them in names.items():
-            weight = ours[f"core.blocks.{i}.{us}.weight"]
-            theirs[f"transformer.h.{i}.{them}.weight"] = weight if weight.ndim == 1 else weight.T
-            theirs[f"transformer.h.{i}.{them}.bias"] = ours[f"core.blocks.{i}.{us}.bias"]
+        for our, their in names.items():
+            weight = ours[f"core.blocks.{i}.{our}.weight"]
+            theirs[f"transformer.h.{i}.{their}.weight"] = weight if weight.ndim == 1 else weight.T
+            theirs[f"transformer.h.{i}.{their}.bias"] = ours[f"core.blocks.{i}.{our}.bias"]
     return theirs
 
 
 def hugging_face(model: GPT) -> nn.Module:
-    """The same model, built by transformers from a configuration."""
+    """The same model as a class of transformers."""
     transformers, c = pytest.importorskip("transformers"), model.config
     if c.position == "learned":
         kind, weights = transformers.GPT2LMHeadModel, to_gpt2(model)
@@ -386,27 +386,27 @@ GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True)
     ids=["llama", "llama-untied", "qwen3", "gpt2", "gpt2-tanh"],
 )
 @torch.no_grad()
-def test_hugging_face_computes_the_same(settings):
+def test_logits_and_greedy_tokens_match_hugging_face(settings):
     model = tiny(n_embd=32, block_size=256, vocab_size=300, **settings)
     for p in model.core.parameters():
-        p *= 2 if p.ndim == 2 and model.config.tied else 1  # else a tied model repeats its last token
+        p *= 2 if p.ndim == 2 and model.config.tied else 1  # otherwise a tied model repeats its last token
     theirs, idx = hugging_face(model), tokens(3, 256, vocab=300)
-    assert error(model(idx)[0], theirs(idx).logits) < 1e-5
+    assert rel_error(model(idx)[0], theirs(idx).logits) < 1e-5
     prompt = idx[:, :20]
-    want = theirs.generate(
+    expected = theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=200, do_sample=False, pad_token_id=0
     )
-    assert want.shape == (3, 220) and torch.equal(greedy(model, prompt, 200), want)
-    assert len(want[:, 20:].unique()) > 20
+    assert expected.shape == (3, 220) and torch.equal(greedy(model, prompt, 200), expected)
+    assert len(expected[:, 20:].unique()) > 20
 
 
 # ----------------------------------------------------------------------------------------------------------
-# How training starts
+# Initialization
 
 
 @pytest.mark.parametrize("init", ["gpt2", "zero", "fan_in"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_standard_deviation_of_every_matrix(init, tied):
+def test_std_of_every_matrix(init, tied):
     torch.manual_seed(0)
     c = GPTConfig(
         n_layer=8,
@@ -421,17 +421,17 @@ def test_standard_deviation_of_every_matrix(init, tied):
         share="lora",
     )
     model = GPT(c)
-    narrow = 0.02 if init == "gpt2" else 128**-0.5
-    last = {"gpt2": 0.02 / 4, "zero": 0.0, "fan_in": 128**-0.5}[init]
-    want = {"tokens": 0.02, "positions": 0.02, "qkv.base": narrow, "attn.proj.base": last, "fc.base": narrow}
-    want |= {"mlp.proj.base": c.hidden**-0.5 if init == "fan_in" else last, "up": 0.0, "qkv.down": narrow}
-    want |= {"fc.down": narrow, "attn.proj.down": narrow, "head.linear": 0.0 if init == "zero" else 0.02}
-    want |= {"mlp.proj.down": 0.02 if init == "gpt2" else c.hidden**-0.5}
+    base = 0.02 if init == "gpt2" else 128**-0.5
+    proj = {"gpt2": 0.02 / 4, "zero": 0.0, "fan_in": 128**-0.5}[init]
+    stds = {"tokens": 0.02, "positions": 0.02, "qkv.base": base, "attn.proj.base": proj, "fc.base": base}
+    stds |= {"mlp.proj.base": c.hidden**-0.5 if init == "fan_in" else proj, "up": 0.0, "qkv.down": base}
+    stds |= {"fc.down": base, "attn.proj.down": base, "head.linear": 0.0 if init == "zero" else 0.02}
+    stds |= {"mlp.proj.down": 0.02 if init == "gpt2" else c.hidden**-0.5}
     for name, p in model.named_parameters():
         if p.ndim == 1:
             assert torch.all(p == (1.0 if "norm" in name and name.endswith("weight") else 0.0)), name
         else:
-            expected = next(std for end, std in want.items() if name.endswith(end + ".weight"))
+            expected = next(std for suffix, std in stds.items() if name.endswith(suffix + ".weight"))
             assert p.std().item() == pytest.approx(expected, rel=0.08), name
             assert abs(p.mean().item()) <= 5 * expected / math.sqrt(p.numel()), name
 
@@ -439,12 +439,12 @@ def test_standard_deviation_of_every_matrix(init, tied):
 @pytest.mark.parametrize("size", [dict(vocab_size=4096, n_embd=128), dict(vocab_size=50257, n_embd=256)])
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_first_loss(size, tied):
+def test_initial_loss(size, tied):
     torch.manual_seed(0)
     c = GPTConfig(n_layer=4, n_head=4, block_size=256, tied=tied, **size)
     idx, targets = tokens(2, 256, vocab=c.vocab_size), tokens(2, 256, seed=2, vocab=c.vocab_size)
-    want = math.log(c.vocab_size) + c.n_embd * 0.02**2 / 2
-    assert GPT(c)(idx, targets)[1].item() == pytest.approx(want, rel=0.005)
+    expected = math.log(c.vocab_size) + c.n_embd * 0.02**2 / 2
+    assert GPT(c)(idx, targets)[1].item() == pytest.approx(expected, rel=0.005)
     if not tied:
         assert GPT(replace(c, init="zero"))(idx, targets)[1].item() == pytest.approx(
             math.log(c.vocab_size), abs=1e-3
@@ -452,7 +452,7 @@ def test_first_loss(size, tied):
 
 
 @torch.no_grad()
-def test_zero_init_makes_every_block_the_identity():
+def test_zero_init_blocks_are_the_identity():
     torch.manual_seed(0)
     c = GPTConfig(**TINY, init="zero")
     x = torch.randn(2, 9, 16)
@@ -464,8 +464,8 @@ def test_zero_init_makes_every_block_the_identity():
 
 
 def both_losses(dtype=torch.float32, N=37, C=24, targets=None, scale=1.0, **settings):
-    """(loss, dx, dweight, with a pointer dgate, dcopied) of the plain and of the chunked cross-entropy of 70
-    ids, padded to 128."""
+    """(loss, dx, dweight, with a pointer dgate, dcopied) of the plain and of the chunked cross-entropy of
+    70 ids, padded to 128."""
     torch.manual_seed(0)
     c = GPTConfig(vocab_size=70, n_embd=C, n_head=2, **settings)
     x, weight = torch.randn(N, C, dtype=dtype), 0.5 * torch.randn(128, C, dtype=dtype)
@@ -474,7 +474,7 @@ def both_losses(dtype=torch.float32, N=37, C=24, targets=None, scale=1.0, **sett
     copied[::4] = -1e9  # nothing to copy
     results = []
     for chunked in (False, True):
-        x, weight, gate, copied = leaves = [p.detach().requires_grad_() for p in (x, weight, gate, copied)]
+        x, weight, gate, copied = params = [p.detach().requires_grad_() for p in (x, weight, gate, copied)]
         if chunked:
             mixture = (gate, copied) if c.pointer else None
             loss = chunked_cross_entropy(x[None], weight, targets[None], c, mixture)
@@ -483,17 +483,17 @@ def both_losses(dtype=torch.float32, N=37, C=24, targets=None, scale=1.0, **sett
             if c.softcap:
                 logits = c.softcap * torch.tanh(logits / c.softcap)
             if c.pointer:
-                kept, rows = targets >= 0, torch.arange(N)
+                mask, rows = targets >= 0, torch.arange(N)
                 p = gate.exp() * logits.softmax(-1)[rows, targets] + copied.exp()
-                loss = -(p.log() * kept).sum() / kept.sum().clamp(min=1)
+                loss = -(p.log() * mask).sum() / mask.sum().clamp(min=1)
             else:
                 loss = cross_entropy(logits[None], targets[None])
         (scale * loss).backward()
-        results.append((loss.detach(), *(p.grad for p in leaves if p.grad is not None)))
+        results.append((loss.detach(), *(p.grad for p in params if p.grad is not None)))
     return results
 
 
-TERMS = [
+LOSS_SETTINGS = [
     dict(),
     dict(softcap=3.0),
     dict(pointer=True, softcap=3.0),
@@ -501,35 +501,39 @@ TERMS = [
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("settings", TERMS, ids=lambda s: "+".join(s) or "plain")
+@pytest.mark.parametrize("settings", LOSS_SETTINGS, ids=lambda s: "+".join(s) or "plain")
 @pytest.mark.parametrize("loss_chunk", [1, 8, 36, 37, 256])
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
-def test_chunked_loss_equals_the_plain_one(dtype, tolerance, settings, loss_chunk, ignored):
+def test_chunked_loss_matches_plain_loss(dtype, tolerance, settings, loss_chunk, ignored):
     targets = torch.randint(70, (37,), generator=torch.Generator().manual_seed(3))
     if ignored != "none":
         targets[{"some": slice(5, 30, 2), "all": slice(None)}[ignored]] = -1
     plain, chunked = both_losses(dtype, targets=targets, loss_chunk=loss_chunk, scale=3.0, **settings)
-    for want, got in zip(plain, chunked, strict=True):
-        assert got.dtype == dtype and (got - want).abs().max() <= tolerance * max(1.0, want.abs().max())
+    for expected, actual in zip(plain, chunked, strict=True):
+        assert actual.dtype == dtype and (actual - expected).abs().max() <= tolerance * max(
+            1.0, expected.abs().max()
+        )
     assert torch.all(chunked[2][70:] == 0)
     if ignored == "all":
         assert all(torch.all(part == 0) for part in chunked)
 
 
-def test_plain_loss_is_torchs():
+def test_plain_loss_matches_torch():
     logits, targets = torch.randn(2, 9, V), tokens(2, 9)
     targets[0, 3:5] = -1
     flat = logits.flatten(0, 1), targets.flatten()
     for smoothing in (0.0, 0.1):
-        want = F.cross_entropy(*flat, ignore_index=-1, label_smoothing=smoothing)
-        assert cross_entropy(logits, targets, smoothing).item() == pytest.approx(want.item(), rel=1e-6)
-    kept = targets.flatten() != -1
-    z = flat[0].logsumexp(-1)[kept].square().mean()
-    got = cross_entropy(logits, targets, 0.0, 0.5)
-    assert got.item() == pytest.approx((F.cross_entropy(*flat, ignore_index=-1) + 0.5 * z).item(), rel=1e-6)
+        expected = F.cross_entropy(*flat, ignore_index=-1, label_smoothing=smoothing)
+        assert cross_entropy(logits, targets, smoothing).item() == pytest.approx(expected.item(), rel=1e-6)
+    mask = targets.flatten() != -1
+    z = flat[0].logsumexp(-1)[mask].square().mean()
+    actual = cross_entropy(logits, targets, 0.0, 0.5)
+    assert actual.item() == pytest.approx(
+        (F.cross_entropy(*flat, ignore_index=-1) + 0.5 * z).item(), rel=1e-6
+    )
 
 
-def test_uniform_logits_lose_log_v():
+def test_loss_of_uniform_logits_is_log_v():
     model = tiny(tied=False)
     nn.init.zeros_(model.head.linear.weight)
     idx = tokens(2, 9)
@@ -537,7 +541,7 @@ def test_uniform_logits_lose_log_v():
 
 
 @pytest.mark.parametrize("loss_chunk", [0, 8])
-def test_smoothing_and_z_loss_are_for_training_alone(loss_chunk):
+def test_smoothing_and_z_loss_apply_only_in_training(loss_chunk):
     model = tiny(label_smoothing=0.2, z_loss=0.1, loss_chunk=loss_chunk)
     idx, targets = tokens(2, 9), tokens(2, 9, seed=2)
     plain = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
@@ -557,7 +561,7 @@ def test_smoothing_and_z_loss_are_for_training_alone(loss_chunk):
     ],
     ids=lambda s: "+".join(s) or "plain",
 )
-def test_loss_and_gradients_of_the_model_in_chunks(settings):
+def test_model_gradients_match_with_chunked_loss(settings):
     idx, targets = tokens(3, 9), tokens(3, 9, seed=2)
     targets[0, :4] = -1
     plain, chunked = tiny(loss_chunk=0, **settings).train(), tiny(loss_chunk=5, **settings).train()
@@ -567,7 +571,7 @@ def test_loss_and_gradients_of_the_model_in_chunks(settings):
         assert (a.grad - b.grad).abs().max() <= 1e-6 * max(1.0, a.grad.abs().max()), name
 
 
-def test_padding_of_the_vocabulary_takes_no_part():
+def test_padded_vocabulary_is_ignored():
     model, idx = tiny(tied=False, loss_chunk=5), tokens(3, 9)
     with torch.no_grad():
         model.head.linear.weight[V:] = 100.0
@@ -579,15 +583,15 @@ def test_padding_of_the_vocabulary_takes_no_part():
     assert torch.all(model.head.linear.weight.grad[:V].abs().sum(-1) > 0)
 
 
-def test_no_gradient_is_made_where_none_is_asked_for():
+def test_chunked_loss_under_no_grad():
     x, weight = torch.randn(1, 9, 16), torch.randn(64, 16, requires_grad=True)
     c, targets = GPTConfig(**TINY, loss_chunk=4), tokens(1, 9)
     with torch.no_grad():
-        without = chunked_cross_entropy(x, weight, targets, c)
-    assert torch.equal(without, chunked_cross_entropy(x, weight, targets, c)) and not without.requires_grad
+        loss = chunked_cross_entropy(x, weight, targets, c)
+    assert torch.equal(loss, chunked_cross_entropy(x, weight, targets, c)) and not loss.requires_grad
 
 
-def test_the_loss_of_another_kind_of_linear_layer_is_the_plain_one():
+def test_replaced_head_linear_uses_the_plain_loss():
     class Doubled(nn.Module):
         def __init__(self, linear):
             super().__init__()
@@ -599,20 +603,20 @@ def test_the_loss_of_another_kind_of_linear_layer_is_the_plain_one():
     model, idx = tiny(tied=False), tokens(2, 9)
     model.set_submodule("head.linear", Doubled(model.head.linear))
     logits, loss = model(idx, idx)
-    want = F.cross_entropy(model(idx)[0].flatten(0, 1), idx.flatten())
-    assert logits is None and loss.item() == pytest.approx(want.item(), rel=1e-6)
+    expected = F.cross_entropy(model(idx)[0].flatten(0, 1), idx.flatten())
+    assert logits is None and loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("loss_chunk", [0, 5])
-def test_a_negative_target_other_than_minus_one_is_no_token(loss_chunk):
+def test_negative_targets_other_than_minus_one_are_ignored_or_raise(loss_chunk):
     model, idx, targets = tiny(loss_chunk=loss_chunk), tokens(2, 9), tokens(2, 9, seed=2)
     targets[0, :4] = -1
-    want = model(idx, targets)[1]
+    expected = model(idx, targets)[1]
     targets[0, :4] = -100
     try:
-        assert model(idx, targets)[1].item() == pytest.approx(want.item(), rel=1e-6)
+        assert model(idx, targets)[1].item() == pytest.approx(expected.item(), rel=1e-6)
     except (IndexError, RuntimeError, ValueError):
-        pass  # refused: as good
+        pass
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -630,14 +634,14 @@ def test_bfloat16_autocast_is_close_to_float32(loss_chunk):
     model, idx, targets = tiny(loss_chunk=loss_chunk), tokens(4, 16), tokens(4, 16, seed=2)
     loss, grad = model(idx, targets)[1], gradient(model, idx, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        low, low_grad = model(idx, targets)[1], gradient(model, idx, targets)
-        assert error(model(idx)[0].float(), model(idx)[0]) < 0.05
-    assert low.dtype == torch.float32 and low.item() == pytest.approx(loss.item(), rel=0.01)
+        low_loss, low_grad = model(idx, targets)[1], gradient(model, idx, targets)
+        assert rel_error(model(idx)[0].float(), model(idx)[0]) < 0.05
+    assert low_loss.dtype == torch.float32 and low_loss.item() == pytest.approx(loss.item(), rel=0.01)
     assert F.cosine_similarity(grad, low_grad, dim=0) > 0.995
-    whole = tiny(loss_chunk=loss_chunk).bfloat16()
-    assert whole(idx)[0].dtype == torch.bfloat16
-    assert whole(idx, targets)[1].item() == pytest.approx(loss.item(), rel=0.03)
-    assert F.cosine_similarity(grad, gradient(whole, idx, targets), dim=0) > 0.98
+    full = tiny(loss_chunk=loss_chunk).bfloat16()
+    assert full(idx)[0].dtype == torch.bfloat16
+    assert full(idx, targets)[1].item() == pytest.approx(loss.item(), rel=0.03)
+    assert F.cosine_similarity(grad, gradient(full, idx, targets), dim=0) > 0.98
 
 
 @torch.no_grad()
@@ -650,7 +654,7 @@ def test_causality_in_bfloat16():
     assert same[:6] == [True] * 6 and not all(same[6:])
 
 
-def test_float16_gradient_does_not_underflow():
+def test_float16_gradients_do_not_underflow():
     torch.manual_seed(0)
     c = GPTConfig(vocab_size=4096, n_embd=24, n_head=2)
     x, weight = torch.randn(1, 6000, 24), 0.02 * torch.randn(4096, 24)
@@ -660,19 +664,21 @@ def test_float16_gradient_does_not_underflow():
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             chunked_cross_entropy(x, weight, targets, c).backward()
         grads.append(weight.grad)
-    assert error(grads[1], grads[0]) < 0.01
+    assert rel_error(grads[1], grads[0]) < 0.01
     assert (grads[1] == 0).float().mean() < 0.001
 
 
 def run_on_meta(settings: dict) -> None:
-    """Forward, backward, clipping and AdamW on the meta device; a tensor made elsewhere raises."""
+    """Forward, backward, clipping and AdamW on the meta device; a tensor on another device raises."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class OnMeta(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, tuple | list) else (out,):
-                assert not isinstance(tensor, torch.Tensor) or tensor.is_meta, f"{function} ran elsewhere"
+                assert not isinstance(tensor, torch.Tensor) or tensor.is_meta, (
+                    f"{function} left the meta device"
+                )
             return out
 
     with torch.device("meta"):
@@ -742,7 +748,7 @@ RECIPES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_inductor_computes_the_same(name):
+def test_inductor_matches_eager(name):
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, loss_chunk=48, **RECIPES[name]))
@@ -753,36 +759,38 @@ def test_inductor_computes_the_same(name):
         losses.append(run(idx, targets)[1])
         losses[-1].backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5) and error(grads[1], grads[0]) < 1e-4
+    assert (
+        losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5) and rel_error(grads[1], grads[0]) < 1e-4
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Sharing, counting, scoring
+# Weight sharing and counts
 
 
-def step_and_round_trip(model: GPT, folder) -> GPT:
-    """One optimizer step, then through a checkpoint into a new model."""
+def step_and_roundtrip(model: GPT, folder) -> GPT:
+    """One optimizer step, then save and load as a new model."""
     idx = tokens(2, 9)
     model(idx, idx)[1].backward()
     torch.optim.AdamW(model.parameters(), lr=0.1).step()
     state = {"model_config": asdict(model.config), "model": model.state_dict()}
     checkpoint.save(folder / "x.pt", state | {"tokenizer": tokenizer.get("byte").state()})
-    again, _ = checkpoint.load(folder / "x.pt")
-    assert torch.equal(again(idx)[0], model.eval()(idx)[0])
-    assert again.config == model.config
-    return again
+    loaded, _ = checkpoint.load(folder / "x.pt")
+    assert torch.equal(loaded(idx)[0], model.eval()(idx)[0])
+    assert loaded.config == model.config
+    return loaded
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_weights_stay_one_tensor(tied, tmp_path):
-    for model in (tiny(tied=tied), step_and_round_trip(tiny(tied=tied), tmp_path)):
+def test_tied_weights_share_storage_after_a_roundtrip(tied, tmp_path):
+    for model in (tiny(tied=tied), step_and_roundtrip(tiny(tied=tied), tmp_path)):
         assert (model.head.linear.weight is model.embedder.tokens.weight) == tied
 
 
 @pytest.mark.parametrize("share", ["mlp", "layers", "lora"])
-def test_shared_weights_stay_one_tensor(share, tmp_path):
+def test_shared_weights_share_storage_after_a_roundtrip(share, tmp_path):
     settings = dict(share=share, n_layer=3)
-    for model in (tiny(**settings), step_and_round_trip(tiny(**settings), tmp_path)):
+    for model in (tiny(**settings), step_and_roundtrip(tiny(**settings), tmp_path)):
         first, *others = model.core.blocks
         for block in others:
             if share == "lora":
@@ -796,7 +804,7 @@ def test_shared_weights_stay_one_tensor(share, tmp_path):
 
 
 def check_counts(model: GPT) -> None:
-    """What the configuration counts on paper against the model's own tensors."""
+    """Compare the counts from the configuration with the tensors of the model."""
     c, counts = model.config, model.config.estimate()
     core = [p for part in (model.core, model.pointer) if part for p in part.parameters()]
     matrices = [p.numel() for p in model.core.blocks[0].parameters() if p.ndim == 2]
@@ -807,7 +815,7 @@ def check_counts(model: GPT) -> None:
     assert counts["flops_per_token"] == 6 * per_token + attention
 
 
-def test_parameters_by_hand():
+def test_parameter_count():
     c = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, vocab_size=100, mlp_hidden=48)
     block = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32
     embedding = 128 * 32 + 32
@@ -827,8 +835,8 @@ def test_parameters_by_hand():
     ],
     ids=["baseline", "debug", "ffn_sharing"],
 )
-def test_sizes_of_the_models_of_super_tiny_language_models(settings, core, total):
-    """Their shipped sizes, in millions, from 50,257 rows of embedding (ours has padding on top)."""
+def test_sizes_of_super_tiny_language_models(settings, core, total):
+    """Published sizes in millions of parameters, with 50,257 rows of embedding (ours are padded)."""
     c = GPTConfig(n_head=16, n_kv_head=4, n_embd=512, vocab_size=50257, **settings)
     counts, padding = c.estimate(), (c.padded_vocab - c.vocab_size) * 512
     assert c.padded_vocab == 50304 and counts["parameters"] - counts["embedding_parameters"] == core
@@ -837,7 +845,7 @@ def test_sizes_of_the_models_of_super_tiny_language_models(settings, core, total
         check_counts(GPT(c))
 
 
-def test_width_of_the_feed_forward():
+def test_mlp_hidden_width():
     assert GPTConfig(n_embd=384, mlp="gelu").hidden == 1536
     assert GPTConfig(n_embd=384).hidden == 1024
     assert GPTConfig(n_embd=384, mlp_ratio=2.5, mlp="relu").hidden == 960
@@ -846,32 +854,32 @@ def test_width_of_the_feed_forward():
     assert gated["parameters"] == plain["parameters"]
 
 
-def test_flops_by_hand():
+def test_flops_per_token():
     c = GPTConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, vocab_size=100, block_size=64, mlp_hidden=48)
     block = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48
-    want = 6 * (3 * block + 128 * 32) + 12 * 3 * 64 * 32
+    expected = 6 * (3 * block + 128 * 32) + 12 * 3 * 64 * 32
     for share in ("none", "mlp", "layers"):
-        assert replace(c, share=share).estimate()["flops_per_token"] == want
+        assert replace(c, share=share).estimate()["flops_per_token"] == expected
 
 
-def test_memory_by_hand():
+def test_memory_estimate():
     c = GPTConfig(n_layer=3, n_head=4, n_embd=32, vocab_size=100, mlp_hidden=48, loss_chunk=10)
-    parameters, kept = c.estimate()["parameters"], 3 * (14 * 32 + 3 * 48)
-    assert c.estimate()["activations_per_token"] == kept
-    assert c.memory(50, 4) == 16 * parameters + 6 * 50 * kept + 12 * 10 * 128
-    assert c.memory(50, 2) == 20 * parameters + 4 * 50 * kept + 10 * 10 * 128
-    assert replace(c, loss_chunk=0).memory(50, 4) == 16 * parameters + 6 * 50 * kept + 12 * 50 * 128
+    parameters, activations = c.estimate()["parameters"], 3 * (14 * 32 + 3 * 48)
+    assert c.estimate()["activations_per_token"] == activations
+    assert c.memory(50, 4) == 16 * parameters + 6 * 50 * activations + 12 * 10 * 128
+    assert c.memory(50, 2) == 20 * parameters + 4 * 50 * activations + 10 * 10 * 128
+    assert replace(c, loss_chunk=0).memory(50, 4) == 16 * parameters + 6 * 50 * activations + 12 * 50 * 128
     assert replace(c, loss_chunk=10**9).memory(50, 4) == replace(c, loss_chunk=0).memory(50, 4)
     c = replace(c, position="shaw", shaw_clip=7)
-    assert c.estimate()["activations_per_token"] == kept + 3 * 4 * 15
+    assert c.estimate()["activations_per_token"] == activations + 3 * 4 * 15
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The file by itself
+# model.py as a single file
 
 
-def test_model_py_works_alone(tmp_path):
-    """Copied into an empty directory, it builds GPT-2 and Llama shapes and imports nothing of ours."""
+def test_model_py_works_as_a_single_file(tmp_path):
+    """Copied into an empty directory, it builds GPT-2 and Llama shapes and does not import nanostlm."""
     (tmp_path / "model.py").write_bytes((ROOT / "model.py").read_bytes())
     program = """
 import torch
@@ -892,14 +900,14 @@ assert not any(name.startswith("nanostlm") for name in sys.modules)
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
 
 
-def test_the_default_model_imports_nothing_of_ours():
+def test_default_model_does_not_import_nanostlm():
     program = "import sys, model; model.GPT(model.GPTConfig(n_layer=1)); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
     assert b"nanostlm" not in modules.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Settings that make no model
+# Invalid settings
 
 
 @pytest.mark.parametrize(
@@ -962,10 +970,10 @@ def test_the_default_model_imports_nothing_of_ours():
         ("separator", 1.0),
     ],
 )
-def test_a_bad_setting_is_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=field) as caught:
+def test_invalid_setting_is_named_in_the_error(field, value):
+    with pytest.raises(ValueError, match=field) as excinfo:
         GPT(GPTConfig(**{**TINY, field: value}))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(excinfo.value)
 
 
 def test_rope_needs_an_even_head_width():
@@ -974,36 +982,36 @@ def test_rope_needs_an_even_head_width():
     GPT(GPTConfig(n_layer=1, n_head=2, n_embd=10, vocab_size=9, position="alibi"))
 
 
-def test_whole_numbers_do_where_a_fraction_is_meant():
+def test_int_is_accepted_for_float():
     GPT(GPTConfig(**TINY, dropout=0, mlp_ratio=4, rope_theta=10000, softcap=15))
 
 
-def test_a_configuration_is_frozen():
+def test_config_is_frozen():
     with pytest.raises(FrozenInstanceError):
         GPTConfig().n_layer = 3
 
 
 # ----------------------------------------------------------------------------------------------------------
-# GPT.generate, and a user's own layers
+# GPT.generate, and user-defined layers
 
 
-def test_generate_is_the_plain_loop():
-    """Greedy: as with a cache while the context lasts, then from the last block_size tokens. Else top_k."""
+def test_gpt_generate_matches_cached_generation_and_full_forward():
+    """Greedy equals cached generation within the context; past it, it uses the last block_size tokens."""
     model, prompt = tiny(separator=5), tokens(1, 3)
-    found = model.generate(prompt, 20, temperature=0)
-    assert found.shape == (1, 23) and torch.equal(found[:, :3], prompt)
+    ids = model.generate(prompt, 20, temperature=0)
+    assert ids.shape == (1, 23) and torch.equal(ids[:, :3], prompt)
     cached = generate(model, [prompt[0, 1:].tolist()], 13, chain(temperature=0), eot=int(prompt[0, 0]))[0]
-    assert cached == found[0, 3 : 3 + len(cached)].tolist()
-    assert found[0, -1] == model(found[:, -17:-1])[0][0, -1].argmax()
+    assert cached == ids[0, 3 : 3 + len(cached)].tolist()
+    assert ids[0, -1] == model(ids[:, -17:-1])[0][0, -1].argmax()
     torch.manual_seed(0)
-    few = model.generate(prompt.expand(200, 3), 1, top_k=3)[:, -1]
-    assert set(few.tolist()) == set(model(prompt)[0][0, -1].topk(3).indices.tolist())
-    assert torch.equal(model.generate(prompt, 5, top_k=1), found[:, :8])
+    sampled = model.generate(prompt.expand(200, 3), 1, top_k=3)[:, -1]
+    assert set(sampled.tolist()) == set(model(prompt)[0][0, -1].topk(3).indices.tolist())
+    assert torch.equal(model.generate(prompt, 5, top_k=1), ids[:, :8])
     assert torch.equal(model.generate(prompt, 0), prompt)
 
 
 class DepthwiseConv(nn.Module):
-    """A causal convolution over the last 3 tokens, as a user may write it in place of an MLP."""
+    """A causal convolution over the last 3 tokens, as an example of a user's replacement for the MLP."""
 
     def __init__(self, c, act):
         super().__init__()
@@ -1013,7 +1021,7 @@ class DepthwiseConv(nn.Module):
         return self.act(self.conv(F.pad(x.mT, (2, 0))).mT)
 
 
-def test_a_layer_of_the_user_is_a_line_in_a_table(monkeypatch):
+def test_user_defined_layer_in_the_mlp_table(monkeypatch):
     monkeypatch.setitem(MLPS, "conv", (DepthwiseConv, F.relu))
     monkeypatch.setitem(CHOICES, "mlp", (*CHOICES["mlp"], "conv"))
     model = GPT(GPTConfig(**TINY, mlp="conv"))

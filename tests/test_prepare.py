@@ -1,4 +1,4 @@
-"""prepare.py: the bins have the text of the corpus, all files appear at once, bad input is one clear line."""
+"""prepare.py: the contents of the .bin files, atomic replacement, reading sources, one-line errors."""
 
 import json
 import math
@@ -35,9 +35,9 @@ WORDS = "once upon a time little lily and tom saw the big red ball naïve “yes
 
 
 def stories(n: int, seed: int = 0) -> list[str]:
-    r = random.Random(seed)
+    rng = random.Random(seed)
     ends = [".", "\nThe end."]
-    return [f"{i} " + " ".join(r.choices(WORDS, k=r.randint(3, 30))) + r.choice(ends) for i in range(n)]
+    return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 30))) + rng.choice(ends) for i in range(n)]
 
 
 def write(path: Path, text: str | bytes) -> str:
@@ -56,7 +56,7 @@ def parquet(path: Path, texts: list, field: str = "text") -> str:
     return str(path)
 
 
-def made(tmp_path: Path, source, tokenizer="byte", corpus="mine", **kwargs) -> Data:
+def prepared(tmp_path: Path, source, tokenizer="byte", corpus="mine", **kwargs) -> Data:
     return load_data(prepare.prepare(corpus, tokenizer, source, data_dir=tmp_path / "data", **kwargs))
 
 
@@ -75,15 +75,15 @@ def leftovers(tmp_path: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is written
+# Output files
 
 
 @pytest.mark.parametrize("name", ["byte", "bpe300", "bpe500"])
-def test_bins_equal_a_slow_reference(tmp_path, name, monkeypatch):
+def test_bins_match_reference(tmp_path, name, monkeypatch):
     monkeypatch.setattr("nanostlm.data.BATCH", 5000)  # many batches
-    monkeypatch.setattr(prepare, "SAMPLE", 20_000)  # the rest of the corpus comes after the sample
+    monkeypatch.setattr(prepare, "SAMPLE", 20_000)  # smaller than the corpus
     texts = stories(1500) + [f"in the text {EOT} it is text"]
-    data = made(tmp_path, txt(tmp_path / "mine.txt", texts), name, workers=3)
+    data = prepared(tmp_path, txt(tmp_path / "mine.txt", texts), name, workers=3)
     val = [t for t in texts if sources.digest(t) < (2**128 // sources.VAL_SHARE).to_bytes(16, "big")]
     assert 3 < len(val) < 40
     for split, expected in (("train", [t for t in texts if t not in val]), ("val", val)):
@@ -106,67 +106,67 @@ def test_bins_equal_a_slow_reference(tmp_path, name, monkeypatch):
     assert leftovers(tmp_path) == []
 
 
-def test_a_bpe_is_trained_on_the_training_split_only(tmp_path):
+def test_bpe_is_trained_on_the_training_split_only(tmp_path):
     texts = stories(300)
-    data = made(tmp_path, txt(tmp_path / "mine.txt", texts), "bpe400")
+    data = prepared(tmp_path, txt(tmp_path / "mine.txt", texts), "bpe400")
     val = texts_of(data, "val")
-    trained = tokenizers.train_bpe([t for t in texts if t not in val], 400)
-    assert val and data.tokenizer.sha256 == trained.sha256
+    expected = tokenizers.train_bpe([t for t in texts if t not in val], 400)
+    assert val and data.tokenizer.sha256 == expected.sha256
     assert data.tokenizer.sha256 != tokenizers.train_bpe(texts, 400).sha256  # the vocabularies differ
 
 
-def test_a_vocabulary_over_65536_is_uint32(tmp_path, monkeypatch):
+def test_vocabulary_over_65536_is_uint32(tmp_path, monkeypatch):
     words = [f"{i:05d}".encode() for i in range(70_000)]
     big = Tokenizer("gpt2", [bytes([b]) for b in range(256)] + words)
     monkeypatch.setattr(tokenizers, "get", lambda name: big)
-    data = made(tmp_path, txt(tmp_path / "mine.txt", [f"69999 {i}" for i in range(10)]), "gpt2")
+    data = prepared(tmp_path, txt(tmp_path / "mine.txt", [f"69999 {i}" for i in range(10)]), "gpt2")
     assert data.meta["dtype"] == "uint32" and data.train.dtype == np.uint32
     assert 70_255 in data.train and data.train[-1] == big.eot == 70_256
     assert set(all_texts(data)) == {f"69999 {i}" for i in range(10)}
 
 
-def test_ids_past_the_vocabulary_are_never_written(tmp_path, monkeypatch):
+def test_ids_outside_the_vocabulary_are_never_written(tmp_path, monkeypatch):
     tok = tokenizers.get("byte")
     tok.encode_stories = lambda texts: np.array([70_000], np.uint32)  # as uint16 it would be 4,464
     monkeypatch.setattr(tokenizers, "get", lambda name: tok)
     with pytest.raises(RuntimeError, match="70000"):
-        made(tmp_path, txt(tmp_path / "mine.txt", stories(9)))
+        prepared(tmp_path, txt(tmp_path / "mine.txt", stories(9)))
     assert not (tmp_path / "data" / "mine").exists()
 
 
 @pytest.mark.parametrize("n", [2, 3, 20, 500])
-def test_split_is_by_story_and_never_both(n):
+def test_splits_are_disjoint_and_independent_of_order(n):
     texts = [f"story {i}" for i in range(n)] * 3
     random.Random(n).shuffle(texts)
     items = list(sources.split_by_hash(texts))
-    train, val = ([t for t, is_val in items if is_val == side] for side in (False, True))
+    train, val = ([t for t, is_val in items if is_val == split] for split in (False, True))
     assert Counter(train) + Counter(val) == Counter(texts) and train and val and not set(train) & set(val)
     assert [t for t, _ in items] == texts
     assert set(val) == {t for t, is_val in sources.split_by_hash(sorted(texts)) if is_val}
-    if n == 500:  # with more stories, none of these changes its split
+    if n == 500:  # more stories do not change the split of these
         more = {t for t, v in sources.split_by_hash([*texts, *(f"more {i}" for i in range(5000))]) if v}
         assert set(val) == more & set(texts) and 20 < len(more) < 100
 
 
-def test_toystories_and_their_floor(tmp_path, monkeypatch):
+def test_toystories_entropy(tmp_path, monkeypatch):
     fake = sources.Corpus(
         generate=lambda: (f"toy é {i}" for i in count()),
         stories=300,
         check=lambda text: SimpleNamespace(logprob=-1.5 * (int(text.split()[2]) % 7 + 1)),
     )
     monkeypatch.setitem(sources.CORPORA, "toystories", fake)
-    data = made(tmp_path, None, corpus="toystories")
+    data = prepared(tmp_path, None, corpus="toystories")
     assert data.meta["limit"] == 300 and data.meta["train"]["stories"] + data.meta["val"]["stories"] == 300
     val = texts_of(data, "val")
     nats = sum(1.5 * (int(t.split()[2]) % 7 + 1) for t in val)
     size = sum(len(t.encode()) + 1 for t in val)
     assert data.meta["floor_bpb"] == pytest.approx(nats / math.log(2) / size)
-    assert made(tmp_path, None, corpus="toystories", stories=100).meta["limit"] == 300
-    assert made(tmp_path, None, corpus="toystories", stories=301).meta["limit"] == 301
+    assert prepared(tmp_path, None, corpus="toystories", stories=100).meta["limit"] == 300
+    assert prepared(tmp_path, None, corpus="toystories", stories=301).meta["limit"] == 301
 
 
-def test_the_built_in_corpus(tmp_path):
-    data = made(tmp_path, None, corpus="toystories", stories=200)
+def test_built_in_corpus(tmp_path):
+    data = prepared(tmp_path, None, corpus="toystories", stories=200)
     expected = list(islice(toystories.stories(seed=0), 200))
     assert all_texts(data) == sorted(text for text, _ in expected)
     val = texts_of(data, "val")
@@ -175,40 +175,43 @@ def test_the_built_in_corpus(tmp_path):
     assert data.meta["source"] is None and not sources.corpus("toystories").needs_source
 
 
-def test_another_version_of_a_built_in_corpus(tmp_path, monkeypatch, capsys):
+def test_outdated_version_of_a_built_in_corpus(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toystories, "VERSION", "1")
-    data = made(tmp_path, None, corpus="toystories", stories=200)
+    data = prepared(tmp_path, None, corpus="toystories", stories=200)
     assert data.meta["version"] == "1"
-    made(tmp_path, None, corpus="toystories", stories=200)
+    prepared(tmp_path, None, corpus="toystories", stories=200)
     assert "is ready" in capsys.readouterr().out
     monkeypatch.setattr(toystories, "VERSION", "2")
     before = (data.folder / "meta.json").stat().st_mtime_ns
 
-    def missing():
+    def prepare_for_training():
         return prepare.prepare_missing("toystories", "byte", "", 200, tmp_path / "data", None, "")
 
-    for found in ("version 1", "an earlier version"):  # what training does: it warns and keeps the data
-        assert missing() == "toystories" and (data.folder / "meta.json").stat().st_mtime_ns == before
-        said = capsys.readouterr().err
-        assert f"WARNING: {data.folder} is outdated: it has {found} of toystories, not version 2" in said
-        assert "python prepare.py toystories --tokenizer byte" in said
+    for version in ("version 1", "an earlier version"):  # training warns and keeps the data
+        assert (
+            prepare_for_training() == "toystories"
+            and (data.folder / "meta.json").stat().st_mtime_ns == before
+        )
+        err = capsys.readouterr().err
+        assert f"WARNING: {data.folder} is outdated: it has {version} of toystories, not version 2" in err
+        assert "python prepare.py toystories --tokenizer byte" in err
         edit(data.folder / "meta.json", lambda b: b.replace(b'"version": "1",', b""))
         before = (data.folder / "meta.json").stat().st_mtime_ns
-    assert made(tmp_path, None, corpus="toystories", stories=200).meta["version"] == "2"
+    assert prepared(tmp_path, None, corpus="toystories", stories=200).meta["version"] == "2"
     assert "is made anew: it has an earlier version" in capsys.readouterr().out
-    missing()
+    prepare_for_training()
     assert "WARNING" not in capsys.readouterr().err
 
 
-def test_the_table_of_corpora():
+def test_known_corpora():
     mine = sources.corpus("mine")
     assert mine.needs_source and not (mine.stories or mine.repair or mine.check)
     assert sources.corpus("tinystories").hub_id == "roneneldan/TinyStories"
     assert not sources.corpus("tinystories").needs_source
 
 
-def test_the_first_stories_of_prepared_data(tmp_path):
-    data = made(tmp_path, txt(tmp_path / "mine.txt", stories(300)))
+def test_load_data_with_the_first_stories(tmp_path):
+    data = prepared(tmp_path, txt(tmp_path / "mine.txt", stories(300)))
     texts = texts_of(data, "train")
     for n in (1, 7, len(texts) - 1, len(texts), 10_000):
         first = load_data(data.folder, n)
@@ -216,17 +219,17 @@ def test_the_first_stories_of_prepared_data(tmp_path):
         assert first.meta["train"]["stories"] == min(n, len(texts))
         assert first.meta["train"]["tokens"] == len(first.train)
     eot = data.tokenizer.eot
-    for n in (1, 7, len(texts)):  # in small blocks, too
+    for n in (1, 7, len(texts)):  # also in small blocks
         assert (
             first_stories(data.train, eot, n, block=50).tolist() == load_data(data.folder, n).train.tolist()
         )
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is read
+# Sources
 
 
-def test_text_files(tmp_path):
+def test_read_txt(tmp_path):
     def read(text):
         return list(sources.read_txt(write(tmp_path / "x.txt", text)))
 
@@ -243,14 +246,14 @@ def folder_of_texts(folder: Path, texts: list[str]) -> str:
     return str(folder)
 
 
-def test_a_folder_of_small_files_has_one_story_per_file(tmp_path, capsys):
+def test_folder_of_small_files_has_one_story_per_file(tmp_path, capsys):
     texts = [f"{text}\n\nand so on" for text in stories(61)]
     source = folder_of_texts(tmp_path / "tales", texts)
-    data = made(tmp_path, source)
+    data = prepared(tmp_path, source)
     assert all_texts(data) == sorted(texts) and data.meta["split"] == "file"
     assert f"{source}: 61 stories; one story per file (--split changes this)" in capsys.readouterr().out
     write(tmp_path / "tales" / "large.txt", "x" * sources.SMALL)
-    assert len(all_texts(made(tmp_path, source))) == 2 * 61 + 1  # which is no longer a folder of small files
+    assert len(all_texts(prepared(tmp_path, source))) == 2 * 61 + 1  # one file is not small: blank lines
     out = capsys.readouterr().out
     assert "tales has changed" in out and "123 stories; stories end at blank lines" in out
 
@@ -267,9 +270,9 @@ def test_a_folder_of_small_files_has_one_story_per_file(tmp_path, capsys):
         (["a\n* *\nb", "c\n\nd"], "* *", "* *"),
     ],
 )
-def test_where_stories_end(tmp_path, texts, split, expected):
+def test_split_rules(tmp_path, texts, split, expected):
     source = folder_of_texts(tmp_path / "tales", texts)
-    data = made(tmp_path, source, split=split)
+    data = prepared(tmp_path, source, split=split)
     ends = {"file": r"$^", "blank": r"\n\n", EOT: rf"\n{re.escape(EOT)}\n", "* *": r"\n\* \*\n"}
     ends["auto"] = ends[EOT]
     parts = [re.split(ends["blank" if expected == "auto" and EOT not in t else expected], t) for t in texts]
@@ -277,36 +280,36 @@ def test_where_stories_end(tmp_path, texts, split, expected):
     assert data.meta["split"] == expected
 
 
-def test_another_split_makes_the_data_anew(tmp_path, capsys):
+def test_changed_split_rebuilds_the_data(tmp_path, capsys):
     source = folder_of_texts(tmp_path / "tales", [f"{text}\n---\n\nend" for text in stories(9)])
-    assert len(all_texts(made(tmp_path, source))) == 9
+    assert len(all_texts(prepared(tmp_path, source))) == 9
     capsys.readouterr()
     for split, n in (("blank", 18), ("---", 18), ("file", 9)):
-        assert len(all_texts(made(tmp_path, None, split=split))) == n  # the source is known
+        assert len(all_texts(prepared(tmp_path, None, split=split))) == n  # source from the earlier data
         assert f"not {split}" in capsys.readouterr().out
-    made(tmp_path, source)
-    made(tmp_path, None)
+    prepared(tmp_path, source)
+    prepared(tmp_path, None)
     assert capsys.readouterr().out.count("is ready") == 2
-    made(tmp_path, None, split="blank")
-    assert len(all_texts(made(tmp_path, None, "bpe300"))) == 18  # another tokenizer has the same stories
-    assert len(all_texts(made(tmp_path, source))) == 9  # without --split, the default rule again
+    prepared(tmp_path, None, split="blank")
+    assert len(all_texts(prepared(tmp_path, None, "bpe300"))) == 18  # the split rule of the earlier data
+    assert len(all_texts(prepared(tmp_path, source))) == 9  # the default rule again
 
 
-def test_bad_splits(tmp_path, monkeypatch, capsys):
-    source, jsonl = txt(tmp_path / "a.txt", stories(9)), write(tmp_path / "a.jsonl", '{"text": "a"}\n')
-    for name, place, split, words in (
-        ("mine", source, "###", "no line of .*a.txt is '###': --split takes file, blank or a separator line"),
-        ("mine", source, " ", "--split takes file, blank or a separator line"),
+def test_invalid_splits(tmp_path, monkeypatch, capsys):
+    text, jsonl = txt(tmp_path / "a.txt", stories(9)), write(tmp_path / "a.jsonl", '{"text": "a"}\n')
+    for name, source, split, message in (
+        ("mine", text, "###", "no line of .*a.txt is '###': --split takes file, blank or a separator line"),
+        ("mine", text, " ", "--split takes file, blank or a separator line"),
         ("mine", jsonl, "file", "--split is for .txt files, and .*a.jsonl has none"),
         ("mine", "someone/Stories", "file", "--split is for .txt files"),
         ("toystories", None, "file", "takes no --source and no --split"),
     ):
-        given = ["--source", place] if place else []
-        status, err = run(monkeypatch, capsys, tmp_path, name, *given, f"--split={split}")
-        assert status == 2 and re.search(words, err) and err.count("\n") == 1, err
+        argv = ["--source", source] if source else []
+        status, err = run(monkeypatch, capsys, tmp_path, name, *argv, f"--split={split}")
+        assert status == 2 and re.search(message, err) and err.count("\n") == 1, err
 
 
-def test_every_format_gives_the_same_stories(tmp_path):
+def test_formats_are_equivalent(tmp_path):
     texts = stories(50)
     jsonl = "".join(json.dumps({"id": 1, "text": t}) + "\n" for t in texts)
     sources = {
@@ -319,47 +322,47 @@ def test_every_format_gives_the_same_stories(tmp_path):
     write(tmp_path / "f" / "deeper" / "b.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts[20:]))
     parquet(tmp_path / "g" / "b.parquet", texts[30:])
     for kind, source in sources.items():
-        data = made(tmp_path, source, corpus=kind)
+        data = prepared(tmp_path, source, corpus=kind)
         assert all_texts(data) == sorted(texts), kind
 
 
 @pytest.mark.parametrize("kind", ["txt", "parquet"])
-def test_a_source_with_its_own_validation_keeps_it(tmp_path, kind):
+def test_validation_split_of_the_source_is_used(tmp_path, kind):
     train, val = stories(40), stories(5, seed=1)
-    put = txt if kind == "txt" else parquet
-    put(tmp_path / "s" / f"train.{kind}", [*train[:20], val[2], *train[20:], val[2], val[4]])
-    put(tmp_path / "s" / f"validation.{kind}", val)
-    data = made(tmp_path, str(tmp_path / "s"))
+    write_file = txt if kind == "txt" else parquet
+    write_file(tmp_path / "s" / f"train.{kind}", [*train[:20], val[2], *train[20:], val[2], val[4]])
+    write_file(tmp_path / "s" / f"validation.{kind}", val)
+    data = prepared(tmp_path, str(tmp_path / "s"))
     assert texts_of(data, "train") == train and texts_of(data, "val") == val
     assert data.meta["dropped_in_val"] == 3 and data.meta["limit"] is None
-    few = made(tmp_path, str(tmp_path / "s"), corpus="few", stories=25)
+    few = prepared(tmp_path, str(tmp_path / "s"), corpus="few", stories=25)
     assert texts_of(few, "train") == train[:25] and texts_of(few, "val") == val
     assert few.meta["limit"] == 25 and few.meta["dropped_in_val"] == 1
 
 
-def test_tinystories_is_repaired_and_empty_stories_are_dropped(tmp_path):
+def test_tinystories_quotes_are_repaired_and_empty_stories_dropped(tmp_path):
     quotes = "“Yes,” she said – ‘it’s’ „so‚ — …"
     broken = "".join(c if ord(c) < 128 else c.encode().decode("cp1252", "ignore") for c in quotes)
     assert broken.startswith("â€œYes,â€ she")
-    latin = quotes.encode().decode("latin-1")
-    fine = 'It cost 5 € in the château, "â" she said. “Good.”'
-    kept = "".join(c.encode().decode("cp1252") for c in "“’")  # another corpus is not repaired
+    latin1 = quotes.encode().decode("latin-1")
+    intact = 'It cost 5 € in the château, "â" she said. “Good.”'
+    unrepaired = "".join(c.encode().decode("cp1252") for c in "“’")  # another corpus is not repaired
     parquet(
         tmp_path / "s" / "data" / "train-00000-of-00001.parquet",
-        [broken, "", latin, fine, " \n", None, "â€\x9d", kept + " ok"],
+        [broken, "", latin1, intact, " \n", None, "â€\x9d", unrepaired + " ok"],
     )
     parquet(tmp_path / "s" / "data" / "validation-00000-of-00001.parquet", ["val â€™"])
-    data = made(tmp_path, str(tmp_path / "s"), corpus="tinystories")
-    assert texts_of(data, "train") == [quotes, quotes, fine, "”", "“’ ok"]
+    data = prepared(tmp_path, str(tmp_path / "s"), corpus="tinystories")
+    assert texts_of(data, "train") == [quotes, quotes, intact, "”", "“’ ok"]
     assert texts_of(data, "val") == ["val ’"]
     assert data.meta["dropped_empty"] == 3 and data.meta["repaired_marks"] == 10 + 10 + 1 + 2 + 1
-    other = made(tmp_path, str(tmp_path / "s"), corpus="other")
-    assert kept + " ok" in texts_of(other, "train") and other.meta["repaired_marks"] == 0
+    other = prepared(tmp_path, str(tmp_path / "s"), corpus="other")
+    assert unrepaired + " ok" in texts_of(other, "train") and other.meta["repaired_marks"] == 0
 
 
 @pytest.mark.skipif(not TINYSTORIES.is_dir(), reason="needs real stories in ../shared/tinystories")
-def test_real_stories(tmp_path):
-    data = made(tmp_path, str(TINYSTORIES), "bpe4096", corpus="tinystories")
+def test_real_tinystories(tmp_path):
+    data = prepared(tmp_path, str(TINYSTORIES), "bpe4096", corpus="tinystories")
     assert (data.meta["train"]["stories"], data.meta["val"]["stories"]) == (7690, 500)
     assert (data.meta["train"]["bytes"], data.meta["val"]["bytes"]) == (6_483_214, 421_398)
     assert data.tokenizer.vocab_size == 4096 and 3.8 < 6_483_214 / len(data.train) < 4.1
@@ -368,43 +371,43 @@ def test_real_stories(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Run again, killed, two at once
+# Repeated, killed and concurrent calls
 
 
-def test_what_is_there_is_kept_while_it_does(tmp_path, capsys):
+def test_data_are_rebuilt_only_if_the_request_or_source_changes(tmp_path, capsys):
     source = txt(tmp_path / "mine.txt", stories(400))
-    first = made(tmp_path, source, stories=100)
+    first = prepared(tmp_path, source, stories=100)
     assert first.meta["limit"] == 100 and len(all_texts(first)) == 100
     stamp = os.stat(first.folder / "meta.json").st_mtime_ns
 
-    def same():
+    def unchanged():
         return os.stat(first.folder / "meta.json").st_mtime_ns == stamp
 
-    for again in ({"stories": 100}, {"stories": 7}, {"stories": 50, "source": None}):
-        made(tmp_path, **{"source": source, **again})
-        assert same() and "is ready" in capsys.readouterr().out
-    more = made(tmp_path, source, stories=101)
-    assert not same() and "has the first 100 stories, not 101" in capsys.readouterr().out
+    for request in ({"stories": 100}, {"stories": 7}, {"stories": 50, "source": None}):
+        prepared(tmp_path, **{"source": source, **request})
+        assert unchanged() and "is ready" in capsys.readouterr().out
+    more = prepared(tmp_path, source, stories=101)
+    assert not unchanged() and "has the first 100 stories, not 101" in capsys.readouterr().out
     assert len(all_texts(more)) == 101
-    whole = made(tmp_path, source)
-    assert whole.meta["limit"] is None and len(all_texts(whole)) == 400
-    assert made(tmp_path, source, stories=10_000).meta["limit"] is None
+    everything = prepared(tmp_path, source)
+    assert everything.meta["limit"] is None and len(all_texts(everything)) == 400
+    assert prepared(tmp_path, source, stories=10_000).meta["limit"] is None
     assert "is ready" in capsys.readouterr().out  # it already has all stories
     time.sleep(0.01)
     txt(tmp_path / "mine.txt", stories(401))
-    assert len(all_texts(made(tmp_path, source))) == 401
+    assert len(all_texts(prepared(tmp_path, source))) == 401
     assert "mine.txt has changed" in capsys.readouterr().out
-    assert len(all_texts(made(tmp_path, txt(tmp_path / "other.txt", stories(30))))) == 30
+    assert len(all_texts(prepared(tmp_path, txt(tmp_path / "other.txt", stories(30))))) == 30
     assert leftovers(tmp_path) == []
 
 
-def test_limits_that_ask_for_all_there_is(tmp_path):
+def test_limit_is_none_when_all_stories_are_used(tmp_path):
     source = txt(tmp_path / "mine.txt", stories(50))
-    assert made(tmp_path, source, stories=50).meta["limit"] is None
-    assert made(tmp_path, source, corpus="less", stories=49).meta["limit"] == 49
+    assert prepared(tmp_path, source, stories=50).meta["limit"] is None
+    assert prepared(tmp_path, source, corpus="less", stories=49).meta["limit"] == 49
 
 
-def test_a_killed_prepare_is_done_again(tmp_path):
+def test_killed_prepare_leaves_no_data_and_is_repeated(tmp_path):
     source = txt(tmp_path / "mine.txt", stories(3000))
     killed = (
         "import os, signal, prepare\n"
@@ -419,31 +422,31 @@ def test_a_killed_prepare_is_done_again(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True).returncode == -9
     assert not (tmp_path / "data" / "mine" / "byte").exists()
-    assert list((tmp_path / "data").rglob("train.bin"))  # it was in progress
+    assert list((tmp_path / "data").rglob("train.bin"))  # in the temporary folder
     with pytest.raises(ValueError, match="python prepare.py mine --tokenizer byte"):
         load_data(tmp_path / "data" / "mine" / "byte")
-    assert len(all_texts(made(tmp_path, source))) == 3000
-    assert os.listdir(tmp_path / "data") == ["mine"]  # the remains of the killed process are removed
+    assert len(all_texts(prepared(tmp_path, source))) == 3000
+    assert os.listdir(tmp_path / "data") == ["mine"]  # leftovers of the killed process are removed
     assert os.listdir(tmp_path / "data" / "mine") == ["byte"]
 
 
-def test_a_failure_leaves_the_old_data_whole(tmp_path, monkeypatch):
+def test_failure_keeps_the_old_data(tmp_path, monkeypatch):
     source = txt(tmp_path / "mine.txt", stories(300))
-    old = all_texts(made(tmp_path, source, stories=40))
+    old = all_texts(prepared(tmp_path, source, stories=40))
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Bin, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        made(tmp_path, source)
+        prepared(tmp_path, source)
     assert all_texts(load_data(tmp_path / "data" / "mine" / "byte")) == old
     assert os.listdir(tmp_path / "data" / "mine") == ["byte"]
 
 
-def test_two_at_once(tmp_path):
+def test_concurrent_prepares(tmp_path):
     source = txt(tmp_path / "mine.txt", stories(4000))
-    line = [
+    command = [
         sys.executable,
         "prepare.py",
         "mine",
@@ -454,65 +457,65 @@ def test_two_at_once(tmp_path):
         "--data_dir",
         str(tmp_path / "data"),
     ]
-    both = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [p.communicate(timeout=60)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0]
-    assert sum("is ready" in out for out in outputs) == 1  # one made it, the other found it
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [p.communicate(timeout=60)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0]
+    assert sum("is ready" in out for out in outputs) == 1  # one process made the data
     data = load_data(tmp_path / "data" / "mine" / "bpe300")
     assert len(all_texts(data)) == 4000 and os.listdir(tmp_path / "data" / "mine") == ["bpe300"]
     assert os.listdir(tmp_path / "data") == ["mine"]
 
 
-def test_waiting_for_another_prepare(tmp_path, capsys):
+def test_prepare_waits_for_the_lock(tmp_path, capsys):
     source = txt(tmp_path / "mine.txt", stories(100))
-    held, released = threading.Event(), []
+    acquired, released = threading.Event(), []
 
-    def other():
+    def hold_lock():
         with FileLock(tmp_path / "data" / ".mine.lock"):
-            held.set()
+            acquired.set()
             time.sleep(0.5)
             released.append(not (tmp_path / "data" / "mine" / "byte").exists())
 
-    threading.Thread(target=other).start()
-    held.wait()
-    assert len(all_texts(made(tmp_path, source))) == 100 and released == [True]
+    threading.Thread(target=hold_lock).start()
+    acquired.wait()
+    assert len(all_texts(prepared(tmp_path, source))) == 100 and released == [True]
     assert "another prepare is at work" in capsys.readouterr().out
     assert os.listdir(tmp_path / "data") == ["mine"]
 
 
-def test_a_data_dir_without_locks(tmp_path, monkeypatch, capsys):
-    """In a read-only directory, for example: existing data are ready, other data are made without a lock."""
+def test_data_dir_without_locks(tmp_path, monkeypatch, capsys):
+    """As on a file system without locks: existing data are used, missing data are made without a lock."""
     source = txt(tmp_path / "mine.txt", stories(100))
 
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    assert len(all_texts(made(tmp_path, source))) == 100
-    made(tmp_path, source)
+    assert len(all_texts(prepared(tmp_path, source))) == 100
+    prepared(tmp_path, source)
     assert "is ready" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
-def test_memory_is_flat(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory usage from /proc")
+def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
     code = (
         "import prepare, sys\n"
         "prepare.prepare('x', 'bpe1000', sys.argv[1], data_dir=sys.argv[2])\n"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )
     peak = []
-    for i, n in enumerate((20, 60)):  # 38 and 114 MB, both more than a BPE is trained on
+    for i, n in enumerate((20, 60)):  # 38 and 114 MB, both larger than SAMPLE
         for kind in ("txt", "parquet"):
             (txt if kind == "txt" else parquet)(tmp_path / f"{i}.{kind}", stories(20_000) * n)
-            line = [sys.executable, "-c", code, str(tmp_path / f"{i}.{kind}"), str(tmp_path / f"{i}{kind}")]
-            out = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-            peak.append(int(out.stdout.split()[-1]) / 1024)
+            argv = [sys.executable, "-c", code, str(tmp_path / f"{i}.{kind}"), str(tmp_path / f"{i}{kind}")]
+            result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+            peak.append(int(result.stdout.split()[-1]) / 1024)
     assert max(peak) < 600 and peak[2] < peak[0] + 60 and peak[3] < peak[1] + 60, peak
 
 
 # ------------------------------------------------------------------------------------------------------------
-# load_data() refuses damaged data, and names the command that makes them anew
+# load_data() raises for damaged data, with the command that makes them again
 
 
 def edit(path: Path, change) -> None:
@@ -520,7 +523,7 @@ def edit(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm,words",
+    "damage,message",
     [
         (lambda f: edit(f / "train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes, not"),
         (lambda f: edit(f / "val.bin", lambda b: b[:-2]), "val.bin has [0-9,]+ bytes, not"),
@@ -540,20 +543,20 @@ def edit(path: Path, change) -> None:
         ),
     ],
 )
-def test_damaged_data_are_refused(tmp_path, harm, words):
+def test_load_data_raises_for_damaged_data(tmp_path, damage, message):
     source = txt(tmp_path / "mine.txt", stories(30))
-    folder = made(tmp_path, source, "bpe300").folder
-    harm(folder)
-    with pytest.raises(ValueError, match=words) as error:
+    folder = prepared(tmp_path, source, "bpe300").folder
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as excinfo:
         load_data(folder)
-    assert "\n" not in str(error.value)
-    where = re.escape(f"--data_dir {tmp_path / 'data'}")
-    assert re.search(f"python prepare.py mine --tokenizer bpe300 --source PATH {where}", str(error.value))
-    assert all_texts(made(tmp_path, source, "bpe300")) == sorted(stories(30))  # prepare notices it, too
+    assert "\n" not in str(excinfo.value)
+    option = re.escape(f"--data_dir {tmp_path / 'data'}")
+    assert re.search(f"python prepare.py mine --tokenizer bpe300 --source PATH {option}", str(excinfo.value))
+    assert all_texts(prepared(tmp_path, source, "bpe300")) == sorted(stories(30))  # prepare() repairs it
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command line: one clear line, exit status 2 (user error) or 1 (the machine failed), no files left
+# The command line: one-line errors, exit status 2 (user error) or 1 (system error), no files left
 
 
 def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
@@ -563,7 +566,7 @@ def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    "name,content,words",
+    "name,content,message",
     [
         ("x.txt", "", "too few stories"),
         ("x.txt", "\n \n\n", "too few stories"),
@@ -582,16 +585,16 @@ def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
     ],
 )
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe300"])
-def test_bad_sources(tmp_path, monkeypatch, capsys, name, content, words, tokenizer):
+def test_invalid_sources(tmp_path, monkeypatch, capsys, name, content, message, tokenizer):
     write(tmp_path / name, content)
     source = tmp_path / name.split("/")[0]
     status, err = run(monkeypatch, capsys, tmp_path, "mine", "--source", source, "--tokenizer", tokenizer)
-    assert status == 2 and re.search(words, err), err
+    assert status == 2 and re.search(message, err), err
     assert err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "data" / "mine").exists()
 
 
-def test_bad_parquet(tmp_path, monkeypatch, capsys):
+def test_invalid_parquet(tmp_path, monkeypatch, capsys):
     for i, (texts, field) in enumerate([(["a", "b"], "story"), ([1, 2], "text")]):
         source = parquet(tmp_path / f"{i}.parquet", texts, field)
         status, err = run(monkeypatch, capsys, tmp_path, "mine", "--source", source)
@@ -599,7 +602,7 @@ def test_bad_parquet(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "args,words",
+    "args,message",
     [
         (["mine"], "--source PATH"),
         (["mine", "--source", "nowhere.txt"], "nowhere.txt: no such file"),
@@ -613,27 +616,27 @@ def test_bad_parquet(tmp_path, monkeypatch, capsys):
         (["toystories", "--tokenizer", "llama"], "gpt2, byte and bpeN"),
     ],
 )
-def test_bad_requests(tmp_path, monkeypatch, capsys, args, words):
+def test_invalid_arguments(tmp_path, monkeypatch, capsys, args, message):
     status, err = run(monkeypatch, capsys, tmp_path, *args)
-    assert status == 2 and words in err and err.count("\n") == 1
+    assert status == 2 and message in err and err.count("\n") == 1
     assert not list((tmp_path / "data").rglob("*"))
 
 
-def test_a_story_without_end(tmp_path, monkeypatch, capsys):
+def test_story_longer_than_the_limit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sources, "MAX_STORY", 10_000)
     source = write(tmp_path / "x.txt", "a line\n" * 5000)
     status, err = run(monkeypatch, capsys, tmp_path, "mine", "--source", source)
     assert status == 2 and "blank lines" in err
 
 
-def test_many_stories_are_longer_together_than_one_may_be(tmp_path, monkeypatch):
+def test_length_limit_is_per_story(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_STORY", 1000)
     texts = stories(100)
     assert sum(map(len, texts)) > 5000
-    assert all_texts(made(tmp_path, txt(tmp_path / "x.txt", texts))) == sorted(texts)
+    assert all_texts(prepared(tmp_path, txt(tmp_path / "x.txt", texts))) == sorted(texts)
 
 
-def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
+def test_exit_status_of_system_errors_and_ctrl_c(tmp_path, monkeypatch, capsys):
     source = txt(tmp_path / "x.txt", stories(9))
     for error, status in ((OSError(28, "full"), 1), (RuntimeError("broken"), 1), (KeyboardInterrupt, 130)):
 
@@ -649,37 +652,37 @@ def test_the_machine_and_the_keyboard(tmp_path, monkeypatch, capsys):
 # The source of earlier data
 
 
-def test_another_tokenizer_uses_the_source_of_earlier_data(tmp_path, monkeypatch, capsys):
+def test_source_of_earlier_data_is_reused(tmp_path, monkeypatch, capsys):
     texts = stories(60)
     txt(tmp_path / "mine.txt", texts)
     monkeypatch.chdir(tmp_path)
-    made(tmp_path, "mine.txt")
+    prepared(tmp_path, "mine.txt")
     monkeypatch.chdir("/")
-    data = made(tmp_path, None, "bpe300")
+    data = prepared(tmp_path, None, "bpe300")
     assert all_texts(data) == sorted(texts) and data.meta["source"] == str(tmp_path / "mine.txt")
     assert (
         f"is prepared with byte, not with bpe300: reading {tmp_path / 'mine.txt'} again"
         in capsys.readouterr().out
     )
     (data.folder / "train.bin").unlink()
-    assert all_texts(made(tmp_path, None, "bpe300")) == sorted(texts)  # also to make the same folder anew
+    assert all_texts(prepared(tmp_path, None, "bpe300")) == sorted(texts)  # also to rebuild the same folder
 
 
-def test_a_local_copy_of_a_hub_data_set_is_used_again(tmp_path):
+def test_local_copy_of_a_hub_dataset_is_reused(tmp_path):
     parquet(tmp_path / "s" / "train-00000-of-00001.parquet", stories(30))
-    made(tmp_path, str(tmp_path / "s"), corpus="tinystories")
-    assert all_texts(made(tmp_path, None, "bpe300", corpus="tinystories")) == sorted(stories(30))
+    prepared(tmp_path, str(tmp_path / "s"), corpus="tinystories")
+    assert all_texts(prepared(tmp_path, None, "bpe300", corpus="tinystories")) == sorted(stories(30))
 
 
-def test_a_source_that_is_gone(tmp_path, monkeypatch, capsys):
+def test_missing_source_of_earlier_data(tmp_path, monkeypatch, capsys):
     source = Path(txt(tmp_path / "mine.txt", stories(60)))
-    folder = made(tmp_path, source).folder
+    folder = prepared(tmp_path, source).folder
     source.unlink()
     status, err = run(monkeypatch, capsys, tmp_path, "mine", "--tokenizer", "bpe300")
     assert status == 2 and f"is prepared with byte, not with bpe300, and its source {source} is gone" in err
     assert "python prepare.py mine --source PATH --tokenizer bpe300" in err
     with pytest.raises(ValueError, match="not with this model's tokenizer.* is gone: add --source=PATH"):
-        made(tmp_path, None, "bpe300-12345678", given=tokenizers.train_bpe(stories(60), 300))
+        prepared(tmp_path, None, "bpe300-12345678", given=tokenizers.train_bpe(stories(60), 300))
     (folder / "train.bin").unlink()
     status, err = run(monkeypatch, capsys, tmp_path, "mine", "--tokenizer", "byte")
     assert status == 2 and "'mine' must be made anew, and its source" in err
@@ -691,18 +694,18 @@ def test_a_source_that_is_gone(tmp_path, monkeypatch, capsys):
 
 def cli(*args, **env):
     env = {k: v for k, v in os.environ.items() if not re.match("HF_|(?i:https?_proxy|all_proxy)", k)} | env
-    line, start = [sys.executable, "prepare.py", *map(str, args)], time.monotonic()
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+    command, start = [sys.executable, "prepare.py", *map(str, args)], time.monotonic()
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return result.returncode, result.stdout, result.stderr, time.monotonic() - start
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "offline"])
-def test_the_hub_out_of_reach(tmp_path, kind):
-    """The probe of the Hub gives up after seconds, so that nobody waits for a time-out of minutes."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
-        port = silent.getsockname()[1]
+def test_unreachable_hub(tmp_path, kind):
+    """Fails within seconds, not after the library's timeout of minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        port = server.getsockname()[1]
         if kind == "refused":
-            silent.close()
+            server.close()
         offline = {"HF_HUB_OFFLINE": "1"} if kind == "offline" else {}
         env = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{port}", **offline}
         status, _, err, seconds = cli("tinystories", "--data_dir", tmp_path / "data", **env)
@@ -711,31 +714,31 @@ def test_the_hub_out_of_reach(tmp_path, kind):
     assert not list((tmp_path / "data").rglob("*"))
 
 
-def test_training_falls_back_on_another_corpus(tmp_path, capsys):
-    """As many stories of it as were asked of the one that is out of reach."""
-    small = sources.CORPORA["toystories"]
-    arguments = dict(source="", stories=40, data_dir=tmp_path / "data", given=None)
+def test_training_falls_back_to_another_corpus(tmp_path, capsys):
+    """With the same number of stories as requested of the unreachable one."""
+    toystories_corpus = sources.CORPORA["toystories"]
+    kwargs = dict(source="", stories=40, data_dir=tmp_path / "data", given=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setitem(sources.CORPORA, "toystories", replace(small, stories=60))
+        patch.setitem(sources.CORPORA, "toystories", replace(toystories_corpus, stories=60))
         with pytest.raises(tokenizers.Unreachable):
-            prepare.prepare_missing("tinystories", "byte", fallback="", **arguments)
-        found = prepare.prepare_missing("tinystories", "byte", fallback="toystories", **arguments)
-    assert found == "toystories"
+            prepare.prepare_missing("tinystories", "byte", fallback="", **kwargs)
+        corpus = prepare.prepare_missing("tinystories", "byte", fallback="toystories", **kwargs)
+    assert corpus == "toystories"
     meta = load_data(tmp_path / "data" / "toystories" / "byte").meta
     assert meta["train"]["stories"] + meta["val"]["stories"] == 40
     assert "TRAINING ON TOYSTORIES INSTEAD" in capsys.readouterr().err
 
 
-def test_out_of_reach_is_an_exception_of_its_own():
+def test_unreachable_is_an_oserror():
     assert issubclass(tokenizers.Unreachable, OSError) and tokenizers.Unreachable is tokenizers.Unreachable
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub that `datasets` needs: one data set, with `files` {path: bytes}."""
+    """A server with the part of the Hub's API that `datasets` uses: one dataset of `files` {path: bytes}."""
 
-    files, name, sha, asked = {}, "someone/MyStories", "a" * 40, []
+    files, name, sha, requests = {}, "someone/MyStories", "a" * 40, []
 
     def log_message(self, *args):
         pass
@@ -758,7 +761,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0]
-        self.asked.append((self.command, path))
+        self.requests.append((self.command, path))
         if path.startswith(f"/datasets/{self.name}/resolve/"):
             name = path.removeprefix(f"/datasets/{self.name}/resolve/").split("/", 1)[1]
             if name not in self.files:
@@ -784,8 +787,8 @@ class Hub(BaseHTTPRequestHandler):
         self.reply(self.listed(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]))
 
 
-def test_a_data_set_of_the_hub(tmp_path):
-    """Some stories are streamed; all stories are downloaded once and need no network later."""
+def test_hub_dataset(tmp_path):
+    """A part of the stories is streamed; all of them are downloaded once, and read without network later."""
     train, val = stories(200), stories(20, seed=1)
     for name, texts in (("train", train), ("validation", val)):
         path = parquet(tmp_path / "x.parquet", texts)

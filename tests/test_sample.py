@@ -1,4 +1,4 @@
-"""sample.py: the command line."""
+"""sample.py: options, prompts, the interactive mode, errors and exit statuses."""
 
 import dataclasses
 import io
@@ -20,7 +20,7 @@ from nanostlm import checkpoint, machine, tokenizer
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A directory with two runs of one model: out/old, out/new."""
+    """A directory with two runs of the same model: out/old and out/new."""
     folder, byte = tmp_path_factory.mktemp("runs"), tokenizer.get("byte")
     torch.manual_seed(0)
     config = GPTConfig(
@@ -53,99 +53,103 @@ def command(*arguments) -> list[str]:
     return [sys.executable, str(ROOT / "sample.py"), "--device", "cpu", *arguments]
 
 
-def test_the_command_line_in_its_own_process(runs):
+def test_sample_in_a_subprocess(runs):
     prompt = "ü" * 10
-    line = command("--prompt", prompt, "--max_new_tokens", "30")
-    done = subprocess.run(line, cwd=runs, capture_output=True)
-    lines = done.stderr.decode().splitlines()
-    assert done.returncode == 0
-    assert done.stdout.decode().startswith(prompt) and len(done.stdout) > 25 and done.stdout.endswith(b"\n")
+    argv = command("--prompt", prompt, "--max_new_tokens", "30")
+    result = subprocess.run(argv, cwd=runs, capture_output=True)
+    lines = result.stderr.decode().splitlines()
+    assert result.returncode == 0
+    assert (
+        result.stdout.decode().startswith(prompt)
+        and len(result.stdout) > 25
+        and result.stdout.endswith(b"\n")
+    )
     assert lines[0].replace("\\", "/").startswith("out/new/best.pt: 0.0M parameters, byte, float32 on cpu")
     assert lines[1].startswith("note: a prompt of 20 tokens is too long: ")
     assert lines[2].endswith(" tokens/s") and len(lines) == 3
 
 
-def test_samples_are_separated_and_the_first_equals_a_single_one(main):
-    status, one, _ = main("--prompt", "Once", "--max_new_tokens", 20)
-    assert status == 0 and one.startswith("Once") and one.endswith("\n") and "---" not in one
-    assert main("--prompt", "Once", "--max_new_tokens", 20)[1] == one
-    status, three, err = main("--prompt", "Once", "--max_new_tokens", 20, "--num_samples", 3)
-    texts = three.removesuffix("\n").split("\n---------------\n")
+def test_samples_are_separated_and_the_first_matches_a_single_sample(main):
+    status, single, _ = main("--prompt", "Once", "--max_new_tokens", 20)
+    assert status == 0 and single.startswith("Once") and single.endswith("\n") and "---" not in single
+    assert main("--prompt", "Once", "--max_new_tokens", 20)[1] == single
+    status, out, err = main("--prompt", "Once", "--max_new_tokens", 20, "--num_samples", 3)
+    texts = out.removesuffix("\n").split("\n---------------\n")
     assert len(texts) == 3 and all(text.startswith("Once") for text in texts)
-    assert texts[0] + "\n" == one and "60 tokens in" in err
-    assert main("--prompt", "Once", "--max_new_tokens", 20, "--seed", 8)[1] != one
+    assert texts[0] + "\n" == single and "60 tokens in" in err
+    assert main("--prompt", "Once", "--max_new_tokens", 20, "--seed", 8)[1] != single
 
 
 @pytest.mark.filterwarnings("ignore:a prompt of")
-def test_prompts_and_runs_from_different_places(main, runs, tmp_path, monkeypatch):
+def test_prompt_sources_run_paths_and_sampling_options(main, runs, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes("Zwölf\nBären\n".encode())
     greedy = ("--max_new_tokens", 5, "--temperature", 0)
-    want = main("--prompt", "Zwölf\nBären", *greedy)[1]
-    assert want.startswith("Zwölf\nBären") and len(want) > 12
-    assert main("--prompt", f"FILE:{tmp_path / 'prompt.txt'}", *greedy)[1] == want
+    expected = main("--prompt", "Zwölf\nBären", *greedy)[1]
+    assert expected.startswith("Zwölf\nBären") and len(expected) > 12
+    assert main("--prompt", f"FILE:{tmp_path / 'prompt.txt'}", *greedy)[1] == expected
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Zwölf\nBären\n".encode())))
-    assert main("--prompt", "-", *greedy)[1] == want
-    for place in (runs / "out" / "old", runs / "out" / "new" / "best.pt"):
-        assert main("--out_dir", place, "--prompt", "Zwölf\nBären", *greedy)[1] == want
+    assert main("--prompt", "-", *greedy)[1] == expected
+    for path in (runs / "out" / "old", runs / "out" / "new" / "best.pt"):
+        assert main("--out_dir", path, "--prompt", "Zwölf\nBären", *greedy)[1] == expected
     assert "old" in main("--out_dir", runs / "out" / "old", *greedy)[2]
-    for empty in ([], ["--prompt", ""], ["--prompt="]):
-        status, out, _ = main(*empty, "--max_new_tokens", 9)
+    for argv in ([], ["--prompt", ""], ["--prompt="]):
+        status, out, _ = main(*argv, "--max_new_tokens", 9)
         assert status == 0 and len(out) > 1
-    others = ("--top_k", 5, "--min_p", 0.1, "--repetition_penalty", 1.3)
-    assert main("--dtype", "bfloat16", *others, *greedy)[0] == 0
+    options = ("--top_k", 5, "--min_p", 0.1, "--repetition_penalty", 1.3)
+    assert main("--dtype", "bfloat16", *options, *greedy)[0] == 0
     status, out, err = main("--dtype", "int8", "--num_samples", 2, *greedy)
     assert status == 0 and len(out) > 20 and "0.0M parameters, byte, int8 on cpu" in err
-    whole = main("--max_new_tokens", 30)[1]
-    char = next(char for char in whole[5:] if " " < char < "~")
-    want = whole[: whole.index(char)].rstrip("\ufffd")  # an incomplete character before it, too
-    assert main("--max_new_tokens", 30, "--stop", "never", "--stop", char)[1] == want + "\n"
+    full = main("--max_new_tokens", 30)[1]
+    char = next(char for char in full[5:] if " " < char < "~")
+    expected = full[: full.index(char)].rstrip("\ufffd")  # also without an incomplete character before it
+    assert main("--max_new_tokens", 30, "--stop", "never", "--stop", char)[1] == expected + "\n"
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_dtype_is_that_of_the_weights(main, monkeypatch, name):
-    found = set()
+def test_dtype_option_sets_the_weights_dtype(main, monkeypatch, name):
+    dtypes = set()
 
     def write(model, *_, **__):
-        found.update(p.dtype for p in model.parameters())
+        dtypes.update(p.dtype for p in model.parameters())
         return iter([(0, "")])
 
     monkeypatch.setattr(sample, "write", write)
-    assert main("--dtype", name)[0] == 0 and found == {getattr(torch, name)}
+    assert main("--dtype", name)[0] == 0 and dtypes == {getattr(torch, name)}
 
 
-def test_a_prompt_from_a_file_loses_one_final_line_break_only(main, tmp_path):
+def test_one_final_line_break_is_removed_from_a_prompt_file(main, tmp_path):
     (tmp_path / "prompt.txt").write_bytes(b"  One\n\n")
     assert main("--prompt", f"FILE:{tmp_path / 'prompt.txt'}", "--max_new_tokens", 1)[1].startswith("  One\n")
 
 
-def test_every_prompt_of_a_conversation_has_its_own_seed(main, monkeypatch):
-    """The first is --seed; the same prompt again gives another story."""
+def test_seed_grows_with_each_interactive_prompt(main, monkeypatch):
+    """The first prompt uses --seed; the same prompt again gives a different story."""
     monkeypatch.setattr("sys.stdin", io.StringIO("Once\nOnce\n"))
     status, out, _ = main("--interactive", "--max_new_tokens", 20, "--seed", 7)
-    one, two = (main("--prompt", "Once", "--max_new_tokens", 20, "--seed", seed)[1] for seed in (7, 8))
-    assert status == 0 and out == one + two and one != two
+    first, second = (main("--prompt", "Once", "--max_new_tokens", 20, "--seed", seed)[1] for seed in (7, 8))
+    assert status == 0 and out == first + second and first != second
 
 
-def test_commands_of_a_conversation(main, monkeypatch):
-    """/again repeats the last prompt with the next seed, /temperature stays, all else prints the help."""
-    typed = "/help\nOnce\n/again\n/temperature 0\n/again\n/temperature -1\n/temperature\n/again\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+def test_interactive_commands(main, monkeypatch):
+    """/again repeats the last prompt with the next seed, /temperature persists, others print the help."""
+    stdin = "/help\nOnce\n/again\n/temperature 0\n/again\n/temperature -1\n/temperature\n/again\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
     status, out, err = main("--interactive", "--max_new_tokens", 20, "--seed", 7)
-    once = ("--prompt", "Once", "--max_new_tokens", 20)
-    sampled = [main(*once, "--seed", seed)[1] for seed in (7, 8)]
-    greedy = main(*once, "--temperature", 0)[1]
+    argv = ("--prompt", "Once", "--max_new_tokens", 20)
+    sampled = [main(*argv, "--seed", seed)[1] for seed in (7, 8)]
+    greedy = main(*argv, "--temperature", 0)[1]
     assert status == 0 and out == "".join([*sampled, greedy, greedy])
     assert err.count("/temperature T") == 2 and err.count("error: temperature must be 0") == 1
 
 
-def test_a_run_is_an_argument_or_an_option(main):
+def test_run_is_an_argument_or_an_option(main):
     argument = main("out/old", "--start", "Once", "--seed", 3)
     option = main("--out_dir", "out/old", "--prompt", "Once", "--seed", 3)
     assert argument[:2] == option[:2] and argument[1].startswith("Once") and "out/old" in argument[2]
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
         ("out/old --out_dir out/new", "RUN and --out_dir are the same option"),
         ("--temperature -1", "temperature must be 0"),
@@ -168,14 +172,14 @@ def test_a_run_is_an_argument_or_an_option(main):
         ("--interactive --prompt Once", "leave out --prompt"),
     ],
 )
-def test_a_user_error_prints_one_line_and_returns_2(main, runs, arguments, words):
+def test_user_error_prints_one_line_and_returns_2(main, runs, arguments, message):
     (runs / "empty").mkdir(exist_ok=True)
     (runs / "latin1.txt").write_bytes("Zwölf".encode("latin1"))
-    whole = (runs / "out" / "new" / "best.pt").read_bytes()
-    (runs / "broken.pt").write_bytes(whole[: len(whole) // 2])
+    content = (runs / "out" / "new" / "best.pt").read_bytes()
+    (runs / "broken.pt").write_bytes(content[: len(content) // 2])
     status, out, err = main(*arguments.split(" "))
     line = err.splitlines()[-1]
-    assert status == 2 and out == "" and words in line and line.startswith("error: ")
+    assert status == 2 and out == "" and message in line and line.startswith("error: ")
     assert len([line for line in err.splitlines() if not line.startswith("out/new")]) == 1
 
 
@@ -184,15 +188,15 @@ def test_int8_needs_a_cpu():
         machine.inference_dtype("int8", torch.device("meta"))
 
 
-def test_compiling_without_a_cpp_compiler_says_so(runs):
-    line = command("--prompt", "Once", "--compile")
-    done = subprocess.run(line, cwd=runs, capture_output=True, text=True, env=os.environ | {"CXX": "/none"})
-    assert done.returncode == 1 and done.stdout == ""
-    want = "error: --compile failed: no C++ compiler found; install g++ or clang++, or set CXX to one"
-    assert done.stderr.splitlines()[1:] == [want]
+def test_missing_cpp_compiler_is_an_error_with_compile(runs):
+    argv = command("--prompt", "Once", "--compile")
+    result = subprocess.run(argv, cwd=runs, capture_output=True, text=True, env=os.environ | {"CXX": "/none"})
+    assert result.returncode == 1 and result.stdout == ""
+    expected = "error: --compile failed: no C++ compiler found; install g++ or clang++, or set CXX to one"
+    assert result.stderr.splitlines()[1:] == [expected]
 
 
-def test_no_run_at_all(main, tmp_path, monkeypatch):
+def test_without_any_run(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = main("--prompt", "Once")
     assert status == 2 and out == "" and "python train.py config/tiny.py" in err and err.count("\n") == 1
@@ -208,19 +212,19 @@ def test_no_run_at_all(main, tmp_path, monkeypatch):
         (torch.OutOfMemoryError("CUDA"), 1),
     ],
 )
-def test_a_failure_prints_one_line_and_returns_1(main, monkeypatch, error, status):
+def test_failure_prints_one_line_and_returns_1(main, monkeypatch, error, status):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(sample, "write", fail)
-    got, _, err = main("--prompt", "Once")
-    assert got == status and "Traceback" not in err and err.count("\n") == (1 if status == 130 else 2)
+    returned, _, err = main("--prompt", "Once")
+    assert returned == status and "Traceback" not in err and err.count("\n") == (1 if status == 130 else 2)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes")
-def test_a_closed_pipe_prints_no_traceback(runs):
-    pipe, line = subprocess.PIPE, command("--max_new_tokens", "5000")
-    process = subprocess.Popen(line, cwd=runs, stdout=pipe, stderr=pipe)
+def test_closed_pipe_prints_no_traceback(runs):
+    pipe, argv = subprocess.PIPE, command("--max_new_tokens", "5000")
+    process = subprocess.Popen(argv, cwd=runs, stdout=pipe, stderr=pipe)
     process.stdout.read(1)
     process.stdout.close()
     assert "Traceback" not in process.stderr.read().decode() and process.wait() == 0
@@ -230,36 +234,36 @@ def test_a_closed_pipe_prints_no_traceback(runs):
 def test_interactive(runs):
     import pty
 
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     process = subprocess.Popen(
         command("--interactive", "--max_new_tokens", "100000"),
         cwd=runs,
-        stdin=theirs,
-        stdout=theirs,
+        stdin=terminal,
+        stdout=terminal,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    os.close(theirs)
-    watch = threading.Timer(60, process.kill)  # so that the reads below cannot block forever
-    watch.start()
+    os.close(terminal)
+    timer = threading.Timer(60, process.kill)  # so that the reads below cannot block forever
+    timer.start()
 
-    def read_until(words: bytes) -> bytes:
-        got = b""
-        while words not in got:
-            got += os.read(ours, 1000)
-        return got
+    def read_until(pattern: bytes) -> bytes:
+        output = b""
+        while pattern not in output:
+            output += os.read(controller, 1000)
+        return output
 
     try:
         read_until(b"> ")
-        os.write(ours, b"Hello\n")
+        os.write(controller, b"Hello\n")
         read_until(b"Hello")  # the terminal's echo, then the story
-        assert len(os.read(ours, 1000)) > 0
+        assert len(os.read(controller, 1000)) > 0
         process.send_signal(signal.SIGINT)  # ends the story, not the program
         read_until(b"> ")
-        os.write(ours, b"\x04")
+        os.write(controller, b"\x04")
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0 and b"Traceback" not in err
     finally:
-        watch.cancel()
+        timer.cancel()
         process.kill()
-        os.close(ours)
+        os.close(controller)

@@ -1,4 +1,4 @@
-"""Scoring: windows, nats per token, log-likelihoods, bits per byte; against sums over single tokens."""
+"""Scoring: windows, nats per token, log-likelihoods, bits per byte; against token-by-token references."""
 
 import math
 
@@ -13,8 +13,8 @@ from nanostlm import score, tokenizer
 EOT = V - 1
 
 
-def slow_nats(model: GPT, text: list[int], stride: int) -> list[float]:
-    """Each token alone, from the ids that its window holds before it."""
+def reference_nats(model: GPT, text: list[int], stride: int) -> list[float]:
+    """The nats of each token, from one forward pass over the ids before it in its window."""
     T, ids, nats = model.config.block_size, [EOT, *text], []
     for i in range(1, len(ids)):
         start = 0  # of the first window that reaches token i; the last window is full
@@ -28,29 +28,29 @@ def slow_nats(model: GPT, text: list[int], stride: int) -> list[float]:
 @pytest.mark.parametrize("stride", [0, 1, 5, 8, 16])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @torch.no_grad()
-def test_nats_of_every_token(stride, rows):
+def test_score_matches_reference(stride, rows):
     model = tiny()
     texts = [tokens(n, seed=n).tolist() for n in (1, 16, 17, 40, 3, 70)] + [[]]
-    found = score.score(model, texts, EOT, stride=stride, rows=rows)
-    assert [len(nats) for nats in found] == [len(text) for text in texts]
-    for text, nats in zip(texts, found, strict=True):
+    scores = score.score(model, texts, EOT, stride=stride, rows=rows)
+    assert [len(nats) for nats in scores] == [len(text) for text in texts]
+    for text, nats in zip(texts, scores, strict=True):
         assert nats.dtype == np.float32
-        np.testing.assert_allclose(nats, slow_nats(model, text, stride or 16), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(nats, reference_nats(model, text, stride or 16), rtol=1e-4, atol=1e-5)
     assert score.score(model, [], EOT) == []
 
 
-def test_windows_of_a_long_text_are_disjoint_and_those_of_stories_begin_with_end_of_text():
+def test_windows():
     text = np.arange(1, 12, dtype=np.uint16)
-    found = [(idx.tolist(), targets.tolist()) for idx, targets in score.windows([text], 0, 4)]
-    assert found == [
+    windows = [(idx.tolist(), targets.tolist()) for idx, targets in score.windows([text], 0, 4)]
+    assert windows == [
         ([0, 1, 2, 3], [1, 2, 3, 4]),
         ([4, 5, 6, 7], [5, 6, 7, 8]),
         ([8, 9, 10, 0], [9, 10, 11, -1]),
     ]
-    found = [(idx.tolist(), targets.tolist()) for idx, targets in score.windows([[1, 2], [3]], 0, 4)]
-    assert found == [([0, 1, 0, 0], [1, 2, -1, -1]), ([0, 0, 0, 0], [3, -1, -1, -1])]
-    found = [(idx.tolist(), targets.tolist()) for idx, targets in score.windows([text[:7]], 0, 4, stride=2)]
-    assert found == [
+    windows = [(idx.tolist(), targets.tolist()) for idx, targets in score.windows([[1, 2], [3]], 0, 4)]
+    assert windows == [([0, 1, 0, 0], [1, 2, -1, -1]), ([0, 0, 0, 0], [3, -1, -1, -1])]
+    windows = [(idx.tolist(), targets.tolist()) for idx, targets in score.windows([text[:7]], 0, 4, stride=2)]
+    assert windows == [
         ([0, 1, 2, 3], [1, 2, 3, 4]),
         ([2, 3, 4, 5], [-1, -1, 5, 6]),
         ([3, 4, 5, 6], [-1, -1, -1, 7]),
@@ -61,19 +61,19 @@ def test_windows_of_a_long_text_are_disjoint_and_those_of_stories_begin_with_end
 
 
 @torch.no_grad()
-def test_total_is_the_sum_for_any_number_of_parts():
+def test_total_is_the_sum_of_its_parts():
     model, texts = tiny(), [tokens(n, seed=n).numpy().astype(np.uint16) for n in (200, 3, 77)]
     nats, count = score.total(model, texts, EOT, rows=3)
-    each = score.score(model, texts, EOT)
-    assert count == 280 and nats == pytest.approx(sum(one.sum() for one in each), rel=1e-5)
+    scores = score.score(model, texts, EOT)
+    assert count == 280 and nats == pytest.approx(sum(s.sum() for s in scores), rel=1e-5)
     parts = [score.total(model, texts, EOT, rows=3, part=(rank, 4)) for rank in range(4)]
     assert sum(n for _, n in parts) == count and sum(x for x, _ in parts) == pytest.approx(nats, rel=1e-12)
     assert all(n for _, n in parts)
 
 
 @torch.no_grad()
-def test_total_needs_a_loss_alone():
-    """As nanoGPT's model gives it: no configuration of ours, no other arguments, uniform over 40 ids."""
+def test_total_works_with_any_model_that_returns_a_loss():
+    """Such as nanoGPT's: called with (idx, targets), without our config. This one is uniform over 40 ids."""
 
     def model(idx, targets):
         assert idx.shape == targets.shape == (2, 8)
@@ -85,31 +85,31 @@ def test_total_needs_a_loss_alone():
 
 @torch.no_grad()
 def test_scores_respect_the_separator():
-    """A text that holds the separator scores as its parts do."""
+    """A text with a separator scores as its parts do."""
     model, one, two = tiny(separator=EOT), [1, 2, 3, EOT], [4, 5, 6, 7]
-    (whole,) = score.score(model, [one + two], EOT)
-    np.testing.assert_allclose(whole, np.concatenate(score.score(model, [one, two], EOT)), rtol=1e-4)
+    (joint,) = score.score(model, [one + two], EOT)
+    np.testing.assert_allclose(joint, np.concatenate(score.score(model, [one, two], EOT)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("prefix, more", [(1, 1), (3, 5), (12, 5), (1, 16), (1, 40), (17, 3), (30, 9)])
 @pytest.mark.parametrize("block_size", [16, 9, 1])
 @torch.no_grad()
-def test_loglikelihood_is_the_slow_sum(prefix, more, block_size):
+def test_loglikelihood_matches_reference(prefix, more, block_size):
     model, ids = tiny(block_size=block_size), tokens(prefix + more).tolist()
-    moved, start, want = max(1, block_size // 2), max(prefix, block_size + 1), 0.0
+    stride, start, expected = max(1, block_size // 2), max(prefix, block_size + 1), 0.0
     for i in range(prefix, len(ids)):
-        end = block_size + 1 if i < block_size + 1 else start + moved * math.ceil((i + 1 - start) / moved)
+        end = block_size + 1 if i < block_size + 1 else start + stride * math.ceil((i + 1 - start) / stride)
         context = ids[max(0, min(end, len(ids)) - block_size - 1) : i]
-        assert min(i, moved) <= len(context) <= block_size
-        want += model(torch.tensor([context]))[0][0, -1].log_softmax(-1)[ids[i]].item()
-    assert score.loglikelihood(model, ids[:prefix], ids[prefix:]) == pytest.approx(want, rel=1e-5)
+        assert min(i, stride) <= len(context) <= block_size
+        expected += model(torch.tensor([context]))[0][0, -1].log_softmax(-1)[ids[i]].item()
+    assert score.loglikelihood(model, ids[:prefix], ids[prefix:]) == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
-def test_loglikelihood_and_loss_agree():
+def test_loglikelihood_matches_loss():
     model, ids = tiny(), tokens(1, 17)
-    got = score.loglikelihood(model, ids[0, :1].tolist(), ids[0, 1:].tolist())
-    assert -got / 16 == pytest.approx(model(ids[:, :-1], ids[:, 1:])[1].item(), rel=1e-5)
+    logprob = score.loglikelihood(model, ids[0, :1].tolist(), ids[0, 1:].tolist())
+    assert -logprob / 16 == pytest.approx(model(ids[:, :-1], ids[:, 1:])[1].item(), rel=1e-5)
     assert score.loglikelihood(model, [1], []) == 0.0
     with pytest.raises(ValueError, match="prefix"):
         score.loglikelihood(model, [], [1])
@@ -119,7 +119,7 @@ def test_loglikelihood_and_loss_agree():
     assert score.loglikelihood(model, [1], [2, 3, 4]) == pytest.approx(-3 * math.log(V), abs=1e-5)
 
 
-def test_no_gradient_is_kept():
+def test_scoring_needs_no_gradients():
     model = tiny()
     model.head.forward = lambda x, forward=model.head.forward: check_no_grad(forward(x))
     score.score(model, [[1, 2]], EOT)

@@ -1,4 +1,4 @@
-"""Recipes and command lines: parsed, never executed; one-line errors; closest names."""
+"""Recipes and command lines: parsing without execution, one-line errors, suggestions."""
 
 import re
 import time
@@ -21,15 +21,15 @@ SHIPPED = sorted(path.stem for path in (ROOT / "config").glob("*.py") if path.st
 def read(tmp_path):
     """read(text) -> the settings of a recipe with that text."""
 
-    def reader(text: str | bytes) -> dict:
+    def read_text(text: str | bytes) -> dict:
         path = tmp_path / "mine.py"
         path.write_bytes(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
         return settings.read_recipe(path, TrainConfig)
 
-    return reader
+    return read_text
 
 
-def line(*argv: str):
+def parse(*argv: str):
     return settings.command_line(TrainConfig, list(argv), FLAGS, "about")
 
 
@@ -37,8 +37,8 @@ def line(*argv: str):
 # Recipes
 
 
-def test_a_recipe_is_literals_and_arithmetic_on_names_set_above(read):
-    text = '''"""What it is."""
+def test_recipe_takes_literals_and_arithmetic_on_earlier_names(read):
+    text = '''"""A description."""
 
 dataset = "toystories"  # a comment
 n_head = 3
@@ -69,18 +69,18 @@ out_dir = ""
         compile="False",
         out_dir="",
     )
-    kinds = {name: type(value) for name, value in read(text).items()}
-    assert kinds["max_iters"] is int and kinds["learning_rate"] is float and kinds["bias"] is bool
+    types = {name: type(value) for name, value in read(text).items()}
+    assert types["max_iters"] is int and types["learning_rate"] is float and types["bias"] is bool
     assert read("") == {} and read("n_layer = 2\nn_layer = 3") == {"n_layer": 3}
 
 
 @pytest.mark.parametrize("name", ["seed", "max_iters"])
-def test_large_whole_numbers_keep_every_digit(read, name):
+def test_large_integers_are_exact(read, name):
     assert read(f"{name} = {2**60 + 1}")[name] == 2**60 + 1
-    assert line(f"--{name}={2**60 + 1}")[2][name] == 2**60 + 1
+    assert parse(f"--{name}={2**60 + 1}")[2][name] == 2**60 + 1
 
 
-WRONG = {
+INVALID = {
     "import os": "only assignments",
     "from os import path": "only assignments",
     "n_layer = __import__('os').system('touch hacked')": "only literals",
@@ -165,17 +165,17 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
-def test_what_is_wrong_is_one_line_that_says_where(text, read, tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", INVALID)
+def test_invalid_recipe_raises_one_line_with_file_and_line(text, read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(WRONG[text])) as caught:
+    with pytest.raises(ValueError, match=re.escape(INVALID[text])) as excinfo:
         read("dataset = 'x'\n\n" + text)
-    said = str(caught.value)
-    assert re.search(r"mine.py, line [34]: ", said) and "\n" not in said and len(said) < 400
+    line = str(excinfo.value)
+    assert re.search(r"mine.py, line [34]: ", line) and "\n" not in line and len(line) < 400
     assert [p.name for p in tmp_path.iterdir()] == ["mine.py"], "nothing was executed"
 
 
-def test_the_line_of_a_mistake_further_down(read):
+def test_line_number_of_a_later_error(read):
     with pytest.raises(ValueError, match="line 4: n_layer takes"):
         read("'''A\nB'''\n\nn_layer = 'x'")
     with pytest.raises(ValueError, match="line 2: "):
@@ -200,14 +200,14 @@ def test_the_line_of_a_mistake_further_down(read):
     ],
     ids=lambda text: text[:40],
 )
-def test_no_recipe_eats_the_machine(text, read):
-    began = time.process_time()
+def test_expensive_recipe_is_rejected_quickly(text, read):
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"mine.py, line \d+: "):
         read(text)
-    assert time.process_time() - began < 2
+    assert time.process_time() - start < 2
 
 
-NESTED = {  # of any depth: where it begins, what is repeated, what ends it
+NESTED = {  # expressions to nest: (prefix, repeated part, suffix)
     "minus": ("", "-", "1"),
     "not": ("", "not ", "1"),
     "plus": ("", "1+", "1"),
@@ -230,25 +230,25 @@ NESTED = {  # of any depth: where it begins, what is repeated, what ends it
 
 @pytest.mark.parametrize("times", [40, 99, 150, 300, 1000, 2500, 6000, 50_000])
 @pytest.mark.parametrize("kind", NESTED)
-def test_nesting_of_any_depth_is_one_line(kind, times, read):
-    begin, repeated, end = NESTED[kind]
-    began = time.process_time()
-    text = "dataset = 'x'\nn_layer = " + begin + repeated * times + end
+def test_deeply_nested_expression_raises_one_line(kind, times, read):
+    prefix, repeated, suffix = NESTED[kind]
+    start = time.process_time()
+    text = "dataset = 'x'\nn_layer = " + prefix + repeated * times + suffix
     if kind in ("minus", "plus", "lines", "continued") and times < 198:
         assert abs(read(text)["n_layer"]) in (1, times + 1)
         return
-    with pytest.raises(ValueError, match=r"mine.py, line \d+: \S") as caught:
+    with pytest.raises(ValueError, match=r"mine.py, line \d+: \S") as excinfo:
         read(text)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-    assert "line 1:" not in str(caught.value) and time.process_time() - began < 2
+    assert "\n" not in str(excinfo.value) and len(str(excinfo.value)) < 300
+    assert "line 1:" not in str(excinfo.value) and time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("times", [100, 3000, 30_000])
 @pytest.mark.parametrize("repeated", ["elif 1: n_layer = 2\n", "else:\n if 1:\n  pass\n", "@x\n", "if 1:"])
-def test_statements_of_any_depth_are_one_line(repeated, times, read):
-    with pytest.raises(ValueError, match=r"mine.py, line \d+: \S") as caught:
+def test_deeply_nested_statements_raise_one_line(repeated, times, read):
+    with pytest.raises(ValueError, match=r"mine.py, line \d+: \S") as excinfo:
         read("if 1: n_layer = 2\n" + repeated * times)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(excinfo.value)
 
 
 @pytest.mark.parametrize(
@@ -268,17 +268,17 @@ def test_statements_of_any_depth_are_one_line(repeated, times, read):
     ],
     ids=lambda data: str(data[:20]),
 )
-def test_unusual_recipes_that_are_valid(data, read):
+def test_unusual_valid_recipes(data, read):
     assert read(data) == {"n_layer": 2}
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp037"])
-def test_recipes_in_other_encodings(encoding, read):
+def test_recipe_that_is_not_utf8_raises(encoding, read):
     with pytest.raises(ValueError, match=r"mine.py, line \d+: a recipe is UTF-8"):
         read("n_layer = 2\nprompt = 'é'\n".encode(encoding))
 
 
-def test_no_such_recipe_names_those_there_are(tmp_path):
+def test_missing_recipe_lists_the_existing_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match="no recipe .*nope.py; there are: .*tiny.py"):
         settings.read_recipe(tmp_path / "nope.py", TrainConfig)
     for path in (tmp_path, "/dev/zero", "a\0b", "x" * 5000, "", tmp_path / "nope.py" / "x.py"):
@@ -290,52 +290,52 @@ def test_no_such_recipe_names_those_there_are(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The recipes of the repository
+# The recipes in config/
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_recipe_is_what_it_says(name):
-    """It builds, validates, and states its parameters, the share of the embeddings and its batch truly."""
+def test_shipped_recipe_matches_its_comments(name):
+    """It validates, and its comments state parameters, share of embeddings and tokens per batch correctly."""
     path = ROOT / "config" / f"{name}.py"
     text, values = path.read_text(encoding="utf-8"), settings.read_recipe(path, TrainConfig)
-    names = values["tokenizer"] if "tokenizer" in values else TrainConfig.tokenizer
-    ids = 50_257 if names == "gpt2" else int(names.removeprefix("bpe"))
-    c = settings.build(TrainConfig, values | {"vocab_size": ids})
+    tokenizer = values["tokenizer"] if "tokenizer" in values else TrainConfig.tokenizer
+    vocab_size = 50_257 if tokenizer == "gpt2" else int(tokenizer.removeprefix("bpe"))
+    c = settings.build(TrainConfig, values | {"vocab_size": vocab_size})
     c.validate()
     assert (
         c.warmup_iters < c.max_iters and c.eval_interval <= c.max_iters and c.max_iters % c.eval_interval == 0
     )
     sizes = c.model.estimate()
     if c.init_from:
-        return  # another model's size
-    about = text.split('"""')[1]
-    size = re.search(r"([\d.]+)M parameters", about)
+        return  # the size depends on the other model
+    docstring = text.split('"""')[1]
+    size = re.search(r"([\d.]+)M parameters", docstring)
     assert size, "the recipe states its size"
     digits = len(size[1].partition(".")[2])
     assert float(size[1]) == round(sizes["parameters"] / 1e6, digits), (
         f"it has {sizes['parameters']:,} parameters"
     )
-    if share := re.search(r"(\d+)% of them embeddings", about):
+    if share := re.search(r"(\d+)% of them embeddings", docstring):
         assert int(share[1]) == round(100 * sizes["embedding_parameters"] / sizes["parameters"])
     if wanted := re.fullmatch(r"stories(\d+)m", name):
-        assert sizes["parameters"] / 1e6 == pytest.approx(int(wanted[1]), rel=0.1), "seeds/002's sizes"
+        assert sizes["parameters"] / 1e6 == pytest.approx(int(wanted[1]), rel=0.1), "the size in its name"
     if name == "slm":
         assert 50e6 <= sizes["parameters"] <= 60e6 and c.tokenizer == "gpt2" and c.model.norm == "layernorm"
     if name == "tiny":
         assert 1e6 <= sizes["parameters"] <= 4e6
     tokens = c.batch_size * c.gradient_accumulation_steps * c.model.block_size
-    stated = re.search(r"(?:(\d+) x )?(\d+) rows x (\d+) tokens = ([\d,]+) tokens a step", text)
-    assert stated, "the batch's arithmetic stands in a comment"
-    assert int(stated[4].replace(",", "")) == tokens == int(stated[1] or 1) * int(stated[2]) * int(stated[3])
+    batch = re.search(r"(?:(\d+) x )?(\d+) rows x (\d+) tokens = ([\d,]+) tokens a step", text)
+    assert batch, "a comment states the batch"
+    assert int(batch[4].replace(",", "")) == tokens == int(batch[1] or 1) * int(batch[2]) * int(batch[3])
     if total := re.search(r"max_iters = [\d_]+  # ([\d.]+)([MB]) tokens", text):
-        found = c.max_iters * tokens / {"M": 1e6, "B": 1e9}[total[2]]
-        assert float(total[1]) == round(found, len(total[1].partition(".")[2]))
+        actual = c.max_iters * tokens / {"M": 1e6, "B": 1e9}[total[2]]
+        assert float(total[1]) == round(actual, len(total[1].partition(".")[2]))
 
 
-def test_the_recipes_that_the_project_promises():
+def test_expected_recipes_exist():
     assert {"tiny", "llama", "slm", "stories10m", "stories50m", "stories100m"} <= set(SHIPPED)
     llama = settings.build(TrainConfig, settings.read_recipe(ROOT / "config" / "llama.py", TrainConfig)).model
-    plain = dict(
+    expected = dict(
         norm="rmsnorm",
         norm_eps=1e-5,
         position="rope",
@@ -348,17 +348,17 @@ def test_the_recipes_that_the_project_promises():
         window=0,
         softcap=0.0,
     )
-    assert {key: getattr(llama, key) for key in plain} == plain
+    assert {key: getattr(llama, key) for key in expected} == expected
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The command line
 
 
-def test_every_setting_has_a_comment_a_group_and_a_type():
+def test_every_setting_has_help_group_and_type():
     table = settings.settings_of(TrainConfig)
-    names = [f.name for cls in (TrainConfig, GPTConfig) for f in fields(cls) if f.name != "model"]
-    assert sorted(table) == sorted(names), "no name twice"
+    names = [f.name for config in (TrainConfig, GPTConfig) for f in fields(config) if f.name != "model"]
+    assert sorted(table) == sorted(names), "no duplicate names"
     for s in table.values():
         assert len(s.help) > 5 and s.group, s.name
         assert s.type in (int, float, str, bool) and type(s.default) is s.type, s.name
@@ -374,7 +374,7 @@ class Inner:
 
 @dataclass(frozen=True)
 class Outer:
-    """A comment such as `width: int = 3  # no` here is no field."""
+    """Text such as `width: int = 3  # no` in a docstring is not a field."""
 
     plain: int = 1
     # -- a group
@@ -394,7 +394,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
     def method(self):
-        c: int = 3  # no field either
+        c: int = 3  # not a field
         return c
 
 
@@ -403,7 +403,7 @@ class Derived(Outer):
     depth: int = 3  # of the derived class
 
 
-def test_comments_are_the_help_and_are_optional():
+def test_comments_are_the_optional_help():
     table = settings.settings_of(Derived)
     assert {s.name: (s.help, s.group, s.nested) for s in table.values()} == {
         "plain": ("", "", ""),
@@ -419,19 +419,19 @@ def test_comments_are_the_help_and_are_optional():
     assert table["choice"].type is bool and table["longer"].default == 12.0
 
 
-def test_a_class_without_source_has_no_help():
+def test_class_without_source_has_no_help():
     cls = make_dataclass("Interactive", [("a", int, field(default=1)), ("b", str, field(default="x"))])
     assert [s.help for s in settings.settings_of(cls).values()] == ["", ""]
 
 
-def test_frozen_dataclasses_are_built():
+def test_build_frozen_dataclasses():
     assert settings.build(Outer, dict(a=5, width=6)) == Outer(a=5, inner=Inner(width=6))
     assert settings.build(Outer, {}) == Outer()
     with pytest.raises(ValueError, match="Outer: there is no setting 'widht'; did you mean 'width'"):
         settings.build(Outer, dict(widht=6))
 
 
-def test_fields_that_cannot_be_settings():
+def test_invalid_fields_raise():
     twice = make_dataclass("Twice", [("width", int, field(default=1)), ("inner", Inner, field(default=None))])
     with pytest.raises(ValueError, match="Twice has two settings 'width'; rename"):
         settings.settings_of(twice)
@@ -442,23 +442,23 @@ def test_fields_that_cannot_be_settings():
             settings.settings_of(make_dataclass("Wrong", [wrong]))
 
 
-def test_settings_that_the_program_computes_are_refused(tmp_path, capsys):
-    reason = {"width": "comes from the name; choose one with --name"}
+def test_computed_settings_cannot_be_set(tmp_path, capsys):
+    resolved = {"width": "comes from the name; choose one with --name"}
     recipe = tmp_path / "mine.py"
     recipe.write_text("width = 5")
-    for words in (["--width=5"], [str(recipe)]):
+    for argv in (["--width=5"], [str(recipe)]):
         with pytest.raises(ValueError, match="^width comes from the name; choose one with --name$"):
-            settings.command_line(Outer, words, {}, "about", reason)
-    assert settings.command_line(Outer, ["--name=x"], {}, "about", reason)[2] == {"name": "x"}
+            settings.command_line(Outer, argv, {}, "about", resolved)
+    assert settings.command_line(Outer, ["--name=x"], {}, "about", resolved)[2] == {"name": "x"}
     with pytest.raises(SystemExit):
-        settings.command_line(Outer, ["--help"], {}, "about", reason)
-    said = capsys.readouterr().out
-    assert "--width" not in said and re.search(r"--choice bool +50% of it \(default: False\)", said)
-    assert re.search(r"--plain int +\(default: 1\)", said)
+        settings.command_line(Outer, ["--help"], {}, "about", resolved)
+    output = capsys.readouterr().out
+    assert "--width" not in output and re.search(r"--choice bool +50% of it \(default: False\)", output)
+    assert re.search(r"--plain int +\(default: 1\)", output)
 
 
-def test_values_on_the_command_line():
-    recipe, file, given, flags = line(
+def test_command_line_values():
+    recipe, file, given, flags = parse(
         "--n_layer=3",
         "--n_head",
         "2",
@@ -491,22 +491,22 @@ def test_values_on_the_command_line():
         seed=1000,
         dropout=0.5,
     )
-    for form in (["--compile=False"], ["--compile", "False"]):
-        assert line(*form)[2] == {"compile": "False"}
+    for argv in (["--compile=False"], ["--compile", "False"]):
+        assert parse(*argv)[2] == {"compile": "False"}
     for flag in FLAGS:
-        assert line(f"--{flag}")[3] == {flag}
+        assert parse(f"--{flag}")[3] == {flag}
 
 
-def test_the_command_line_goes_over_the_recipe(tmp_path):
+def test_command_line_overrides_the_recipe(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("n_layer = 3\nn_head = 4")
-    for words in ([str(path), "--n_layer=5"], ["--n_layer=5", str(path)]):
-        recipe, file, given, _ = line(*words)
+    for argv in ([str(path), "--n_layer=5"], ["--n_layer=5", str(path)]):
+        recipe, file, given, _ = parse(*argv)
         assert (recipe, file, given) == (str(path), {"n_layer": 3, "n_head": 4}, {"n_layer": 5})
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "argv, message",
     [
         (["--n_headd=4"], "no option '--n_headd'; did you mean '--n_head'"),
         (["--resum"], "did you mean '--resume'"),
@@ -527,25 +527,25 @@ def test_the_command_line_goes_over_the_recipe(tmp_path):
         (["-n", "4"], "-n"),
     ],
 )
-def test_slips_of_the_fingers(words, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
-        line(*words)
-    assert "\n" not in str(caught.value)
+def test_command_line_errors(argv, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as excinfo:
+        parse(*argv)
+    assert "\n" not in str(excinfo.value)
 
 
-def test_help_lists_every_setting_in_groups_the_everyday_ones_first(capsys):
+def test_help_lists_all_settings_by_group(capsys):
     assert train.main(["--help"]) == 0
     text = capsys.readouterr().out
-    flat = " ".join(text.split())
+    joined = " ".join(text.split())
     for s in settings.settings_of(TrainConfig).values():
-        shown = f"--{s.name} " in text and " ".join(s.help.split()) in flat
+        shown = f"--{s.name} " in text and " ".join(s.help.split()) in joined
         assert shown == (s.name not in RESOLVED), s.name
-        assert not shown or f"(default: {s.default!r})" in flat
+        assert not shown or f"(default: {s.default!r})" in joined
     for flag in FLAGS:
         assert f"--{flag}" in text
     titles = ["everyday", "data", "optimizer", "run", "the model"]
-    places = [text.index(f"\n{title}:") for title in titles]
-    assert places == sorted(places)
+    positions = [text.index(f"\n{title}:") for title in titles]
+    assert positions == sorted(positions)
     assert max(map(len, text.splitlines())) <= 110
 
 
@@ -563,7 +563,7 @@ def parser() -> settings.Parser:
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "argv, message",
     [
         (["--promt", "x"], "there is no option '--promt'; did you mean '--prompt'?"),
         (["--promt=some words"], "there is no option '--promt'; did you mean '--prompt'?"),
@@ -577,19 +577,19 @@ def parser() -> settings.Parser:
         (["-x"], "unrecognized arguments: -x"),
     ],
 )
-def test_the_parser_raises_one_line(words, said):
-    with pytest.raises(ValueError, match="^" + re.escape(said)) as caught:
-        parser().parse_args(words)
-    assert "\n" not in str(caught.value)
+def test_parser_errors_are_one_line(argv, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as excinfo:
+        parser().parse_args(argv)
+    assert "\n" not in str(excinfo.value)
 
 
-def test_the_parser_takes_what_only_looks_like_an_option():
+def test_parser_accepts_values_that_start_with_dashes():
     assert parser().parse_args(["--prompt=--zzz"]).prompt == "--zzz"
     assert parser().parse_args(["--prompt", "-- he said"]).prompt == "-- he said"
     assert parser().parse_args(["--", "--zzz"]).dest == "--zzz"
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         parser().parse_args(["--help"])
-    assert caught.value.code == 0
+    assert excinfo.value.code == 0
 
 
 def test_closest():

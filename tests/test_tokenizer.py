@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, ids equal to Hugging Face's, and no special tokens from text."""
+"""Tokenizers: exact round trips, the same ids as Hugging Face, no special tokens from text, errors."""
 
 import json
 import random
@@ -49,35 +49,35 @@ SNIPPETS = [
 BLANKS = " \n\t\r\u3000\xa0\u2028\x85\x1c\x0b "
 
 
-def story(r: random.Random) -> str:
-    return " ".join(r.choices(WORDS, k=r.randint(5, 40))).capitalize() + r.choice([".", "!", "...\n\n"])
+def random_story(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(5, 40))).capitalize() + rng.choice([".", "!", "...\n\n"])
 
 
-def piece(r: random.Random) -> str:
-    """A random piece of text, of any kind that a str can hold."""
-    kind = r.randrange(7)
+def random_piece(rng: random.Random) -> str:
+    """A random piece of text: blanks, any code point, special cases, repetitions, words."""
+    kind = rng.randrange(7)
     if kind == 0:
-        return r.choice(BLANKS) * r.randint(1, 6)
+        return rng.choice(BLANKS) * rng.randint(1, 6)
     if kind == 1:
-        return chr(r.choice([r.randrange(0xD800), r.randrange(0xE000, 0x110000)]))
+        return chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
     if kind == 2:
-        return r.choice(SNIPPETS)
+        return rng.choice(SNIPPETS)
     if kind == 3:
-        return r.choice(["a", "ab", "aab", " ", "é", "o n"]) * r.randint(1, 20)
+        return rng.choice(["a", "ab", "aab", " ", "é", "o n"]) * rng.randint(1, 20)
     if kind == 4:
-        return "".join(r.choice("aeoutnhsdl '-,.") for _ in range(r.randint(1, 12)))
-    return r.choice(WORDS)[: r.randint(1, 9)] + r.choice(["", " "])
+        return "".join(rng.choice("aeoutnhsdl '-,.") for _ in range(rng.randint(1, 12)))
+    return rng.choice(WORDS)[: rng.randint(1, 9)] + rng.choice(["", " "])
 
 
 def texts(n: int, seed: int = 0) -> list[str]:
-    r = random.Random(seed)
-    return ["".join(piece(r) for _ in range(r.randint(0, 12))) for _ in range(n)]
+    rng = random.Random(seed)
+    return ["".join(random_piece(rng) for _ in range(rng.randint(0, 12))) for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
 def bpe():
-    r = random.Random(1)
-    return tokenizer.train_bpe([story(r) + piece(r) * 3 for _ in range(3000)], 1000)
+    rng = random.Random(1)
+    return tokenizer.train_bpe([random_story(rng) + random_piece(rng) * 3 for _ in range(3000)], 1000)
 
 
 @pytest.fixture(scope="module", params=["bpe", "byte", "gpt2"])
@@ -98,7 +98,7 @@ def gpt2():
 def hugging_face(tok, path):
     tok.save(path)
     hf = HuggingFace.from_file(str(path))
-    hf.encode_special_tokens = True  # as here: <|endoftext|> in a text is text
+    hf.encode_special_tokens = True  # as in ours, <|endoftext|> in a text is text
     return hf
 
 
@@ -109,7 +109,7 @@ def test_sizes_and_names(bpe):
     assert byte.encode("é\n") == [0xC3, 0xA9, 10]
 
 
-def test_round_trip_and_nothing_special(any_tokenizer):
+def test_roundtrip_without_special_tokens(any_tokenizer):
     tok = any_tokenizer
     for text in [*texts(500), "", "Hello 👋🏽 wörld", EOT, f"a{EOT}b{EOT}", "".join(map(chr, range(256)))]:
         ids = tok.encode(text)
@@ -119,61 +119,67 @@ def test_round_trip_and_nothing_special(any_tokenizer):
     assert tok.decode([*tok.encode("a"), tok.eot]) == "a" + EOT
 
 
-def test_batches_equal_one_by_one(any_tokenizer):
+def test_encode_stories_matches_encode(any_tokenizer):
     tok = any_tokenizer
-    many = [*texts(700), "", "", f"x {EOT} y", "end \n\n"]
-    alone = [tok.encode(text) for text in many]
-    assert tok.encode_stories(many).tolist() == [i for ids in alone for i in (*ids, tok.eot)]
-    assert tok.encode_stories(many[:3]).tolist() == [i for ids in alone[:3] for i in (*ids, tok.eot)]
+    batch = [*texts(700), "", "", f"x {EOT} y", "end \n\n"]
+    expected = [tok.encode(text) for text in batch]
+    assert tok.encode_stories(batch).tolist() == [i for ids in expected for i in (*ids, tok.eot)]
+    assert tok.encode_stories(batch[:3]).tolist() == [i for ids in expected[:3] for i in (*ids, tok.eot)]
     assert tok.encode_stories([]).size == 0
 
 
-def test_equal_ids_in_hugging_face(bpe, tmp_path):
+def test_ids_match_hugging_face(bpe, tmp_path):
     hf = hugging_face(bpe, tmp_path / "tokenizer.json")
     assert hf.get_vocab_size() == bpe.vocab_size and hf.token_to_id(EOT) == bpe.eot
-    many = texts(20_000, seed=2)
-    wrong = [t for t, other in zip(many, hf.encode_batch(many), strict=True) if bpe.encode(t) != other.ids]
-    assert wrong == []
-    assert hf.decode(bpe.encode(many[5]), skip_special_tokens=False) == many[5]
+    samples = texts(20_000, seed=2)
+    mismatches = [
+        t for t, other in zip(samples, hf.encode_batch(samples), strict=True) if bpe.encode(t) != other.ids
+    ]
+    assert mismatches == []
+    assert hf.decode(bpe.encode(samples[5]), skip_special_tokens=False) == samples[5]
     hf.encode_special_tokens = False
     assert hf.encode(EOT).ids == [bpe.eot]
 
 
 @pytest.mark.parametrize("letters,size", [("ab", 300), ("abc ", 400), ("a \n", 330), ("ab😀é", 500)])
-def test_equal_ids_where_merges_are_ambiguous(letters, size, tmp_path):
-    """With few letters, several pairs could form a token (a|aa and aa|a): the hard case for equal ids."""
-    r = random.Random(size)
-    tok = tokenizer.train_bpe(["".join(r.choices(letters, k=60)) for _ in range(400)], size)
+def test_ids_match_hugging_face_with_ambiguous_merges(letters, size, tmp_path):
+    """With few letters, several pairs could form a token (a|aa and aa|a)."""
+    rng = random.Random(size)
+    tok = tokenizer.train_bpe(["".join(rng.choices(letters, k=60)) for _ in range(400)], size)
     hf = hugging_face(tok, tmp_path / "tokenizer.json")
-    many = ["".join(r.choice(letters) * r.choice([1, 1, 1, 2, 5]) for _ in range(40)) for _ in range(1500)]
-    assert [e.ids for e in hf.encode_batch(many)] == [tok.encode(text) for text in many]
+    samples = [
+        "".join(rng.choice(letters) * rng.choice([1, 1, 1, 2, 5]) for _ in range(40)) for _ in range(1500)
+    ]
+    assert [e.ids for e in hf.encode_batch(samples)] == [tok.encode(text) for text in samples]
 
 
-def test_equal_ids_gpt2(tmp_path):
+def test_gpt2_ids_match_hugging_face(tmp_path):
     tok = gpt2()
     assert (tok.name, tok.vocab_size, tok.eot) == ("gpt2", 50257, 50256)
     assert tok.encode("Once upon a time") == [7454, 2402, 257, 640]
     hf = hugging_face(tok, tmp_path / "tokenizer.json")
-    many = texts(2000, seed=3)
-    assert [e.ids for e in hf.encode_batch(many)] == [tok.encode(text) for text in many]
+    samples = texts(2000, seed=3)
+    assert [e.ids for e in hf.encode_batch(samples)] == [tok.encode(text) for text in samples]
 
 
-def test_state_and_files_come_back(any_tokenizer, tmp_path):
+def test_state_and_file_roundtrip(any_tokenizer, tmp_path):
     tok = any_tokenizer
     torch.save({"tokenizer": tok.state()}, tmp_path / "x.pt")
     state = torch.load(tmp_path / "x.pt", weights_only=True)["tokenizer"]
     tok.save(tmp_path / "tokenizer.json")
-    for again in (tokenizer.from_state(state), tokenizer.load(tmp_path / "tokenizer.json", tok.name)):
-        assert (again.name, again.vocab_size, again.eot) == (tok.name, tok.vocab_size, tok.eot)
-        assert again.sha256 == tok.sha256 and again.tokens == tok.tokens
-        assert again.encode("Once upon a time 👋") == tok.encode("Once upon a time 👋")
+    for loaded in (tokenizer.from_state(state), tokenizer.load(tmp_path / "tokenizer.json", tok.name)):
+        assert (loaded.name, loaded.vocab_size, loaded.eot) == (tok.name, tok.vocab_size, tok.eot)
+        assert loaded.sha256 == tok.sha256 and loaded.tokens == tok.tokens
+        assert loaded.encode("Once upon a time 👋") == tok.encode("Once upon a time 👋")
 
 
-def test_training_is_deterministic_and_sha256_tells_vocabularies_apart(bpe):
-    r = random.Random(1)
-    again = tokenizer.train_bpe(iter([story(r) + piece(r) * 3 for _ in range(3000)]), 1000)
-    assert again.sha256 == bpe.sha256
-    other = tokenizer.train_bpe([story(r) for _ in range(3000)], 1000)
+def test_training_is_deterministic_and_sha256_identifies_the_vocabulary(bpe):
+    rng = random.Random(1)
+    retrained = tokenizer.train_bpe(
+        iter([random_story(rng) + random_piece(rng) * 3 for _ in range(3000)]), 1000
+    )
+    assert retrained.sha256 == bpe.sha256
+    other = tokenizer.train_bpe([random_story(rng) for _ in range(3000)], 1000)
     assert other.sha256 != bpe.sha256 != tokenizer.get("byte").sha256
     assert tokenizer.get("byte").sha256.startswith("e66088df4cdb28fb")  # on every machine
 
@@ -183,14 +189,14 @@ def test_frequent_pairs_merge_first(bpe):
     assert len(bpe.encode("once upon a time there was a little girl named lily")) == 11  # one token per word
 
 
-def test_a_word_that_no_merge_reaches(tmp_path):
+def test_token_that_no_merge_produces(tmp_path):
     tok = Tokenizer("bpe258", [*(bytes([b]) for b in range(256)), b"abc"])  # neither ab nor bc is a token
     hf = hugging_face(tok, tmp_path / "tokenizer.json")
     assert tok.encode("abc") == hf.encode("abc").ids == [256]
     assert tok.encode("abcabc") == hf.encode("abcabc").ids == list(b"abcabc")
 
 
-def test_a_tiny_corpus_stops_early_and_says_so(capsys):
+def test_tiny_corpus_stops_early_with_a_note(capsys):
     tok = tokenizer.train_bpe(["the cat and the hat", "the cat"], 4096)
     assert tok.name == "bpe4096" and 257 < tok.vocab_size < 300 and tok.eot == tok.vocab_size - 1
     assert f"has {tok.vocab_size:,} ids only" in capsys.readouterr().err
@@ -198,14 +204,14 @@ def test_a_tiny_corpus_stops_early_and_says_so(capsys):
     assert tokenizer.train_bpe([], 300).vocab_size == 257
 
 
-def test_the_smallest_vocabulary(tmp_path):
+def test_smallest_vocabulary(tmp_path):
     tok = tokenizer.train_bpe(["hello hello hello"], 257)
     assert (tok.vocab_size, tok.encode("hé")) == (257, [104, 0xC3, 0xA9])
     assert hugging_face(tok, tmp_path / "t.json").encode("hé").ids == [104, 0xC3, 0xA9]
 
 
 @pytest.mark.parametrize(
-    "name,words",
+    "name,message",
     [
         ("bpe256", "257"),
         ("bpe0", "bpeN"),
@@ -215,12 +221,12 @@ def test_the_smallest_vocabulary(tmp_path):
         ("", "bpeN"),
     ],
 )
-def test_names_that_are_none(name, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_names(name, message):
+    with pytest.raises(ValueError, match=message):
         tokenizer.bpe_size(name)
 
 
-def test_bad_input_is_one_clear_line(any_tokenizer, tmp_path):
+def test_invalid_input_raises_one_line(any_tokenizer, tmp_path):
     tok = any_tokenizer
     for call in (tok.encode, lambda t: tok.encode_stories([t]), lambda t: tok.encode_stories(["fine", t])):
         with pytest.raises(ValueError, match="half a surrogate pair .*U\\+D83D"):
@@ -231,14 +237,14 @@ def test_bad_input_is_one_clear_line(any_tokenizer, tmp_path):
     assert tok.decode(np.array([65, 66])) == tok.decode([65, 66]) == tok.decode(torch.tensor([65, 66]))
 
 
-def test_half_a_character_waits_for_its_other_half():
+def test_decoding_part_of_a_character():
     byte = tokenizer.get("byte")
     ids = byte.encode("😀")
     assert byte.decode_bytes(ids[:2]) == "😀".encode()[:2]
     assert byte.decode(ids[:2]) == "\ufffd" and byte.decode(ids) == "😀"
 
 
-LONG = [
+LONG_TEXTS = [
     " " * 1_100_000,
     "x\t" + "\r\n" * 600_000 + " x" + "\u3000\n" * 600_000 + "x" + " " * 999_999 + "!",
     " " * 899_999 + "1" + " " * 900_000 + "'s" + "\n" * 1_100_000 + EOT,
@@ -251,20 +257,20 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("text", LONG, ids=lambda text: repr(text[:6]))
-def test_text_without_words(text, any_tokenizer):
-    """tiktoken's regular expressions overflow at a million blanks, with a panic that is no Exception."""
-    tok, began = any_tokenizer, time.process_time()
+@pytest.mark.parametrize("text", LONG_TEXTS, ids=lambda text: repr(text[:6]))
+def test_long_text_without_word_breaks(text, any_tokenizer):
+    """tiktoken's regex overflows at a million blanks, with a panic that `except Exception` does not catch."""
+    tok, start = any_tokenizer, time.process_time()
     ids = tok.encode(text)
     assert tok.decode(ids) == text
     stories = tok.encode_stories(["a b", text, "c"])
     assert stories.tolist() == [*tok.encode("a b"), tok.eot, *ids, tok.eot, *tok.encode("c"), tok.eot]
-    assert time.process_time() - began < 10
+    assert time.process_time() - start < 10
 
 
-def runs(n: int, seed: int) -> list[str]:
-    """Texts that are, or contain, a run of one kind of characters, with ordinary text around it."""
-    r, made = random.Random(seed), []
+def repetitive_texts(n: int, seed: int) -> list[str]:
+    """Texts with a long sequence of characters of one kind, some with ordinary text around it."""
+    rng, result = random.Random(seed), []
     kinds = [
         "ab",
         "aab",
@@ -279,33 +285,34 @@ def runs(n: int, seed: int) -> list[str]:
     ]
     kinds += ["中文字日本語", "😀👩\u200d", "é", "'s'll", "don't", "aA1!", "\x1c\x1d ", "\x85\u3000\xa0 "]
     for _ in range(n):
-        text = "".join(r.choices(r.choice(kinds), k=r.choice([20, 99, 256, 1000, 3000])))
-        made.append(r.choice(["", story(r), " "]) + text + r.choice(["", story(r), " x", "\n", "'s"]))
-    return made
+        text = "".join(rng.choices(rng.choice(kinds), k=rng.choice([20, 99, 256, 1000, 3000])))
+        before = rng.choice(["", random_story(rng), " "])
+        result.append(before + text + rng.choice(["", random_story(rng), " x", "\n", "'s"]))
+    return result
 
 
-def test_long_runs_of_blanks_have_the_ids_that_short_ones_have(bpe, monkeypatch):
-    """With a low limit, the ids are those of tiktoken and of Hugging Face on the whole text."""
-    many = [*runs(300, seed=4), *texts(300, seed=5)]
-    want = {tok: [tok.tiktoken.encode_ordinary(text) for text in many] for tok in (bpe, gpt2())}
+def test_splitting_long_blanks_changes_no_ids(bpe, monkeypatch):
+    """With a low limit, the ids are the same as those of tiktoken for the whole text."""
+    samples = [*repetitive_texts(300, seed=4), *texts(300, seed=5)]
+    expected = {tok: [tok.tiktoken.encode_ordinary(text) for text in samples] for tok in (bpe, gpt2())}
     pattern = tokenizer.LONG_BLANKS.pattern
     for limit in (1, 2, 5):
         monkeypatch.setattr(tokenizer, "BLANKS", limit)
-        short = re.compile(pattern.replace("900000", str(limit)), re.DOTALL)
-        monkeypatch.setattr(tokenizer, "LONG_BLANKS", short)
-        assert sum(len(tokenizer.split_blanks(text)) > 1 for text in many) > 50
-        for tok, ids in want.items():
-            assert [tok.encode(text) for text in many] == ids
-            assert tok.encode_stories(many).tolist() == [i for found in ids for i in (*found, tok.eot)]
+        low_limit = re.compile(pattern.replace("900000", str(limit)), re.DOTALL)
+        monkeypatch.setattr(tokenizer, "LONG_BLANKS", low_limit)
+        assert sum(len(tokenizer.split_blanks(text)) > 1 for text in samples) > 50
+        for tok, ids in expected.items():
+            assert [tok.encode(text) for text in samples] == ids
+            assert tok.encode_stories(samples).tolist() == [i for row in ids for i in (*row, tok.eot)]
 
 
-def test_long_words_have_the_ids_of_hugging_face(bpe, tmp_path):
-    hf, many = hugging_face(bpe, tmp_path / "tokenizer.json"), runs(300, seed=6)
-    assert [e.ids for e in hf.encode_batch(many)] == [bpe.encode(text) for text in many]
+def test_ids_of_long_words_match_hugging_face(bpe, tmp_path):
+    hf, samples = hugging_face(bpe, tmp_path / "tokenizer.json"), repetitive_texts(300, seed=6)
+    assert [e.ids for e in hf.encode_batch(samples)] == [bpe.encode(text) for text in samples]
 
 
-def plain(texts, size: int) -> list[str]:
-    """The tokens of a BPE that is trained without a limit on words."""
+def reference_vocabulary(texts, size: int) -> list[str]:
+    """The tokens of a BPE trained by Hugging Face, without a limit on the length of words."""
     bpe = HuggingFace(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -314,30 +321,33 @@ def plain(texts, size: int) -> list[str]:
     return sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
 
 
-def spelt(tok: Tokenizer) -> list[str]:
+def spellings(tok: Tokenizer) -> list[str]:
+    """The tokens as strings, in the byte-level alphabet of Hugging Face, without end-of-text."""
     chars = tokenizer.byte_chars()
     return ["".join(chars[b] for b in token) for token in tok.tokens[:-1]]
 
 
-def test_ordinary_text_trains_the_vocabulary_that_it_did(bpe):
-    r = random.Random(1)
-    ordinary = [story(r) + piece(r) * 3 for _ in range(3000)]
-    assert sorted(spelt(bpe)) == sorted(plain(ordinary, 1000))
-    assert spelt(bpe)[256:] == [token for token in plain(ordinary, 1000) if len(token) > 1]
+def test_training_matches_hugging_face_on_ordinary_text(bpe):
+    rng = random.Random(1)
+    ordinary = [random_story(rng) + random_piece(rng) * 3 for _ in range(3000)]
+    expected = reference_vocabulary(ordinary, 1000)
+    assert sorted(spellings(bpe)) == sorted(expected)
+    assert spellings(bpe)[256:] == [token for token in expected if len(token) > 1]
 
 
-@pytest.mark.parametrize("text", LONG[3:], ids=lambda text: repr(text[:6]))
-def test_training_on_text_without_words(text):
-    began = time.process_time()
+@pytest.mark.parametrize("text", LONG_TEXTS[3:], ids=lambda text: repr(text[:6]))
+def test_training_on_long_text_without_word_breaks(text):
+    start = time.process_time()
     tok = tokenizer.train_bpe([text[-200_000:], "once upon a time"] * 2, 600)
-    assert time.process_time() - began < 5
+    assert time.process_time() - start < 5
     assert max(map(len, tok.tokens)) <= 256 and tok.decode(tok.encode(text)) == text
 
 
-def test_chinese_without_spaces_trains_tokens_of_several_characters():
-    r = random.Random(0)
+def test_training_on_chinese_without_spaces_gives_multi_character_tokens():
+    rng = random.Random(0)
     words = ["小猫", "小狗", "花园", "喜欢", "妈妈", "从前", "有一个", "朋友", "他们", "一起玩", "，", "。"]
-    texts = ["".join(r.choices(words, k=3000)), *("".join(r.choices(words[:10], k=2000)) for _ in range(3))]
+    texts = ["".join(rng.choices(words, k=3000))]
+    texts += ["".join(rng.choices(words[:10], k=2000)) for _ in range(3)]
     tok = tokenizer.train_bpe(texts, 600)
     assert {word.encode() for word in words} <= set(tok.tokens)
     for text in texts:
@@ -345,7 +355,7 @@ def test_chinese_without_spaces_trains_tokens_of_several_characters():
         assert tok.decode(ids) == text and len(ids) < len(text) / 2
 
 
-def test_files_that_are_no_tokenizer(bpe, tmp_path):
+def test_invalid_tokenizer_files_and_states(bpe, tmp_path):
     path = tmp_path / "tokenizer.json"
     bpe.save(path)
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -361,9 +371,9 @@ def test_files_that_are_no_tokenizer(bpe, tmp_path):
             tokenizer.from_state(state)
 
 
-def test_gpt2_out_of_reach_fails_within_5_seconds(monkeypatch, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
-        monkeypatch.setattr(tokenizer, "GPT2_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/gpt2/")
+def test_unreachable_gpt2_fails_within_5_seconds(monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        monkeypatch.setattr(tokenizer, "GPT2_URL", f"http://127.0.0.1:{server.getsockname()[1]}/gpt2/")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
         for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.delenv(name, raising=False)
@@ -373,7 +383,7 @@ def test_gpt2_out_of_reach_fails_within_5_seconds(monkeypatch, tmp_path):
         assert time.monotonic() - start < 5
 
 
-def test_within_gives_up_on_what_hangs():
+def test_within_times_out():
     start = time.monotonic()
     with pytest.raises(TimeoutError):
         tokenizer.within(0.2, lambda: time.sleep(3))
@@ -383,11 +393,11 @@ def test_within_gives_up_on_what_hangs():
         tokenizer.within(5, lambda: 1 / 0)
 
 
-def test_importing_is_light():
-    """train.py imports these to read files: they import no library that takes a second."""
+def test_importing_loads_no_heavy_library():
+    """train.py imports these modules at the start, so they must not import slow libraries."""
     heavy = "torch datasets tokenizers tiktoken huggingface_hub pandas pyarrow nanostlm.toystories"
-    listed = f"[m for m in '{heavy}'.split() if m in sys.modules]"
-    code = f"import sys, prepare, nanostlm.data, nanostlm.sources, nanostlm.tokenizer; print({listed})"
+    loaded = f"[m for m in '{heavy}'.split() if m in sys.modules]"
+    code = f"import sys, prepare, nanostlm.data, nanostlm.sources, nanostlm.tokenizer; print({loaded})"
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
-    assert done.stdout.strip() == "[]", done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert result.stdout.strip() == "[]", result.stderr

@@ -1,4 +1,4 @@
-"""The built-in corpus: proofs about the grammar, and tests on samples of its stories."""
+"""The built-in corpus: proofs about its grammar, and tests on sampled stories."""
 
 import hashlib
 import math
@@ -34,11 +34,11 @@ KIDS = {row[0] for row in GRAMMAR.lists["kid"]}
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Proofs about the grammar's data
+# Proofs about the grammar
 
 
 def rows_of(grammar, source, known):
-    """All rows that a draw may choose from, where `known` has the possible rows of each variable."""
+    """All rows that a Draw may select; `known` maps each variable to its possible rows."""
     if isinstance(source, Ref):
         options = [row[source.column] for row in known[source.var]]
         assert all(isinstance(o, tuple) for o in options), (
@@ -52,7 +52,7 @@ def rows_of(grammar, source, known):
 
 
 def walk(grammar, ops, known, rule=""):
-    """Check that variables are drawn before they are used, on every path; return those known after it."""
+    """Check that on every path variables are drawn before their use; return the possible rows after `ops`."""
     for op in ops:
         if isinstance(op, Choice):
             ends = [
@@ -66,7 +66,7 @@ def walk(grammar, ops, known, rule=""):
                 assert op.source.var in known, f"{rule}: {grammar.variables[op.source.var]} is not drawn yet"
             known[op.var] = rows_of(grammar, op.source, known)
             assert all(isinstance(row[op.column], str) for row in known[op.var]), (
-                f"{rule}: a draw has nothing to tell"
+                f"{rule}: a draw has no text"
             )
         elif isinstance(op, Ref):
             assert op.var in known, f"{rule}: {grammar.variables[op.var]} is not drawn yet"
@@ -81,11 +81,11 @@ def test_variables_are_drawn_before_they_are_used():
 
 
 class Undecided(Exception):
-    """Two alternatives ended without a difference: what follows them decides."""
+    """Two alternatives ended without a difference, so the text after them has to distinguish them."""
 
 
 def possible_rows(grammar, var):
-    """All rows that a variable can ever hold."""
+    """All rows that a variable can hold."""
     rows = []
     for source in grammar.sources.get(grammar.variables[var], ()):
         owner, _, column = source.partition(".")
@@ -99,16 +99,16 @@ def possible_rows(grammar, var):
 
 
 def recall(grammar, ref, own, shared):
-    """The possible rows of a variable, each with the memory that it implies."""
+    """The possible rows of a variable, each with the `shared` memory that it implies."""
     for memory in own, shared:
         for var, row in memory:
             if var == ref.var:
                 return [(row, shared)]
-    mine = set(grammar.sources[grammar.variables[ref.var]])
+    lists = set(grammar.sources[grammar.variables[ref.var]])
     taken = [
         row
         for var, row in own + shared
-        if mine & set(grammar.sources.get((grammar.variables + [""])[var], ()))
+        if lists & set(grammar.sources.get((grammar.variables + [""])[var], ()))
     ]
     return [
         (row, (*shared, (ref.var, row)))
@@ -118,9 +118,9 @@ def recall(grammar, ref, own, shared):
 
 
 def heads(grammar, todo, own, shared):
-    """The next texts of what is still to be expanded: (text, todo, own, shared); the text is None at the end.
+    """Yield (text, todo, own, shared) for each next text that `todo` can produce; text is None at the end.
 
-    `own` has the rows drawn on this side, after the choice; `shared` those drawn before, guessed on demand.
+    `own` has the rows drawn on this side after the choice, `shared` those drawn before it, enumerated lazily.
     """
     while todo and todo[1] == len(todo[0]):
         todo = todo[2]
@@ -160,17 +160,17 @@ def drawn(grammar, draw, todo, own, shared):
                 )
 
 
-def place(todo):
-    """A position in the grammar, as a key."""
+def position(todo):
+    """A position in the grammar, as a hashable key."""
     while todo and todo[1] == len(todo[0]):
         todo = todo[2]
-    return (id(todo[0]), todo[1], place(todo[2])) if todo else todo
+    return (id(todo[0]), todo[1], position(todo[2])) if todo else todo
 
 
 def prove_different(grammar, left, right, shared, forget):
-    """Fail if two sides, each (text, todo, own), can expand to the same text.
+    """Raise AssertionError if two sides, each (text, todo, own), can expand to the same text.
 
-    Forgetting the memory wherever both sides agree proves more than is needed, and is much faster.
+    `forget` drops the memory wherever both sides agree: this proves more than needed and is faster.
     """
     pairs, seen = [(left, right, shared)], set()
     while pairs:
@@ -182,21 +182,21 @@ def prove_different(grammar, left, right, shared, forget):
                 for head in [(*right, memory)] if right[0] else heads(grammar, *right[1:], memory):
                     rights[memory].setdefault(head[0] and head[0][0], []).append(head)
             for b, todo_b, own_b, both in rights[memory].get(a and a[0], []):
-                assert a is not None, "there are two ways to tell one story"
+                assert a is not None, "two derivations of one story"
                 if a.startswith(b) or b.startswith(a):
                     n = min(len(a), len(b))
                     mine, theirs = own_a, own_b
-                    if forget and len(a) == len(b):  # then every story that goes on so is still followed
+                    if forget and len(a) == len(b):  # still covers every continuation
                         mine, theirs, both = (), (), ()
-                    key = a[n:], place(todo_a), mine, b[n:], place(todo_b), theirs, both
+                    key = a[n:], position(todo_a), mine, b[n:], position(todo_b), theirs, both
                     if key not in seen:
                         seen.add(key)
                         pairs.append(((a[n:], todo_a, mine), (b[n:], todo_b, theirs), both))
-        assert len(seen) < 20_000, "too alike to tell them apart in reasonable time"
+        assert len(seen) < 20_000, "too many states to compare"
 
 
 def prove_choice(grammar, op, after):
-    """Fail if two alternatives of a Choice, or two rows of a Draw, can expand to the same words."""
+    """Raise AssertionError if two alternatives of a Choice, or rows of a Draw, can give the same text."""
     if isinstance(op, Choice):
         sides = [("", (alternative, 0, after), (), ()) for alternative in op.alternatives]
     else:
@@ -207,16 +207,16 @@ def prove_choice(grammar, op, after):
 
 
 def prove_unambiguous(grammar):
-    """Prove each choice by itself if that is enough, otherwise in every place where the grammar uses it."""
-    undecided = {}  # id of an operation -> whether it, or one inside it, needs its surroundings
-    alone = set()  # ids of the others
+    """Prove each choice in isolation if that suffices, otherwise in every context in the grammar."""
+    undecided = {}  # id of an operation -> whether it, or one inside it, needs its context
+    proved = set()  # ids of operations proved in isolation
 
     def decide(op):
         if id(op) not in undecided:
             undecided[id(op)] = False
             try:
                 prove_choice(grammar, op, False)
-                alone.add(id(op))
+                proved.add(id(op))
             except Undecided:
                 undecided[id(op)] = True
             if isinstance(op, Choice):
@@ -230,8 +230,8 @@ def prove_unambiguous(grammar):
         return undecided[id(op)]
 
     def visit(op, after):
-        places[0] += 1
-        if id(op) not in alone:
+        contexts[0] += 1
+        if id(op) not in proved:
             prove_choice(grammar, op, after)
         if isinstance(op, Choice):
             for alternative in op.alternatives:
@@ -239,15 +239,15 @@ def prove_unambiguous(grammar):
                     if undecided.get(id(inner)):
                         visit(inner, (alternative, i + 1, after))
 
-    places = [0]
+    contexts = [0]
     decide(grammar.start)
     visit(grammar.start, None)
-    return places[0]
+    return contexts[0]
 
 
 def test_no_text_has_two_derivations():
-    places = prove_unambiguous(GRAMMAR)
-    print(f"proved in {places} places")
+    contexts = prove_unambiguous(GRAMMAR)
+    print(f"proved in {contexts} contexts")
 
 
 def texts_of(rows, column):
@@ -255,15 +255,15 @@ def texts_of(rows, column):
         yield from texts_of(row[column], 0) if isinstance(row[column], tuple) else [row[column]]
 
 
-def test_no_word_of_a_list_begins_another():
+def test_no_text_of_a_list_is_a_prefix_of_another():
     for name, rows in GRAMMAR.lists.items():
         for column in range(len(GRAMMAR.columns)):
             texts = sorted({text for text in texts_of(rows, column) if text})
             for one, other in zip(texts, texts[1:], strict=False):
-                assert not other.startswith(one), f"{name}: {one!r} begins {other!r}"
+                assert not other.startswith(one), f"{name}: {one!r} is a prefix of {other!r}"
 
 
-def test_the_proof_can_fail():
+def test_proof_fails_for_ambiguous_grammars():
     lists = "kid, name: he\n    Tom, Lily ; she\n"
     for rules, ambiguous in [
         ("story: <hero=kid> ran. | <hero=kid> sat.\n", False),
@@ -278,14 +278,14 @@ def test_the_proof_can_fail():
     ]:
         grammar = Grammar(lists + rules)
         if ambiguous:
-            with pytest.raises(AssertionError, match="two ways"):
+            with pytest.raises(AssertionError, match="two derivations"):
                 prove_unambiguous(grammar)
         else:
             prove_unambiguous(grammar)
 
 
 def shortest_and_longest(op, memo):
-    """The smallest and the largest number of spaces and line breaks that an operation can write."""
+    """The minimum and maximum number of spaces and line breaks that an operation can produce."""
     if id(op) not in memo:
         if isinstance(op, Choice):
             ends = [
@@ -314,7 +314,7 @@ def test_every_story_has_60_to_250_words():
 
 
 def exact_entropy(op, drawn, memo):
-    """The entropy of an operation in nats, and the variables that are certainly drawn after it."""
+    """The entropy of an operation in nats, and the variables that are drawn on every path through it."""
     if isinstance(op, Choice):
         key = id(op), drawn
         if key not in memo:
@@ -341,13 +341,13 @@ def exact_entropy(op, drawn, memo):
     return 0.0, drawn
 
 
-def test_the_entropy_is_what_the_samples_cost():
+def test_entropy_matches_mean_cost_of_samples():
     entropy, _ = exact_entropy(GRAMMAR.start, frozenset(), {})
     costs = [-logprob for _, logprob in SAMPLE]
     mean = sum(costs) / len(costs)
-    error = (sum((cost - mean) ** 2 for cost in costs) / len(costs) ** 2) ** 0.5
-    print("bits a story:", *(f"{nats / math.log(2):.2f}" for nats in (entropy, mean, error)))
-    assert abs(mean - entropy) < 4 * error
+    standard_error = (sum((cost - mean) ** 2 for cost in costs) / len(costs) ** 2) ** 0.5
+    print("bits a story:", *(f"{nats / math.log(2):.2f}" for nats in (entropy, mean, standard_error)))
+    assert abs(mean - entropy) < 4 * standard_error
 
 
 def choices(op, found):
@@ -359,16 +359,16 @@ def choices(op, found):
     return found.values()
 
 
-def test_probabilities_are_those_that_are_drawn():
+def test_logprobs_match_cumulative_probabilities():
     for choice in choices(GRAMMAR.start, {}):
-        chances = [math.exp(logprob) for logprob in choice.logprobs]
+        probs = [math.exp(logprob) for logprob in choice.logprobs]
         steps = [b - a for a, b in zip((0, *choice.cumulative), (*choice.cumulative, 1), strict=True)]
-        assert chances == pytest.approx(steps), choice.rule
-    chances = [math.exp(logprob) for logprob in Grammar("story: a | (3) b\n").start.logprobs]
-    assert chances == pytest.approx([0.25, 0.75])
+        assert probs == pytest.approx(steps), choice.rule
+    probs = [math.exp(logprob) for logprob in Grammar("story: a | (3) b\n").start.logprobs]
+    assert probs == pytest.approx([0.25, 0.75])
 
 
-def test_what_is_drawn_twice_differs(monkeypatch):
+def test_draws_from_one_list_differ(monkeypatch):
     lists = "kid, name:\n    Tom, Lily, Max\n"
     grammar = Grammar(lists + "story: <hero=kid> [and <friend=kid> | alone], <third=kid>\n")
     monkeypatch.setattr(toystories, "GRAMMAR", grammar)
@@ -381,7 +381,7 @@ def test_what_is_drawn_twice_differs(monkeypatch):
         assert 180 < n < 330, text  # 250 expected, 15 the standard deviation
 
 
-def test_names_are_drawn_evenly():
+def test_names_are_uniformly_distributed():
     names = [row[0] for row in toystories.GRAMMAR.lists["kid"]]
     first = re.compile(rf"\b({'|'.join(names)})\b")
     counts = Counter(match[1] for text, _ in SAMPLE if (match := first.search(text)))
@@ -394,14 +394,14 @@ def test_names_are_drawn_evenly():
 # Stories
 
 
-def test_the_corpus_has_not_changed():
+def test_corpus_has_not_changed():
     texts = "\n\n".join(text for text, _ in SAMPLE[:100])
     digest = hashlib.sha256(texts.encode()).hexdigest()
     expected = "0d626f494899ee9aaf48134f84b975b7f15eff83a84638d2b5272f055d1c0e21"
-    assert (toystories.VERSION, digest) == ("5", expected), "other stories need another VERSION"
+    assert (toystories.VERSION, digest) == ("5", expected), "a changed corpus needs a new VERSION"
 
 
-def test_once_upon_a_time_with_and_without_a_comma():
+def test_once_upon_a_time_with_and_without_comma():
     counts = Counter(text[16] for text, _ in SAMPLE if text.startswith("Once upon a time"))
     assert set(counts) == {",", " "} and abs(counts[","] - counts[" "]) < 4 * counts.total() ** 0.5, counts
     for comma in ("", ","):
@@ -409,7 +409,7 @@ def test_once_upon_a_time_with_and_without_a_comma():
             assert check(f"Once upon a time{comma}{rest}").rule == "unfinished"
 
 
-def test_a_story_depends_on_seed_and_number_only():
+def test_story_depends_only_on_seed_and_index():
     assert list(islice(stories(0, start=1000), 5)) == SAMPLE[1000:1005]
     assert list(islice(stories(1), 5)) != SAMPLE[:5] != list(islice(stories(-1), 5))
 
@@ -439,14 +439,14 @@ def test_each_story_has_one_derivation():
         assert [math.fsum(logprobs) for logprobs in derivations(text)] == [logprob]
 
 
-def test_white_space_around_a_story_does_not_matter():
+def test_surrounding_whitespace_is_ignored():
     text, logprob = SAMPLE[0]
     assert check(f" \n{text}\n").logprob == logprob
     assert check(text.replace("\n", " ")).rule == "not of the grammar"
 
 
 @pytest.mark.parametrize("count, words", [(2000, 1000), pytest.param(20_000, 1500, marks=pytest.mark.slow)])
-def test_stories_and_words_are_many(count, words):
+def test_stories_are_diverse(count, words):
     start = time.perf_counter()
     texts = [text for text, _ in islice(stories(seed=3), count)]
     rate = sum(map(len, texts)) / (time.perf_counter() - start)
@@ -460,17 +460,17 @@ def test_stories_and_words_are_many(count, words):
 # Broken stories
 
 
-def swapped(text, words, sample):
-    """The text with the last of these words replaced; None if that word does not occur before."""
-    found = [*re.finditer(rf"\b({'|'.join(map(re.escape, words))})\b", text)]
-    if len(found) < 2 or not any(m[0] == found[-1][0] for m in found[:-1]):
+def replace_word(text, words, sample):
+    """The text with the last of these words replaced by another; None unless that word occurs earlier."""
+    matches = [*re.finditer(rf"\b({'|'.join(map(re.escape, words))})\b", text)]
+    if len(matches) < 2 or not any(m[0] == matches[-1][0] for m in matches[:-1]):
         return None
     other = next(
         word
         for word in words[sample % len(words) :] + words
         if not re.search(rf"\b{re.escape(word)}\b", text)
     )
-    return text[: found[-1].start()] + other + text[found[-1].end() :]
+    return text[: matches[-1].start()] + other + text[matches[-1].end() :]
 
 
 NAMES = [row[0] for row in toystories.GRAMMAR.lists["kid"]]
@@ -486,37 +486,37 @@ TOYS = sorted((row[0] for row in GRAMMAR.lists["toy"]), key=len, reverse=True)
         (TOYS, "wrong object", r"coins|never lost|best friends"),
     ],
 )
-def test_a_wrong_word_late_in_a_story_is_named(words, rule, openings):
+def test_replaced_word_is_reported_with_its_rule(words, rule, openings):
     verdicts = Counter()
     for number, (text, _) in enumerate(SAMPLE[:300]):
-        wrong = swapped(text, words, number) if re.search(openings, text) else None
+        wrong = replace_word(text, words, number) if re.search(openings, text) else None
         if wrong:
             verdicts[check(wrong).rule] += 1
     print(rule, verdicts)
     assert verdicts[rule] >= 0.98 * verdicts.total() > 10, verdicts
 
 
-def test_a_wrong_word_drawn_from_a_column_is_checked():
-    """What mends a thing is a column that only some of the lists of things have."""
+def test_replaced_word_from_a_column_is_detected():
+    """The word for what mends a thing is in a column that only some lists have."""
     story = next(text for text, _ in SAMPLE if " hours, and with " in text and "they made the" in text)
     before, rest = story.split(" hours, and with ")
     wrong = f"{before} hours, and with soap they made the {rest.split('they made the ')[1]}"
     assert toystories.check(story).ok and not toystories.check(wrong).ok
 
 
-def test_a_wrong_pronoun_is_named():
+def test_wrong_pronoun_is_reported():
     verdicts = Counter()
     for text, _ in SAMPLE[:200]:
-        found = [*re.finditer(r"\b(he|she|He|She)\b", text)]
-        if found:
-            last = found[-1]
+        matches = [*re.finditer(r"\b(he|she|He|She)\b", text)]
+        if matches:
+            last = matches[-1]
             other = {"he": "she", "she": "he", "He": "She", "She": "He"}[last[0]]
             verdicts[check(text[: last.start()] + other + text[last.end() :]).rule] += 1
     print(verdicts)
     assert verdicts["wrong pronoun"] >= 0.98 * verdicts.total() > 100, verdicts
 
 
-def test_a_story_cut_short_is_unfinished():
+def test_truncated_story_is_unfinished():
     verdicts = Counter()
     for number, (text, _) in enumerate(SAMPLE[:200]):
         cut = text[: 1 + number * 7919 % (len(text) - 1)].rstrip()
@@ -526,8 +526,8 @@ def test_a_story_cut_short_is_unfinished():
     assert check("").rule == "unfinished"
 
 
-def test_a_story_without_its_turn_is_told_so():
-    """Leave out the sentences in which a thing is found or mended, or a quarrel ends."""
+def test_missing_required_rule_is_reported():
+    """Leave out the sentences of a required rule, for example those in which a thing is found or mended."""
     required = "|".join(REQUIRED)
     marked = Grammar(re.sub(rf"<({required})>", r"#\1 <\1>#", TEXT))
     verdicts = Counter()
@@ -535,9 +535,9 @@ def test_a_story_without_its_turn_is_told_so():
         parts = []
         memory = [None] * (len(marked.variables) + 1)
         expand((marked.start,), memory, parts.append, [].append, random.Random(seed).random)
-        before, *found = re.split(rf"\s?#({required}) ([^#]*)#", "".join(parts))
-        if found:
-            rule, left_out, after = found
+        before, *rest = re.split(rf"\s?#({required}) ([^#]*)#", "".join(parts))
+        if rest:
+            rule, left_out, after = rest
             verdict = check(before + after)
             verdicts[rule, verdict.rule] += 1
             assert verdict.rule == REQUIRED[rule], (before, left_out, after, verdict)
@@ -545,7 +545,7 @@ def test_a_story_without_its_turn_is_told_so():
     assert min(verdicts[pair] for pair in REQUIRED.items()) > 10, verdicts
 
 
-GARBAGE = [
+OTHER_TEXTS = [
     "the",
     "12345",
     "Once upon a time, there was a little girl named Lily. She loved to play with her toys.",
@@ -560,14 +560,14 @@ GARBAGE = [
 ]
 
 
-@pytest.mark.parametrize("text", GARBAGE, ids=lambda text: ascii(text[:12]))
-def test_garbage_is_not_of_the_grammar(text):
+@pytest.mark.parametrize("text", OTHER_TEXTS, ids=lambda text: ascii(text[:12]))
+def test_other_text_is_not_of_the_grammar(text):
     start = time.perf_counter()
     assert check(text).rule in ("not of the grammar",)
     assert time.perf_counter() - start < 5
 
 
-def test_what_stands_in_the_middle_or_behind_is_seen():
+def test_inserted_or_appended_text_is_detected():
     for text, _ in SAMPLE[:40]:
         half = text.index(" ", len(text) // 2)
         assert check(text + " And then the moon sneezed.").rule == "not of the grammar"
@@ -576,12 +576,12 @@ def test_what_stands_in_the_middle_or_behind_is_seen():
         assert check(text + "\n" + text).rule == "not of the grammar"
 
 
-def test_a_changed_word_never_goes_unseen():
-    """After any word is replaced, the story is refused, or the grammar generates it, too."""
-    told = [text for text, _ in SAMPLE[:150]]
-    for number, text in enumerate(told):
+def test_every_changed_word_is_checked():
+    """After a word is replaced, the story is rejected unless the grammar generates the result too."""
+    texts = [text for text, _ in SAMPLE[:150]]
+    for number, text in enumerate(texts):
         words = text.split(" ")
-        other = told[number - 1].split(" ")
+        other = texts[number - 1].split(" ")
         i = number * 31 % len(words)
         words[i] = other[i % len(other)]
         verdict = check(" ".join(words))
@@ -607,11 +607,11 @@ def run(*args, **kwargs):
     )
 
 
-def test_told_and_checked_on_the_command_line(tmp_path):
-    told = run("-n", "4", "--seed", "0")
-    assert told.stdout == "".join(text + "\n\n" for text, _ in SAMPLE[:4])
-    assert told.stderr.count("bits") == 4
-    assert run("--check", "-", input=told.stdout).returncode == 0
+def test_command_line(tmp_path):
+    generated = run("-n", "4", "--seed", "0")
+    assert generated.stdout == "".join(text + "\n\n" for text, _ in SAMPLE[:4])
+    assert generated.stderr.count("bits") == 4
+    assert run("--check", "-", input=generated.stdout).returncode == 0
     path = tmp_path / "stories.txt"
     path.write_text("\n<|endoftext|>\n".join([SAMPLE[0][0], SAMPLE[1][0][:200]]))
     checked = run("--check", str(path))
