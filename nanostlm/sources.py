@@ -115,7 +115,7 @@ def read_jsonl(path: str) -> Iterator[str | None]:
                 text = json.loads(line)["text"]
                 _ = text is None or text.encode()
             except UnicodeEncodeError:  # a lone escape such as \ud83d
-                raise ValueError(f"{path}, line {i}: half a surrogate pair is not valid Unicode") from None
+                raise ValueError(f"{path}, line {i}: a lone surrogate is not valid Unicode") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {i}: not JSON ({error})") from None
             except (KeyError, TypeError, AttributeError):

@@ -115,10 +115,10 @@ def test_invalid_schedule_raises(name, text):
 
 SETTING_VALUES = {  # --setting=value for train.py -> part of the error message; "": it prints a plan
     ("n_embd", "1e30"): "n_embd must be between 1 and 1,000,000,000",
-    ("n_embd", "1e400"): "n_embd takes a whole number",
-    ("n_embd", "9" * 5000): "n_embd takes a whole number",
-    ("n_layer", "inf"): "n_layer takes a whole number",
-    ("n_layer", "nan"): "n_layer takes a whole number",
+    ("n_embd", "1e400"): "n_embd must be a whole number",
+    ("n_embd", "9" * 5000): "n_embd must be a whole number",
+    ("n_layer", "inf"): "n_layer must be a whole number",
+    ("n_layer", "nan"): "n_layer must be a whole number",
     ("n_layer", "1000000000"): "",
     ("n_layer", "1e6"): "",
     ("n_embd", "1000000000"): "",
@@ -135,16 +135,16 @@ SETTING_VALUES = {  # --setting=value for train.py -> part of the error message;
     ("seed", "9223372036854775808"): "seed must be",
     ("learning_rate", "1e39"): "learning_rate must be",
     ("learning_rate", "1e308"): "learning_rate must be",
-    ("learning_rate", "nan"): "learning_rate takes a number",
+    ("learning_rate", "nan"): "learning_rate must be a number",
     ("learning_rate", "1e-320"): "learning_rate must be",
     ("muon_lr", "1e39"): "muon_lr must be",
     ("embedding_lr", "1e39"): "embedding_lr must be",
-    ("head_lr", "inf"): "head_lr takes a number",
+    ("head_lr", "inf"): "head_lr must be a number",
     ("min_lr", "1e39"): "min_lr must be",
     ("beta1", "1"): "beta1 must be between 0 and 0.999999",
     ("beta2", "1e300"): "beta2 must be",
     ("weight_decay", "1e39"): "weight_decay must be",
-    ("grad_clip", "inf"): "grad_clip takes a number",
+    ("grad_clip", "inf"): "grad_clip must be a number",
     ("rope_theta", "0"): "rope_theta must be",
     ("norm_eps", "1e39"): "norm_eps must be",
     ("softcap", "1e39"): "softcap must be",
@@ -252,7 +252,7 @@ def test_run_that_may_exceed_memory_warns(main, monkeypatch):
 def test_check_size_accepts_100m_parameters():
     """It raises only for models that certainly do not fit."""
     c = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=8192)
-    machine.check_size(c)
+    machine.check_memory(c)
     assert machine.total_memory(torch.device("cpu")) > 2**28
 
 

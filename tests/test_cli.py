@@ -92,7 +92,7 @@ def refused(main, message: str, *args, status: int = 2, **changes) -> None:
 
 RECIPES = {
     "n_headd = 4": "mine.py, line 1: there is no setting 'n_headd'; did you mean 'n_head'",
-    "n_layer = 'two'": "mine.py, line 1: n_layer takes a whole number, not 'two'",
+    "n_layer = 'two'": "mine.py, line 1: n_layer must be a whole number, not 'two'",
     "\nn_layer = = 2": "mine.py, line 2: invalid syntax",
     "import os": "mine.py, line 1: .*only assignments",
     "n_layer = print(3)": "mine.py, line 1: .*only literals",
@@ -115,7 +115,7 @@ SETTINGS = {
     ("--max_iters=-1",): "max_iters must be between 0 and",
     ("--n_layer=0",): "n_layer must be between 1 and",
     ("--learning_rate=-1",): "learning_rate must be",
-    ("--block_size=100000",): "too few for one window of block_size=100000",
+    ("--block_size=100000",): "fewer than one window of block_size=100000",
     ("--dtype=int4",): "dtype must be one of",
     ("--device=tpu",): "device must be",
     ("--optimizer=adam",): "optimizer must be one of adamw, muon",
@@ -153,7 +153,7 @@ def test_out_dir_with_a_run_needs_a_flag(main):
 
 def test_overwrite_discards_only_when_the_run_starts(main):
     assert main("run") == 0
-    refused(main, "too few for one window", "run", "--overwrite", block_size=100_000)
+    refused(main, "fewer than one window", "run", "--overwrite", block_size=100_000)
 
 
 def test_damaged_data(main, corpus, tmp_path):
@@ -381,7 +381,7 @@ def test_changed_code_is_reported(main):
     state["provenance"]["model.py"] = "something else"
     checkpoint.save("run/latest.pt", state)
     assert main("run", "--resume") == 0
-    assert "model.py was changed since" in main.stderr and "train.py was changed" not in main.stderr
+    assert "model.py has changed since" in main.stderr and "train.py has changed" not in main.stderr
 
 
 def test_resume_refuses_changed_data(main, corpus, tmp_path):
@@ -392,7 +392,7 @@ def test_resume_refuses_changed_data(main, corpus, tmp_path):
     ids = np.fromfile(file, "<u2")
     ids[1000] ^= 1
     ids.tofile(file)
-    refused(main, "are not those that this run began with", "run", "--resume", data_dir=data_dir)
+    refused(main, "differ from the data that this run was started with", "run", "--resume", data_dir=data_dir)
     ids[1000] ^= 1
     ids.tofile(file)
     assert main("run", "--resume", data_dir=data_dir) == 0
@@ -422,7 +422,9 @@ def test_stories_cannot_change_on_resume(main, corpus, tmp_path):
     for n in (9, 30, 0):
         message = f"cannot change on resume: stories: 10 -> {n}"
         refused(main, message, "run", "--resume", micro=False, stories=n)
-    refused(main, "not those that this run", "run", "--resume", "--override", micro=False, stories=9)
+    refused(
+        main, "differ from the data that this run", "run", "--resume", "--override", micro=False, stories=9
+    )
 
 
 def test_fallback_uses_the_same_number_of_stories(main, tmp_path):
@@ -533,7 +535,7 @@ def test_second_ctrl_c_exits_immediately_and_damages_nothing(tmp_path, corpus, m
     run.signal(signal.SIGINT)
     assert run.wait(10) == 130
     assert main("run", "--resume", **LONG | dict(max_iters=12)) == 0
-    assert "starts again at step 0" in main.stderr and not list(Path("run").glob("*.tmp"))
+    assert "starting at step 0" in main.stderr and not list(Path("run").glob("*.tmp"))
 
 
 def slow_saves(seconds: float) -> None:
@@ -574,7 +576,7 @@ def test_killed_before_the_first_save(tmp_path, corpus, main):
     run.until("step      1")
     run.kill()
     assert main("run", "--resume", **LONG | dict(max_iters=10)) == 0
-    assert "ended before its first checkpoint: it starts again at step 0" in main.stderr
+    assert "has no checkpoint yet: starting at step 0" in main.stderr
     assert main("straight", **LONG | dict(max_iters=10)) == 0
     assert metrics("run") == metrics("straight")
 
@@ -665,7 +667,7 @@ def test_killed_rank_stops_the_other(killed, tmp_path, corpus):
     assert pair[killed].wait() == -signal.SIGKILL
     assert pair[1 - killed].wait(10) == 1
     err = pair[1 - killed].text
-    assert "error: another process of this run is gone" in err and "Traceback" not in err
+    assert "error: another rank of this run has exited" in err and "Traceback" not in err
     assert run_state(tmp_path / "run")["step"] == 10 and not list((tmp_path / "run").glob("*.tmp"))
     resumed = ranks(2, cli_args(corpus, out_dir="run", **changes) + ["--resume"], tmp_path)
     straight = ranks(2, cli_args(corpus, out_dir="straight", **changes), tmp_path)

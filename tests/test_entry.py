@@ -557,9 +557,9 @@ def test_printed_commands_are_quoted_for_the_shell(name, main, tmp_path, capsys)
     assert command[-1] == "--resume"
     command = shlex.split(remedy(tmp_path / name / "mini" / "byte").partition(": ")[2])
     assert command[command.index("--data_dir") + 1] == str(tmp_path / name)
-    with pytest.raises(ValueError, match="no name for a corpus") as excinfo:
+    with pytest.raises(ValueError, match="not a valid corpus name") as excinfo:
         prepare.prepare(f"{name}.txt", data_dir=tmp_path)
-    assert shlex.split(str(excinfo.value).partition("corpus: ")[2])[-1] == f"{name}.txt"
+    assert shlex.split(str(excinfo.value).partition("corpus name: ")[2])[-1] == f"{name}.txt"
 
 
 @pytest.mark.parametrize("name", ["resume", "overwrite", "override"])

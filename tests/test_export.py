@@ -732,7 +732,7 @@ def test_command_line(trained, tmp_path, monkeypatch, capsys):
         assert (hf / name).stat().st_mode & 0o044, name  # readable by others
     for to, dest in (("hf", hf), ("llama2c", file)):
         code, out = status("--to", to, dest)
-        assert code == 2 and "exists already" in out
+        assert code == 2 and "exists; use --overwrite" in out
         assert status("--to", to, dest, "--overwrite", "--out_dir", trained / "best.pt")[0] == 0
         assert status("--to", to, dest, trained, "--overwrite")[0] == 0
     code, out = status("--to", "hf", hf, trained, "--out_dir", trained)
@@ -740,7 +740,7 @@ def test_command_line(trained, tmp_path, monkeypatch, capsys):
     code, out = status(
         "--to", "llama2c", file.with_name("other.bin")
     )  # would overwrite the vocabulary of m.bin
-    assert code == 2 and "tokenizer.bin exists already" in out and not file.with_name("other.bin").exists()
+    assert code == 2 and "tokenizer.bin exists" in out and not file.with_name("other.bin").exists()
     code, out = status("--to", "onnx", hf)
     assert code == 2 and "invalid choice: 'onnx'" in out
     assert status("--to", "hf")[0] == status(hf)[0] == status("--to", "hf", hf, "--nonsense")[0] == 2

@@ -197,7 +197,7 @@ class Harness:
         resumed = re.search(r"resuming run at step (\d+)", run.text)
         lost = done - int(resumed[1]) if resumed else 0
         if begun and not saved and status != -signal.SIGKILL:
-            assert "starts again at step 0" in run.text or action, run.text
+            assert "starting at step 0" in run.text or action, run.text
         assert lost <= max_lost, f"{lost} updates were lost after {fault}:\n{run.text}"
         return status == 0, lost
 

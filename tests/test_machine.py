@@ -72,7 +72,7 @@ def test_unavailable_devices_and_unknown_choices_raise(monkeypatch):
     for device, message in {
         "cuda": "no CUDA GPU",
         "cuda:1": "no CUDA GPU",
-        "mps": "no Mac",
+        "mps": "Metal is not available",
         "tpu": "device must be",
         "meta": "device must be",
         "cuda:x": "device must be",

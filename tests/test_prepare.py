@@ -198,7 +198,7 @@ def test_outdated_version_of_a_built_in_corpus(tmp_path, monkeypatch, capsys):
         edit(data.folder / "meta.json", lambda b: b.replace(b'"version": "1",', b""))
         before = (data.folder / "meta.json").stat().st_mtime_ns
     assert prepared(tmp_path, None, corpus="toystories", stories=200).meta["version"] == "2"
-    assert "is made anew: it has an earlier version" in capsys.readouterr().out
+    assert "is rebuilt: it has an earlier version" in capsys.readouterr().out
     prepare_for_training()
     assert "WARNING" not in capsys.readouterr().err
 
@@ -302,7 +302,7 @@ def test_invalid_splits(tmp_path, monkeypatch, capsys):
         ("mine", text, " ", "--split takes file, blank or a separator line"),
         ("mine", jsonl, "file", "--split is for .txt files, and .*a.jsonl has none"),
         ("mine", "someone/Stories", "file", "--split is for .txt files"),
-        ("toystories", None, "file", "takes no --source and no --split"),
+        ("toystories", None, "file", "--source and --split do not apply"),
     ):
         argv = ["--source", source] if source else []
         status, err = run(monkeypatch, capsys, tmp_path, name, *argv, f"--split={split}")
@@ -479,7 +479,7 @@ def test_prepare_waits_for_the_lock(tmp_path, capsys):
     threading.Thread(target=hold_lock).start()
     acquired.wait()
     assert len(all_texts(prepared(tmp_path, source))) == 100 and released == [True]
-    assert "another prepare is at work" in capsys.readouterr().out
+    assert "waiting for another prepare.py" in capsys.readouterr().out
     assert os.listdir(tmp_path / "data") == ["mine"]
 
 
@@ -539,7 +539,7 @@ def edit(path: Path, change) -> None:
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: model is missing"),
         (
             lambda f: tokenizers.train_bpe(["other text"], 260).save(f / "tokenizer.json"),
-            "another vocabulary",
+            "was prepared with a different",
         ),
     ],
 )
@@ -578,7 +578,7 @@ def run(monkeypatch, capsys, tmp_path, *args) -> tuple[int, str]:
         ("x.jsonl", '{"text": "a"}\n{"story": "b"}\n', 'line 2: no field "text"'),
         ("x.jsonl", '{"text": 0}\n', 'line 1: no field "text" that holds a string'),
         ("x.jsonl", "[1]\n", 'line 1: no field "text"'),
-        ("x.jsonl", '{"text": "\\ud83d"}\n', "line 1: half a surrogate pair"),
+        ("x.jsonl", '{"text": "\\ud83d"}\n', "line 1: a lone surrogate"),
         ("x.parquet", "no parquet", "x.parquet is not a Parquet file"),
         ("x.csv", "text\na\n", "x.csv.*[.]txt, .jsonl, .parquet"),
         ("folder/x.csv", "text\na\n", "folder holds no .txt, .jsonl, .parquet file"),
@@ -608,8 +608,8 @@ def test_invalid_parquet(tmp_path, monkeypatch, capsys):
         (["mine", "--source", "nowhere.txt"], "nowhere.txt: no such file"),
         (["mine", "--source", "../no/where"], "no such file"),
         (["mine.txt"], "python prepare.py NAME --source mine.txt"),
-        (["../mine", "--source", "x.txt"], "no name for a corpus"),
-        (["toystories", "--source", "x.txt"], "takes no --source"),
+        (["../mine", "--source", "x.txt"], "not a valid corpus name"),
+        (["toystories", "--source", "x.txt"], "--source and --split do not apply"),
         (["toystories", "--stories", "0"], "must be between 1 and"),
         (["toystories", "--workers", "-1"], "must be between 1 and"),
         (["toystories", "--tokenizer", "bpe200"], "257"),
@@ -679,13 +679,14 @@ def test_missing_source_of_earlier_data(tmp_path, monkeypatch, capsys):
     folder = prepared(tmp_path, source).folder
     source.unlink()
     status, err = run(monkeypatch, capsys, tmp_path, "mine", "--tokenizer", "bpe300")
-    assert status == 2 and f"is prepared with byte, not with bpe300, and its source {source} is gone" in err
+    assert status == 2
+    assert f"is prepared with byte, not with bpe300, and its source {source} no longer exists" in err
     assert "python prepare.py mine --source PATH --tokenizer bpe300" in err
-    with pytest.raises(ValueError, match="not with this model's tokenizer.* is gone: add --source=PATH"):
+    with pytest.raises(ValueError, match="not with this model's tokenizer.* exists: add --source=PATH"):
         prepared(tmp_path, None, "bpe300-12345678", given=tokenizers.train_bpe(stories(60), 300))
     (folder / "train.bin").unlink()
     status, err = run(monkeypatch, capsys, tmp_path, "mine", "--tokenizer", "byte")
-    assert status == 2 and "'mine' must be made anew, and its source" in err
+    assert status == 2 and "'mine' must be rebuilt, and its source" in err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -809,7 +810,7 @@ def test_hub_dataset(tmp_path):
         assert status == 0, err
         assert texts_of(load_data(folder), "train") == train
         status, _, err, _ = cli("other", "--source", "no/such", "--data_dir", tmp_path / "data", **hub)
-        assert status == 2 and "no data set of the Hub is called no/such" in err
+        assert status == 2 and "no/such is neither a file, a folder, nor a dataset on the Hub" in err
     finally:
         server.shutdown()
     args[-1] = tmp_path / "again"

@@ -232,6 +232,6 @@ def test_names_and_prompts_are_not_markup(tmp_path, monkeypatch, corpus, capsys,
     monkeypatch.chdir(tmp_path)
     assert train.main(cli_args(corpus, max_iters=4, out_dir=name, prompt=name)) == 0
     err = capsys.readouterr().err
-    assert f"next:  {shlex.join(['python', 'sample.py', '--out_dir', name, '--prompt', name])}" in err
+    assert f"next:  {shlex.join(['python', 'sample.py', f'--out_dir={name}', f'--prompt={name}'])}" in err
     assert Path(name, "loss.png").exists()
     report.plot_runs([Path(name), Path(name)], "runs.png")

@@ -151,7 +151,7 @@ def test_run_is_an_argument_or_an_option(main):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("out/old --out_dir out/new", "RUN and --out_dir are the same option"),
+        ("out/old --out_dir out/new", "RUN and --out_dir are mutually exclusive"),
         ("--temperature -1", "temperature must be 0"),
         ("--top_p 1.5", "top_p must be between 0 and 1, not 1.5"),
         ("--top_k -3", "top_k"),

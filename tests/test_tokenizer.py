@@ -229,10 +229,10 @@ def test_invalid_names(name, message):
 def test_invalid_input_raises_one_line(any_tokenizer, tmp_path):
     tok = any_tokenizer
     for call in (tok.encode, lambda t: tok.encode_stories([t]), lambda t: tok.encode_stories(["fine", t])):
-        with pytest.raises(ValueError, match="half a surrogate pair .*U\\+D83D"):
+        with pytest.raises(ValueError, match="a lone surrogate .*U\\+D83D"):
             call("a \ud83d b")
     for ids in ([tok.vocab_size], [0, -1]):
-        with pytest.raises(ValueError, match=f"{ids[-1]} is no id of the tokenizer {tok.name}"):
+        with pytest.raises(ValueError, match=f"{ids[-1]} is not a valid id of tokenizer {tok.name}"):
             tok.decode(ids)
     assert tok.decode(np.array([65, 66])) == tok.decode([65, 66]) == tok.decode(torch.tensor([65, 66]))
 

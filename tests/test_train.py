@@ -83,7 +83,7 @@ def test_windows_cover_the_file():
         starts = batches(config(), random_data(tokens)).stages[0].starts
         assert starts[0] == 0 and starts[-1] + 17 <= tokens < starts[-1] + 2 * 17
         assert set(np.diff(starts)) <= {16}
-    with pytest.raises(ValueError, match="16 tokens, too few for one window"):
+    with pytest.raises(ValueError, match="16 tokens, fewer than one window"):
         batches(config(), random_data(16))
 
 
@@ -303,7 +303,7 @@ def test_nonfinite_update_is_skipped(kind, changes, capsys):
     if needs_scaler:
         assert t.scaler.get_scale() < scale, "an overflow lowers the scale"
     err = capsys.readouterr().err
-    assert t.progress.skipped == 0 or "update 2 left out" in err and "update 5 left out" in err
+    assert t.progress.skipped == 0 or "update 2 skipped" in err and "update 5 skipped" in err
 
 
 def test_five_nonfinite_updates_in_a_row_raise_diverged(tmp_path, capsys):
@@ -351,7 +351,7 @@ def test_patience_prints_reason_and_best_weights_may_be_initial(tmp_path, capsys
     assert checkpoint.read(tmp_path / "best.pt")["step"] == 0
     assert not bit_equal(dict(t.model.state_dict()), first)
     report.load_best(t)
-    assert bit_equal(dict(t.model.state_dict()), first) and "of step 0" in capsys.readouterr().err
+    assert bit_equal(dict(t.model.state_dict()), first) and "from step 0" in capsys.readouterr().err
 
 
 def test_document_masking_separates_stories():
@@ -527,7 +527,7 @@ def test_resume_on_different_machine_prints_both(main, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *args, **kwargs: model(*args, **kwargs))
     assert main("run", "--resume", micro=False) == 0
     assert "machine  CPU (arm64), bfloat16 (it has bf16 matrix units), compiled" in main.stderr
-    assert "the steps so far were made on CPU (x86_64), float32 (it has no bf16 matrix units)" in main.stderr
+    assert "previous steps ran on CPU (x86_64), float32 (it has no bf16 matrix units)" in main.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------
