@@ -343,6 +343,7 @@ class Trainer:
             loss = loss / self.batches.micro_batches  # of as many targets each: the mean of the means
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        machine.average_gradients(self.model)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)

@@ -355,17 +355,32 @@ def broadcast(model: torch.nn.Module) -> None:
 
 
 def data_parallel(forward: torch.nn.Module) -> torch.nn.Module:
-    """`forward` with gradients that are averaged over the processes while they are computed."""
-    if world_size() == 1:
+    """On GPUs, `forward` with gradients that are averaged over the processes while they are computed."""
+    if world_size() == 1 or next(forward.parameters()).device.type == "cpu":
         return forward
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
 
+def average_gradients(model: torch.nn.Module) -> None:
+    """
+    On CPUs, replace the gradients by their mean over the processes: one sum after the backward pass is faster
+    there than DistributedDataParallel, whose sums compete with the backward pass for the cores (RESULTS.md).
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if world_size() == 1 or grads[0].device.type != "cpu":
+        return
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
 def averaging(parallel: torch.nn.Module, last: bool):
     """Inside, a forward pass of what data_parallel returned averages the gradients only if it is the last."""
-    return contextlib.nullcontext() if last or world_size() == 1 else parallel.no_sync()
+    return contextlib.nullcontext() if last or not hasattr(parallel, "no_sync") else parallel.no_sync()
 
 
 def agree(values: torch.Tensor, signal_number: int) -> torch.Tensor:
