@@ -264,8 +264,9 @@ class Copies(NamedTuple):
         log_z = torch.logaddexp(score.logsumexp(dim=-1, keepdim=True), self.sentinel)
         top, total = score.detach().amax(dim=-1, keepdim=True), torch.zeros_like(logits, dtype=score.dtype)
         total = total.scatter_add(-1, self.ids[:, None].expand(score.shape), (score - top).exp())
-        copied = total.clamp(min=torch.finfo(score.dtype).tiny).log() + top - log_z
-        copied = torch.where(total > 0, copied, -torch.inf)
+        copied = total.log() + (top - log_z)
+        if torch.is_grad_enabled():  # log(0) has no gradient
+            copied = torch.where(total > 0, total.clamp(min=1e-38).log() + (top - log_z), -torch.inf)
         generated = F.log_softmax(logits.to(score.dtype), -1) + self.sentinel - log_z
         return torch.logaddexp(generated, copied)
 
