@@ -238,10 +238,12 @@ ATTENTIONS: dict[str, Callable[[GPTConfig], nn.Module]] = {  # the attention lay
 class MLP(nn.Module):
     """Feed-forward: proj(act(fc(x)))."""
 
+    inputs = 1  # widths of `hidden` that fc computes
+
     def __init__(self, c: GPTConfig, act: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.act, gated = act, c.mlp in GATES
-        self.fc = nn.Linear(c.n_embd, c.hidden * (2 if gated else 1), bias=c.bias)
+        self.act = act
+        self.fc = nn.Linear(c.n_embd, c.hidden * self.inputs, bias=c.bias)
         self.proj = nn.Linear(c.hidden, c.n_embd, bias=c.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -250,6 +252,8 @@ class MLP(nn.Module):
 
 class GatedMLP(MLP):
     """proj(act(gate(x)) * up(x)), with gate and up in one matrix (Shazeer 2020, arXiv 2002.05202)."""
+
+    inputs = 2
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.fc(x).chunk(2, dim=-1)

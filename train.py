@@ -401,7 +401,7 @@ class Trainer:
                 )
 
     def compile(self) -> None:
-        """Compile the model and run it on one batch. If that fails, warn and use the uncompiled model."""
+        """Compile the model for every shape of the run. If that fails, warn and use the uncompiled model."""
         if not self.machine.compile:
             return
         c, began = self.config, time.perf_counter()

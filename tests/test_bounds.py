@@ -308,7 +308,10 @@ def test_total_memory_respects_the_cgroup_limit(monkeypatch):
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         for text in ("12345\n", "max\n", ""):
             files = {name: text}
-            fake = lambda path, files=files: io.StringIO(files.get(path, "max"))  # noqa: E731
+
+            def fake(path, files=files):
+                return io.StringIO(files.get(path, "max"))
+
             monkeypatch.setattr(machine, "open", fake, raising=False)
             assert (machine.total_memory(torch.device("cpu")) == 12345) is (text == "12345\n")
 
