@@ -281,7 +281,9 @@ def inject_inf(t: Trainer, steps: dict[int, str]) -> None:
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize(
-    "changes", [dict(), dict(dtype="float16"), dict(dtype="float16", optimizer="muon")], ids=str
+    "changes",
+    [dict(), dict(optimizer="muon"), dict(dtype="float16"), dict(dtype="float16", optimizer="muon")],
+    ids=str,
 )
 def test_nonfinite_update_is_skipped(kind, changes, capsys):
     t = trainer(**changes)
@@ -304,6 +306,16 @@ def test_nonfinite_update_is_skipped(kind, changes, capsys):
         assert t.scaler.get_scale() < scale, "an overflow lowers the scale"
     err = capsys.readouterr().err
     assert t.progress.skipped == 0 or "update 2 skipped" in err and "update 5 skipped" in err
+
+
+def test_checkpoint_counts_the_update_just_skipped(tmp_path):
+    """Although its outcome is read a step late otherwise."""
+    t = trainer(out_dir=tmp_path)
+    inject_inf(t, {2: "loss"})
+    for step in range(3):
+        t.train_step(step)
+    t.save_checkpoint(3)
+    assert checkpoint.read(tmp_path / "latest.pt")["progress"]["skipped"] == 1
 
 
 def test_five_nonfinite_updates_in_a_row_raise_diverged(tmp_path, capsys):
