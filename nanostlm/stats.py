@@ -1,0 +1,103 @@
+"""
+Figures with 95% confidence intervals, and the table that evaluate.py prints.
+
+    mean("bits per story", values)                    # of items that are independent of each other
+    proportion("valid", n_valid, n)                   # Wilson's interval
+    ratio("bits per byte", bits, n_bytes)             # a quotient of two sums over the same items
+    print(table({"out/tiny": [("bpb", figure), ...]}))
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+Z = 1.959964  # the 97.5% quantile of the normal distribution
+
+
+class Figure(NamedTuple):
+    """A number with its 95% confidence interval (nan: unknown) and the number of items it comes from."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass
+class Result:
+    """What a task returns. `items` has one dict of plain data per item, for --json."""
+
+    figures: list[Figure]
+    notes: list[str] = field(default_factory=list)  # conventions, what was omitted and why, examples
+    items: list[dict] = field(default_factory=list)
+
+
+def mean(name: str, values: Sequence[float]) -> Figure:
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    value = values.mean() if n else math.nan
+    margin = Z * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return Figure(name, float(value), float(value - margin), float(value + margin), n)
+
+
+def proportion(name: str, successes: float, n: int) -> Figure:
+    """Wilson's score interval, which also holds for 0 and for n successes."""
+    if not n:
+        return Figure(name, math.nan, math.nan, math.nan, 0)
+    p, z2 = successes / n, Z * Z / n
+    center, margin = p + z2 / 2, Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
+    return Figure(name, p, (center - margin) / (1 + z2), (center + margin) / (1 + z2), n)
+
+
+def ratio(name: str, over: Sequence[float], under: Sequence[float]) -> Figure:
+    """sum(over) / sum(under) of the same items, with the interval of the ratio estimator (delta method)."""
+    over, under = (np.asarray(x, dtype=np.float64) for x in (over, under))
+    n, total = len(over), under.sum()
+    value = over.sum() / total if total else math.nan
+    if n < 2 or not total:
+        return Figure(name, float(value), math.nan, math.nan, n)
+    margin = Z * math.sqrt(n / (n - 1) * ((over - value * under) ** 2).sum()) / total
+    return Figure(name, float(value), float(value - margin), float(value + margin), n)
+
+
+def transform(name: str, figure: Figure, f: Callable[[float], float]) -> Figure:
+    """An increasing function of a figure, such as the perplexity exp(nats per token)."""
+    return Figure(name, *(f(x) for x in figure[1:4]), figure.n)
+
+
+def table(columns: dict[str, list[tuple[str, Figure]]]) -> str:
+    """
+    One row per figure. `columns` maps the name of each model to pairs (task, figure). A single model has a
+    column each for value, interval and items; several have a column each.
+    """
+    cells = {(task, figure.name): {} for pairs in columns.values() for task, figure in pairs}
+    for model, pairs in columns.items():
+        for task, figure in pairs:
+            cells[task, figure.name][model] = figure
+    if len(columns) == 1:
+        rows = [["task", "figure", "value", "95% interval", "items"]]
+        for key, found in cells.items():
+            [f] = found.values()
+            rows.append([*key, digits(f.value), interval(f), f"{f.n:,}"])
+    else:
+        rows = [["task", "figure", *columns]]
+        for key, found in cells.items():
+            shown = {m: f"{digits(f.value)} ({interval(f)}; {f.n:,})" for m, f in found.items()}
+            rows.append([*key, *(shown.get(model, "-") for model in columns)])
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    pad = [str.ljust, str.ljust, *[str.rjust] * len(rows[0])]
+    return "\n".join(
+        "  ".join(p(cell, w) for p, cell, w in zip(pad, row, width, strict=False)).rstrip() for row in rows
+    )
+
+
+def digits(x: float) -> str:
+    return "-" if math.isnan(x) else f"{x:,.4f}" if abs(x) < 100 else f"{x:,.1f}"
+
+
+def interval(figure: Figure) -> str:
+    return "-" if math.isnan(figure.low) else f"{digits(figure.low)} to {digits(figure.high)}"
