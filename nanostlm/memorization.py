@@ -92,38 +92,42 @@ class Spans:
         """(N - n + 1,) uint64."""
         return (self.sums[n:] - self.sums[:-n]) * self.inverse[: max(0, len(self.ids) - n + 1)]
 
-    def windows(self, at: np.ndarray, n: int) -> np.ndarray:
-        return self.ids[at[:, None] + np.arange(n)]
+    def equal(self, at: np.ndarray, other: "Spans", there: np.ndarray, n: int) -> np.ndarray:
+        """Whether the n-grams that begin at `at` equal those of `other` that begin at `there`: bool."""
+        steps, parts = np.arange(n), 1 + len(at) * n // 2**22  # parts bound the memory
+        pairs = zip(np.array_split(at, parts), np.array_split(there, parts), strict=True)
+        ids = ((self.ids[a[:, None] + steps], other.ids[b[:, None] + steps]) for a, b in pairs)
+        return np.concatenate([(mine == theirs).all(axis=1) for mine, theirs in ids])
 
-    def occur(self, at: np.ndarray, n: int, block: "Spans") -> np.ndarray:
-        """Which of the n-grams that begin at `at` occur in a block: bool, like `at`. Compares ids as well."""
+    def find(self, at: np.ndarray, n: int, block: "Spans") -> np.ndarray:
+        """Where in a block the n-grams that begin at `at` occur, or -1. Compares the ids, not only hashes."""
         keys, first, which = np.unique(self.hashes(n)[at], return_index=True, return_inverse=True)
-        at, equal_to = at[first], at
-        if (self.windows(at, n)[which] != self.windows(equal_to, n)).any():
-            raise RuntimeError("two n-grams of the stories have the same hash: change the code")
         table = np.zeros(1 << 20, bool)  # by the highest bits of the hash: rules out most of the block
         table[keys >> 44] = True
         hashes = block.hashes(n)
         there = np.flatnonzero(table[hashes >> 44])
         key = np.minimum(np.searchsorted(keys, hashes[there]), len(keys) - 1)
         there, key = (x[keys[key] == hashes[there]] for x in (there, key))
-        found = np.zeros(len(keys), bool)
-        for part in np.array_split(np.arange(len(there)), 1 + len(there) * n // 2**22):  # to bound the memory
-            same = (block.windows(there[part], n) == self.windows(at[key[part]], n)).all(axis=1)
-            found[key[part][same]] = True
+        mine = np.flatnonzero(np.isin(which, key))
+        if not self.equal(at[mine], self, at[first][which[mine]], n).all():
+            raise RuntimeError("two n-grams of these texts have the same hash: try another seed")
+        same = block.equal(there, self, at[first][key], n)
+        found = np.full(len(keys), -1)
+        found[key[same]] = there[same]
         return found[which]
 
 
 def memorization(data: Data, texts: Sequence[str], block: int = BLOCK) -> list[Memorization]:
     """
     The longest span and the 8-grams that each text shares with the training data, exactly. Texts are encoded
-    by the data's tokenizer. Reads the data once, and needs memory for a block and the texts only: each story
-    asks each block for a span one longer than its longest so far.
+    by the data's tokenizer. Reads the data once, and needs memory for a block and the texts only: each block
+    is searched for spans of each text that are longer than its longest so far.
     """
     eot = data.tokenizer.eot
     ids = [np.array(data.tokenizer.encode(text), dtype=np.int64) for text in texts]
     tokens = np.array([len(story) for story in ids], dtype=np.int64)
-    offsets = np.cumsum(tokens + 1) - tokens - 1
+    ends = np.cumsum(tokens + 1) - 1
+    offsets = ends - tokens
     code = np.random.default_rng(0).integers(1, 2**64, data.tokenizer.vocab_size, np.uint64)
     query = Spans(np.concatenate([np.append(story, eot) for story in ids] or [[eot]]), code)
 
@@ -138,16 +142,23 @@ def memorization(data: Data, texts: Sequence[str], block: int = BLOCK) -> list[M
     for ids_of_block in blocks(data, block, "memorization"):
         there = Spans(ids_of_block, code)
         if len(at):
-            seen = query.occur(at, 8, there)
+            seen = query.find(at, 8, there) >= 0
             found += np.bincount(story[seen], minlength=len(texts))
             at, story = at[~seen], story[~seen]
-        n = longest.min(initial=1 << 40) + 1
-        while n <= min(longest.max(initial=-1) + 1, len(ids_of_block)):
+        n = 0
+        while (waiting := longest[(longest >= n) & (longest < tokens)]).size and waiting.min() < len(
+            there.ids
+        ):
+            n = waiting.min() + 1
             where, whose = starts(np.flatnonzero(longest == n - 1), n)
-            if len(where):
-                seen = query.occur(where, n, there)
-                longest[whose[seen]], begin[whose[seen]] = n, where[seen]
-            n += 1
+            spots = query.find(where, n, there)
+            seen = np.flatnonzero(spots >= 0)
+            for i, first in zip(*np.unique(whose[seen], return_index=True), strict=True):
+                begin[i] = where[seen[first]]
+                mine, theirs = query.ids[begin[i] : ends[i]], there.ids[spots[seen[first]] :]
+                shorter = min(len(mine), len(theirs))
+                differs = mine[:shorter] != theirs[:shorter]
+                longest[i] = differs.argmax() if differs.any() else shorter
     counts = np.maximum(0, tokens - 7)
     columns = tokens, longest, begin - offsets * (longest > 0), found, counts
     return [Memorization(*map(int, row)) for row in zip(*columns, strict=True)]

@@ -303,7 +303,7 @@ def sweep(
     real = row("validation", [(text, True) for text in control])
     scale = [(figure.high - figure.value) / Z for figure in real["figures"][:3]]
     if not all(scale):
-        raise ValueError("a sweep needs validation stories of different lengths and repetition")
+        raise ValueError(f"the {n} validation stories do not differ in repetition or length: use more")
     rows = []
     for sampling, candidates in grid:
         setting = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
@@ -326,8 +326,8 @@ def sweep(
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     note = (
         f"{n} stories for each setting, without a prompt, seed {seed}, at most {limit} tokens; {n} of "
-        f"{len(subject.texts)} validation stories. The distance is the sum of the first three differences, in "
-        "standard errors of the validation figure. Two sets of validation stories are about 3.4 apart."
+        f"{len(subject.texts)} validation stories. The distance is the sum of the first three differences "
+        "in standard errors of the validation figure. Two sets of validation stories are about 3.4 apart."
     )
     table = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines]
     return Result([each["distance"] for each in rows], [note, "\n".join(table)], items)
