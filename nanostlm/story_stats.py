@@ -283,7 +283,8 @@ def sweep(
     Compare sampler settings by the distance of their stories to as many validation stories, the closest
     first: the sum, over distinct-3, repeated 4-grams and length in words, of the absolute difference in
     standard errors of the validation stories' figure. Two sets of validation stories are about 3.4 apart
-    (3 times 2 / sqrt(pi)), so a smaller distance is no merit. The best of n are by likelihood; see `best_of`.
+    (3 times 2 / sqrt(pi)), and one pair in twenty is more than 6 apart: smaller distances are no merit. The
+    best of n are by likelihood; see `best_of`.
     """
     control, limit = control_stories(subject, n, seed, max_new_tokens)
     if len(control) < max(2, n):
@@ -327,7 +328,7 @@ def sweep(
     note = (
         f"{n} stories for each setting, without a prompt, seed {seed}, at most {limit} tokens; {n} of "
         f"{len(subject.texts)} validation stories. The distance is the sum of the first three differences "
-        "in standard errors of the validation figure. Two sets of validation stories are about 3.4 apart."
+        "in standard errors of the validation figure. Two validation sets are about 3.4 apart, 5% over 6."
     )
     table = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines]
     return Result([each["distance"] for each in rows], [note, "\n".join(table)], items)
