@@ -171,6 +171,10 @@ def control_stories(subject, n: int, seed: int, max_new_tokens: int) -> tuple[li
     return control, max_new_tokens or (longest + 1 if longest else subject.model.config.block_size)
 
 
+def shown(sampling: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in (DEFAULTS | sampling).items())
+
+
 def check_of(subject):
     return sources.corpus(subject.data.meta["corpus"]).check if subject.data else None
 
@@ -241,10 +245,9 @@ def stories(subject, n: int = 100, *, seed: int = 1337, max_new_tokens: int = 0,
         figures.append(figure)
         if figure.name in controls and figure.name != "ended by end-of-text":
             figures.append(controls[figure.name]._replace(name=f"{figure.name}, validation"))
-    used = ", ".join(f"{name} {value:g}" for name, value in (DEFAULTS | sampling).items())
     notes = [
-        f"{n} stories without a prompt, {used}, seed {seed}, at most {limit} tokens; beside {len(real)} of "
-        f"{len(subject.texts)} validation stories, drawn at random",
+        f"{n} stories without a prompt, {shown(sampling)}, seed {seed}, at most {limit} tokens; "
+        f"beside {len(real)} of {len(subject.texts)} validation stories, drawn at random",
         f"distinct-n and self-BLEU-4 are of the first {FIRST} words of {k} stories in each set",
     ]
     if subject.data:
@@ -303,11 +306,11 @@ def sweep(
 
     real = row("validation", [(text, True) for text in control])
     scale = [(figure.high - figure.value) / Z for figure in real["figures"][:3]]
-    if not all(scale):
+    if not all(unit > 0 for unit in scale):  # nan: stories of less than three words
         raise ValueError(f"the {n} validation stories do not differ in repetition or length: use more")
     rows = []
     for sampling, candidates in grid:
-        setting = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
+        setting = shown(sampling)
         setting += f", best of {candidates}" if candidates > 1 else ""
         texts = generate(subject, n * candidates, seed, limit, setting, **sampling)
         new = row(setting, best_of(subject, texts, candidates) if candidates > 1 else texts)
