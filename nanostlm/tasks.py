@@ -12,7 +12,6 @@ The other tasks have their own files: story_stats.py, probe.py, harness.py. All 
 
 import json
 import math
-import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -23,10 +22,9 @@ from torch import nn
 from nanostlm import corruptions, score, sources, stats
 from nanostlm.data import Data
 from nanostlm.generate import stories as generate_stories
+from nanostlm.memorization import split_words, vocabulary
 from nanostlm.schema import TEXT, check, naming
 from nanostlm.stats import Result
-
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 class Subject(NamedTuple):
@@ -41,9 +39,7 @@ class Subject(NamedTuple):
 
     def need_texts(self, task: str) -> list[str]:
         if not self.texts:
-            raise ValueError(
-                f"task {task} needs texts, and the training data of {self.name} are not here: pass --data or --text"
-            )
+            raise ValueError(f"task {task} needs texts, and {self.name} has none here: pass --data or --text")
         return self.texts
 
 
@@ -51,17 +47,6 @@ def validation_texts(data: Data) -> list[str]:
     """The stories of val.bin."""
     ends = np.flatnonzero(data.val == data.tokenizer.eot) + 1
     return [data.tokenizer.decode(ids[:-1]) for ids in np.split(data.val, ends)[:-1]]
-
-
-def training_words(data: Data, block: int = 1 << 22) -> set[str]:
-    """The words of the training stories in lowercase. Reads train.bin in blocks."""
-    words, rest = set(), b""
-    for start in range(0, len(data.train), block):
-        text = rest + data.tokenizer.decode_bytes(data.train[start : start + block])
-        cut = max(text.rfind(b" "), text.rfind(b"\n"))
-        words.update(WORD.findall(text[:cut].decode(errors="replace").lower()))
-        rest = text[cut:]
-    return words | set(WORD.findall(rest.decode(errors="replace").lower()))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -141,8 +126,9 @@ def blimp(subject: Subject, folder: str | Path, *, limit: int = 0, rows: int = 1
     nats = score.score(subject.model, ids, subject.tokenizer.eot, rows=rows, progress="blimp")
     logp = -np.array([x.sum(dtype=np.float64) for x in nats]).reshape(-1, 2)
     right = preferred(logp[:, 0] - logp[:, 1])
-    known = training_words(subject.data) if subject.data else set()
-    familiar = np.array([known.issuperset(WORD.findall(pair_text(pair))) for pair in pairs])
+    known = vocabulary(subject.data)[0] if subject.data else set()
+    words = [split_words(f"{pair['sentence_good']} {pair['sentence_bad']}") for pair in pairs]
+    familiar = [known.issuperset(both) for both in words]
     paradigms = {}
     for i, pair in enumerate(pairs):
         paradigms.setdefault((pair["linguistics_term"], pair["UID"]), []).append(i)
@@ -161,14 +147,10 @@ def blimp(subject: Subject, folder: str | Path, *, limit: int = 0, rows: int = 1
     figures += [accuracy(term.replace("_", " "), phenomenon=term) for term in phenomena]
     figures += [stats.stratified(uid, [right[i]]) for (_, uid), i in sorted(paradigms.items())]
     items = [
-        {"UID": pair["UID"], "good": float(good), "bad": float(bad), "familiar": bool(seen)}
+        {"UID": pair["UID"], "good": float(good), "bad": float(bad), "familiar": seen}
         for pair, (good, bad), seen in zip(pairs, logp, familiar, strict=True)
     ]
     return Result(figures, notes, items)
-
-
-def pair_text(pair: dict) -> str:
-    return f"{pair['sentence_good']} {pair['sentence_bad']}".lower()
 
 
 def progression(subject: Subject, *, limit: int = 500, seed: int = 0, rows: int = 16) -> Result:
