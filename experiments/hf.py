@@ -60,14 +60,12 @@ class HFTokenizer:
         if eos is None and bos is None:
             raise ValueError("it has neither an EOS nor a BOS token")
         self.hf, self.eot, self.bos = hf, bos if eos is None else eos, eos if bos is None else bos
-        self.special = {*hf.all_special_ids} - {hf.unk_token_id} | {self.eot, self.bos}
-        needed = {*vocab.values()} - self.special | {self.eot, self.bos}
-        if max(needed) >= columns:
-            raise ValueError(f"it has the id {max(needed)}, and the model predicts {columns} ids only")
+        self.added = hf.added_tokens_decoder
+        special = {i for i, token in self.added.items() if token.special}
+        if (most := max({*vocab.values()} - special | {self.eot, self.bos})) >= columns:
+            raise ValueError(f"it has the id {most}, and the model predicts {columns} ids only")
         self.spelling = {i: token for token, i in vocab.items() if i < columns}
-        self.added = {i: token.content for i, token in hf.added_tokens_decoder.items()}
-        ordinary = self.spelling.keys() - self.added.keys()
-        if not ordinary:  # as AutoTokenizer makes it if the files are missing
+        if not (ordinary := self.spelling.keys() - special):  # AutoTokenizer makes it without any files
             raise ValueError("it has special tokens only: the folder lacks a tokenizer.json")
         self.ordinary = min(ordinary)
         self.vocab_size = max(self.spelling) + 1
@@ -75,32 +73,29 @@ class HFTokenizer:
         self.decoder = str(backend.get("decoder"))
         self.byte = {char: bytes([b]) for b, char in tokenizers.byte_chars().items()}
         self.token = lru_cache(maxsize=None)(self.spell)
+        self.letters = {}  # of the special tokens, which Unigram finds in a text
+        for i in (self.eot, self.bos):
+            ids = [vocab.get(char, hf.unk_token_id) for char in self.spelling[i]]
+            self.letters[i] = [j for j in ids if j not in (None, self.eot, self.bos)]
         self.puts_space = self.decode_bytes(self.encode("a")).startswith(b" ")
 
     def encode(self, text: str) -> list[int]:
         """Without BOS and EOS. ValueError if the text is not valid Unicode."""
         tokenizers.checked(text)
         options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
-        ids = self.hf.encode(text, **options)
-        if self.special.isdisjoint(ids):
-            return ids
-        # special tokens are also in the vocabulary, where Unigram finds them: spell them out
-        unk, vocab = self.hf.unk_token_id, {token: i for i, token in self.spelling.items()}
-        parts = (
-            [vocab.get(char, unk) for char in self.spelling[i]] if i in self.special else [i] for i in ids
-        )
-        return [i for part in parts for i in part if i is not None]
+        return [j for i in self.hf.encode(text, **options) for j in self.letters.get(i, [i])]
 
     def spell(self, i: int) -> bytes:
+        """The bytes of a token. An id that no token has is empty."""
         text = self.spelling.get(i, "")
-        if i in self.added or not text:
-            return self.added.get(i, "").encode()
         if "ByteLevel" in self.decoder:
-            return b"".join(self.byte.get(char) or char.encode() for char in text)
+            return text.encode() if i in self.added else b"".join(self.byte[char] for char in text)
         if "ByteFallback" in self.decoder and re.fullmatch("<0x[0-9A-F]{2}>", text):
             return bytes([int(text[3:5], 16)])
         if "▁" in self.decoder:
             return text.replace("▁", " ").encode()
+        if not text:
+            return b""
         alone, after = [self.ordinary], [self.ordinary, i]
         alone, after = (self.hf.decode(ids, clean_up_tokenization_spaces=False) for ids in (alone, after))
         return (after.removeprefix(alone) if after.startswith(alone) else text).encode()

@@ -11,19 +11,19 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Rust
+
+import export
+import sample
+from experiments import hf
+from model import GPT, GPTConfig
+from nanostlm import checkpoint
+from nanostlm import tokenizer as tokenizers
+from nanostlm.generate import Batch, Story, generate, greedy, stories
+from nanostlm.score import bits_per_byte, loglikelihood, score, token_bytes
 
 transformers = pytest.importorskip("transformers")
-from tokenizers import Tokenizer as Rust  # noqa: E402
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
-
-import export  # noqa: E402
-import sample  # noqa: E402
-from experiments import hf  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from nanostlm import checkpoint  # noqa: E402
-from nanostlm import tokenizer as tokenizers  # noqa: E402
-from nanostlm.generate import Batch, Story, generate, greedy, stories  # noqa: E402
-from nanostlm.score import bits_per_byte, loglikelihood, score, token_bytes  # noqa: E402
 
 CORPUS = ["Once upon a time there was a little cat. She sat on a big red mat, and it was fun. The end."] * 20
 TEXTS = [
@@ -74,8 +74,10 @@ def pieces(scheme: str = "prepend") -> Rust:
     special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
     rust.train_from_iterator(CORPUS, trainer)
+    if scheme == "first":  # the bytes are special tokens here, and not elsewhere
+        return rust
     data = json.loads(rust.to_str())
-    data["added_tokens"] = data["added_tokens"][:3]  # the bytes are no special tokens
+    data["added_tokens"] = data["added_tokens"][:3]
     return Rust.from_str(json.dumps(data))
 
 
@@ -294,10 +296,12 @@ def test_a_model_with_two_calls_and_no_cache_generates():
 # Tokenizers
 
 
-@pytest.mark.parametrize("name", ["bytes", "prepend", "always", "first", "never"])
+@pytest.mark.parametrize("name", ["bytes", "added", "prepend", "always", "first", "never"])
 def test_exact_bytes_and_round_trips(name):
-    rust = {"bytes": BYTES, "prepend": PIECES}.get(name) or pieces(name)
-    theirs = fast(rust, **(EOT if name == "bytes" else BOS_EOS))
+    rust = {"bytes": BYTES, "added": byte_level(), "prepend": PIECES}.get(name) or pieces(name)
+    if name == "added":  # as Pythia's for runs of spaces
+        rust.add_tokens([AddedToken("  ", normalized=False), AddedToken("ï", normalized=False)])
+    theirs = fast(rust, **(EOT if name in ("bytes", "added") else BOS_EOS))
     tokenizer = hf.HFTokenizer(theirs, 400)
     space = b" " if name in ("prepend", "always", "first") else b""
     for text in TEXTS:
