@@ -261,4 +261,9 @@ def load(
         model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
         if missing := sorted(found["missing_keys"]):  # transformers leaves them random
             raise ValueError(f"there are none for {missing[0]}")
-    return HFModel(model, tokenizer).to(device).eval(), tokenizer
+    model = HFModel(model, tokenizer).to(device).eval()
+    with torch.no_grad():  # BERT is an AutoModelForCausalLM too
+        a, b = model(torch.tensor([[0, 0, 0], [0, 1, 2]], device=device))[0][:, 0]
+    if not torch.allclose(a, b, rtol=0.01, atol=0.01, equal_nan=True):
+        raise ValueError(f"{source} is not causal: its logits depend on the ids that they predict")
+    return model, tokenizer

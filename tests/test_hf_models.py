@@ -94,7 +94,7 @@ def save(folder, kind: str, tokenizer=None, **settings) -> str:
     """A folder of transformers with random weights, large enough for clear choices."""
     tokenizer = tokenizer or (fast(PIECES, **BOS_EOS) if kind == "llama" else fast(BYTES, **EOT))
     config = transformers.AutoConfig.for_model(
-        kind, **{**SIZES, "vocab_size": 280, **KINDS[kind], **settings}
+        kind, **{**SIZES, "vocab_size": 280, **KINDS.get(kind, {}), **settings}
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -141,6 +141,8 @@ def test_logits_and_losses_equal_those_of_transformers(loaded):
     assert logits.shape == (2, 13, model.config.vocab_size) == (2, 13, len(tokenizer.hf))
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(last, expected[:, -1:])
+    model.arguments.discard("logits_to_keep")  # which not all classes have
+    assert torch.equal(model(idx, last=True)[0], model(idx)[0][:, -1:])
     targets = ids.clone()
     targets[0, :5] = -1
     logp = expected[:, :-1].double().log_softmax(-1)
@@ -450,6 +452,7 @@ def test_errors_are_one_line(folders, tmp_path, capsys, monkeypatch):
     fails(2, "configuration cannot be used", broken("t5", config='{"model_type": "t5"}'))
     fails(2, "it has special tokens only", broken("none", tokenizer=None, tokenizer_config=None))
     fails(2, "tokenizer cannot be used", broken("bad", tokenizer="{}"))
+    fails(2, "is not causal", save(tmp_path / "bert", "bert"))
     source, file = broken("weights"), tmp_path / "weights" / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
