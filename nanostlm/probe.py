@@ -29,7 +29,7 @@ from nanostlm.schema import TEXT, check
 
 FILLED = "text that is not blank", lambda x: TEXT[1](x) and bool(x.strip())
 LABEL = "text or a whole number", lambda x: type(x) in (str, int, bool)
-GENDERED = re.compile(r"\b(?:girl|boy|s?he|h(?:im|er|is)(?:self)?)\b", re.IGNORECASE)
+GENDERED = re.compile(r"\b(?:girl|boy|s?he|him|her|his)\b", re.IGNORECASE)
 SETS = "toystories-plot", "toystories-pronoun"
 
 # ----------------------------------------------------------------------------------------------------------

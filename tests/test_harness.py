@@ -5,6 +5,7 @@ import math
 import random
 import runpy
 import sys
+import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -171,7 +172,12 @@ def test_sampling_follows_the_settings_of_the_task(subject):
     assert write(max_gen_toks=9, do_sample=True, temperature=1.0, top_k=1) == [greedy] * 3
     assert write(max_gen_toks=9, do_sample=False, temperature=5.0) == [greedy] * 3
     drawn = write(max_gen_toks=9, do_sample=True, temperature=1.5)
-    assert len(set(drawn)) == 3 and drawn == write(max_gen_toks=9, do_sample=True, temperature=1.5)
+    one_by_one = adapter(subject, rows=1).generate_until(
+        requests("generate_until", *[("the cat", {"max_gen_toks": 9, "temperature": 1.5})] * 3)
+    )
+    assert len(set(drawn)) == len(set(one_by_one)) == 3 and drawn == write(
+        max_gen_toks=9, do_sample=True, temperature=1.5
+    )
     assert write(max_gen_toks=9, until=["", greedy[2:4]])[0] == greedy[: greedy.index(greedy[2:4])]
     assert write(max_gen_toks=2)[0] == greedy[:2]
     with pytest.raises(ValueError, match="no sampler num_beams"):
@@ -354,8 +360,10 @@ def test_intervals_come_from_the_standard_error_of_the_harness():
     samples = [{"filter": "none", "f1": (0, 1), "acc": i % 2} for i in range(4)]
     task = {"alias": "t", "sample_len": 4, "f1,none": 0.5, "f1_stderr,none": 0.1, "acc,none": 0.5}
     group = {"alias": "g", "sample_len": 9, "acc,none": 0.25, "acc_stderr,none": "N/A"}
-    found = {"results": {"t": task | {"acc_stderr,none": 0.3}, "g": group}, "samples": {"t": samples}}
-    f1, acc, whole = harness.figures(found)
+    task |= {"acc_stderr,none": 0.3, "acc,strict": 1.0, "acc_stderr,strict": 0.0}
+    samples.append({"filter": "strict", "acc": 1})
+    f1, acc, strict, whole = harness.figures({"results": {"t": task, "g": group}, "samples": {"t": samples}})
+    assert strict == stats.proportion("t acc (strict)", 1, 1)
     assert f1 == ("t f1", 0.5, 0.5 - stats.Z * 0.1, 0.5 + stats.Z * 0.1, 4)
     assert acc == stats.proportion("t acc", 2, 4)
     assert whole[:2] == ("g acc", 0.25) and math.isnan(whole.low) and whole.n == 9
@@ -404,13 +412,19 @@ def test_data_that_are_not_cached_need_the_hub(subject, only_arc, monkeypatch):
 
 def test_without_a_network_it_ends_at_once(only_arc, monkeypatch):
     """Nothing listens at this address; huggingface_hub alone would try for 23 seconds."""
+    import datasets
     from huggingface_hub import constants
 
+    def sleep(seconds):
+        raise AssertionError("it waits for another attempt")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="^cannot load lm_eval:arc_easy: .* cannot be reached at http://127"):
         harness.load(["arc_easy"])
-    assert constants.HF_HUB_OFFLINE is False
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):

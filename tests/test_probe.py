@@ -176,8 +176,9 @@ def test_groups_are_predicted_by_what_was_learned_from_others(subject):
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
 
 
-def test_long_texts_are_cut_with_a_note(subject):
-    made = items(40, PLANTED)
+def test_long_texts_are_cut_with_a_note():
+    model = tiny(vocab_size=257, block_size=64, position="learned")
+    subject, made = SimpleNamespace(model=model, tokenizer=BYTE), items(40, PLANTED)
     made[3]["text"] += " the dog" * 20
     result = probe.probe(subject, made)
     assert result.notes[1] == "probe: 1 of 40 texts are cut to their first 63 tokens"
