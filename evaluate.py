@@ -158,11 +158,11 @@ def chosen(subject: Subject, options: argparse.Namespace) -> dict[str, Callable[
         if kind == "lm_eval":
             from nanostlm import harness
 
-            known[name] = partial(harness.run, subject, argument, **limit, **rows)
+            known[name] = partial(harness.run, subject, [argument], **limit, **rows)
         elif kind == "probe":
             from nanostlm import probe
 
-            known[name] = partial(probe.probe, subject, argument, **limit, **rows)
+            known[name] = partial(probe.probe, subject, argument, **rows)
     return {name: known[name] for name in options.tasks}
 
 

@@ -83,7 +83,9 @@ def adapter_class() -> type:
                     raise ValueError(f"the continuation {continuation!r:.40} {message} {context[-40:]!r}")
                 pairs.append((prefix[-(T + 1 - len(ids)) :] if len(ids) <= T else prefix, ids))
             with contextlib.redirect_stderr(self.stderr):
-                found = score.loglikelihoods(self.model, pairs, rows=self.rows, progress="lm_eval")
+                found = score.loglikelihoods(
+                    self.model, pairs, rows=self.rows, greedy=True, progress="lm_eval"
+                )
             return list(zip(*(values.tolist() for values in found), strict=True))
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
@@ -260,9 +262,9 @@ def run(
         found = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=1000)
     shots = sorted({n or 0 for n in found["n-shot"].values()})
     conventions = [
-        "lm_eval: end-of-text before every context; contexts beyond the window lose their beginning; "
+        "end-of-text before every context; contexts beyond the window lose their beginning; "
         f"examples before each item: {' or '.join(map(str, shots))}",
-        "lm_eval: of equally likely choices, the harness takes the first",
+        "of equally likely choices, the harness takes the first",
     ]
     samples = [(task, sample) for task, each in found["samples"].items() for sample in each]
     items = [item(task, sample, log_samples) for task, sample in samples]

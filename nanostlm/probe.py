@@ -245,8 +245,8 @@ def probe(
         accuracy = float(np.mean(np.equal(guesses, labels)))
         figures.append(stats.proportion(name, accuracy * units, units)._replace(n=len(items)))
     counted = f"; no group is in two folds, and the intervals count each of {units} groups once"
-    notes = [f"probe: logistic regression on mean states, {folds} folds" + counted * bool(groups)]
+    notes = [f"logistic regression on mean states, {folds} folds" + counted * bool(groups)]
     if n_cut := sum(len(text) < len(whole) for text, whole in zip(cut, ids, strict=True)):
-        notes.append(f"probe: {n_cut} of {len(items)} texts are cut to their first {c.block_size - 1} tokens")
+        notes.append(f"{n_cut} of {len(items)} texts are cut to their first {c.block_size - 1} tokens")
     guesses = ({"predicted": dict(zip(found, row, strict=True))} for row in zip(*found.values(), strict=True))
     return stats.Result(figures, notes, [item | guess for item, guess in zip(items, guesses, strict=True)])
