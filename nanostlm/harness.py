@@ -45,6 +45,7 @@ WEIGHTED = {  # metrics of pairs (log-likelihood, words or bytes), from nats per
     "byte_perplexity": math.exp,
     "word_perplexity": math.exp,
 }
+SHARES = ("acc", "acc_norm", "exact_match")  # metrics printed in percent
 SAMPLING = {name: off for name, (_, off) in generate.SAMPLERS.items()}  # each sampler turned off
 SEED = 1234  # of few-shot examples, the harness' default
 
@@ -295,7 +296,7 @@ def figure(name: str, metric: str, value: float, stderr, values: list, n: int) -
     if share and math.isclose(value, sum(values) / n):
         return stats.proportion(name, sum(values), n)
     margin = stats.Z * stderr if isinstance(stderr, float) else math.nan
-    return stats.Figure(name, value, value - margin, value + margin, n)
+    return stats.Figure(name, value, value - margin, value + margin, n, percent=metric in SHARES)
 
 
 def item(task: str, sample: dict, whole: bool) -> dict:
