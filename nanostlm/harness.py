@@ -238,7 +238,7 @@ def answers(url: str) -> None:
 
 def run(
     subject,
-    names: Sequence[str],
+    names: str | Sequence[str],
     *,
     include_path: str | None = None,
     limit: int | None = None,
@@ -246,9 +246,9 @@ def run(
     log_samples: bool = False,
 ) -> stats.Result:
     """
-    Every metric of the tasks and groups `names`, of the first `limit` items of each task. `subject` has a
-    model and a tokenizer; `include_path` is one more folder of tasks known by name. With log_samples, the
-    items also have their documents, requests and responses. Errors are those of `load`.
+    Every metric of the tasks and groups `names` (or one name), on the first `limit` items of each task.
+    `subject` has a model and a tokenizer; `include_path` is one more folder of tasks known by name. With
+    log_samples, the items also have their documents, requests and responses. Errors are those of `load`.
     """
     lm = adapter_class()(subject.model, subject.tokenizer, rows)
     from lm_eval import evaluator
@@ -256,7 +256,7 @@ def run(
     with quiet():
         random.seed(0)  # as the harness' own simple_evaluate: some tasks shuffle their choices
         np.random.seed(SEED)
-        tasks = load(names, include_path)
+        tasks = load([names] if isinstance(names, str) else names, include_path)
         for task in tasks["tasks"].values():
             task.set_fewshot_seed(SEED)
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap in this process
@@ -273,8 +273,11 @@ def run(
 
 
 def figures(found: dict) -> list[stats.Figure]:
-    """A figure for each metric, task or group, and filter in what lm_eval.evaluate returns."""
-    result = []
+    """
+    A figure for each metric, task or group, and filter in what lm_eval.evaluate returns. Groups come after
+    their tasks: their metrics are in percent where those of the tasks are.
+    """
+    result, shares = [], set()
     for task, metrics in found["results"].items():
         for key, value in metrics.items():
             metric, comma, kind = key.partition(",")
@@ -283,7 +286,9 @@ def figures(found: dict) -> list[stats.Figure]:
             samples = [s for s in found["samples"].get(task, ()) if s["filter"] == kind and metric in s]
             name = f"{task} {metric}" + f" ({kind})" * (kind != "none")
             n, stderr = len(samples) or metrics["sample_len"], metrics[f"{metric}_stderr,{kind}"]
-            result.append(figure(name, metric, float(value), stderr, [s[metric] for s in samples], n))
+            new = figure(name, metric, float(value), stderr, [s[metric] for s in samples], n)
+            shares |= {metric} if new.percent else set()
+            result.append(new._replace(percent=metric in shares))
     return result
 
 

@@ -240,7 +240,7 @@ def logprob(subject, context: str, continuation: str) -> float:
 @torch.no_grad()
 def test_accuracies_of_local_tasks(subject, capfd):
     """All four, from one folder: against score.loglikelihood of contexts and choices written out here."""
-    result = harness.run(subject, [str(TASKS)], rows=4)
+    result = harness.run(subject, str(TASKS), rows=4)
     found = {figure.name: figure for figure in result.figures}
     expected = {}
     for convert in (arc, hellaswag, mmlu, winogrande):

@@ -246,8 +246,11 @@ def test_files(subject, tmp_path):
     path.write_text("\n\n".join(map(json.dumps, made)) + "\n", encoding="utf-8")
     assert probe.probe(subject, path).figures == probe.probe(subject, made).figures
     assert probe.read(path)[1] == made[1] | {"line": 3}
-    with pytest.raises(FileNotFoundError):
-        probe.probe(subject, tmp_path / "nothing.jsonl")
+    some = [item["text"] for item in probe.probe(subject, path, limit=20).items]
+    every = [item["text"] for item in made]
+    assert len(some) == 20 and not Counter(some) - Counter(every) and some != every[:20]
+    with pytest.raises(FileNotFoundError, match="^there is no file toystories, and no set of that name: toy"):
+        probe.probe(subject, "toystories")
 
 
 @pytest.mark.parametrize(
