@@ -162,7 +162,7 @@ def chosen(subject: Subject, options: argparse.Namespace) -> dict[str, Callable[
         elif kind == "probe":
             from nanostlm import probe
 
-            known[name] = partial(probe.probe, subject, argument, **rows)
+            known[name] = partial(probe.probe, subject, argument, **limit, **rows)
     return {name: known[name] for name in options.tasks}
 
 
