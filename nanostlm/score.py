@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-MAX_LOGITS = 1 << 26  # of a batch of token_scores: 256 MB in float32
+MAX_LOGITS = 1 << 24  # of a batch of token_scores: 64 MB in float32
 
 
 def windows(
@@ -89,19 +89,24 @@ def token_scores(
         desc=progress, total=sum(map(len, texts)), unit="token", disable=None if progress else True
     ) as bar:
         for idx, targets in by_width(found, most):
-            logits, targets = model(idx.to(device))[0].flatten(0, 1), targets.flatten().to(device)
-            used = targets >= 0
-            logits, targets = logits[used].float(), targets[used]
-            nats.append(F.cross_entropy(logits, targets, reduction="none").cpu().numpy())
+            idx, targets = idx.to(device), targets.to(device)
+            used = targets.flatten() >= 0
+            if greedy or not getattr(model, "token_losses", False):
+                logits = model(idx)[0].flatten(0, 1).float()
+                nll = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+            else:
+                nll = model(idx, targets, reduction="none")[1]
+            nats.append(nll[used].cpu().numpy())
             if greedy:
-                best.append((logits.argmax(-1) == targets).cpu().numpy())
-            bar.update(len(targets))
+                best.append((logits.argmax(-1) == targets.flatten())[used].cpu().numpy())
+            bar.update(len(nats[-1]))
     ends = np.cumsum([len(texts[i]) for i in order])[:-1]
-    results = []
-    for parts in (nats, best) if greedy else (nats,):
+
+    def unsorted(parts: list[np.ndarray]) -> list[np.ndarray]:
         split = dict(zip(order, np.split(np.concatenate(parts), ends), strict=True)) if order else {}
-        results.append([split[i] for i in range(len(texts))])
-    return results[0], results[-1]
+        return [split[i] for i in range(len(texts))]
+
+    return unsorted(nats), unsorted(best) if greedy else []
 
 
 def by_width(
@@ -150,13 +155,18 @@ def total(
 
 
 def loglikelihoods(
-    model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, rows: int = 16, progress: str = ""
-) -> tuple[np.ndarray, np.ndarray]:
+    model,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    rows: int = 16,
+    greedy: bool = False,
+    progress: str = "",
+) -> tuple[np.ndarray, np.ndarray | None]:
     """
     For each pair (prefix, continuation) of ids, the log-probability of the continuation in nats (float64),
-    and whether each of its ids is the most likely one (bool). A prefix must not be empty: end-of-text precedes
-    the first token of a text. Each id sees at most block_size ids before it, and at least half as many where
-    they exist.
+    and with `greedy` whether all its ids are the most likely ones (bool). A prefix must not be empty: the
+    first token of a text follows end-of-text. Each id sees at most block_size ids before it, and at least
+    half as many where they exist.
     """
     if not all(len(prefix) for prefix, _ in pairs):
         raise ValueError("loglikelihood needs a prefix; for the start of a text it is [end-of-text]")
@@ -173,12 +183,13 @@ def loglikelihoods(
         [ids[0] for ids in texts],
         stride=stride,
         rows=rows,
-        greedy=True,
+        greedy=greedy,
         progress=progress,
     )
-    ends = [(len(x) - len(pair[1]), x, ok) for pair, x, ok in zip(pairs, nats, best, strict=True)]
-    logp = [-x[at:].sum(dtype=np.float64) for at, x, _ in ends]
-    return np.array(logp, dtype=np.float64), np.array([ok[at:].all() for at, _, ok in ends], dtype=bool)
+    lengths = [len(continuation) for _, continuation in pairs]
+    logp = [-x[len(x) - n :].sum(dtype=np.float64) for x, n in zip(nats, lengths, strict=True)]
+    hits = [x[len(x) - n :].all() for x, n in zip(best, lengths, strict=True)] if greedy else None
+    return np.array(logp, dtype=np.float64), None if hits is None else np.array(hits, dtype=bool)
 
 
 def loglikelihood(model, prefix: Sequence[int], continuation: Sequence[int]) -> float:
