@@ -144,6 +144,9 @@ GRID = [  # the settings that `sweep` compares: (sampling, best of n)
     *(({"temperature": t, "top_p": 1, "min_p": p}, 1) for t, p in ((1, 0.05), (1, 0.1), (1.2, 0.1))),
     *(({"temperature": t, "top_p": p}, 4) for t, p in ((0.8, 0.95), (1, 0.95), (1, 1))),
 ]
+COLUMNS = ["distinct-3", "repeated 4-grams", "length in words"]  # of the table of `sweep`: the distance
+COLUMNS += ["ended by end-of-text", "balanced quotation marks"]  # what the distance does not see
+COLUMNS += ["words not in training", "a name never introduced", "valid"]
 
 
 def generate(
@@ -180,7 +183,7 @@ def check_of(subject):
 
 
 def describe(subject, source: str, texts: Sequence[tuple[str, bool]], training, found) -> list[dict]:
-    """One dict per story: its text and statistics. `training` and `found` are None without training data."""
+    """One dict per story: its text and those statistics for which `training` and `found` are not None."""
     items, check = [], check_of(subject)
     for i, (text, ended) in enumerate(texts):
         words = split_words(text)
@@ -189,6 +192,7 @@ def describe(subject, source: str, texts: Sequence[tuple[str, bool]], training, 
         if training:
             item["unseen_words"] = [word for word in words if word not in training[0]]
             item["stray_names"] = stray_names(text, training[1])
+        if found:
             item |= found[i]._asdict() | {"flagged": found[i].flagged}
         if check:
             item["broken_rule"] = check(text).rule
@@ -209,11 +213,12 @@ def summarize(items: list[dict], k: int) -> list[Figure]:
     figures.append(mean("length in words", column("words")))
     figures.append(proportion("ended by end-of-text", sum(column("ended")), len(items)))
     figures.append(proportion("balanced quotation marks", sum(column("balanced")), len(items)))
-    if "flagged" in items[0]:
+    if "unseen_words" in items[0]:
         unseen = [len(words) for words in column("unseen_words")]
         figures.append(ratio("words not in training", unseen, column("words")))
         stray = sum(map(bool, column("stray_names")))
         figures.append(proportion("a name never introduced", stray, len(items)))
+    if "flagged" in items[0]:
         figures.append(mean("longest span in training, tokens", column("longest")))
         figures.append(ratio("8-grams in training", column("found"), column("grams")))
         figures.append(proportion("copied from training", sum(column("flagged")), len(items)))
@@ -287,22 +292,24 @@ def sweep(
     first: the sum, over distinct-3, repeated 4-grams and length in words, of the absolute difference in
     standard errors of the validation stories' figure. Two sets of validation stories are about 3.4 apart
     (3 times 2 / sqrt(pi)), and one pair in twenty is more than 6 apart: smaller distances are no merit. The
-    best of n are by likelihood; see `best_of`.
+    best of n are by likelihood; see `best_of`. The distance is about diversity, not sense: a weak model at
+    temperature 1 is close to the validation stories and writes nonsense, which the other columns show.
     """
     control, limit = control_stories(subject, n, seed, max_new_tokens)
     if len(control) < max(2, n):
         raise ValueError(
             f"a sweep of {n} stories needs 2 or more and as many validation stories: there are {len(control)}"
         )
-    names, check = ("distinct-3", "repeated 4-grams", "length in words"), check_of(subject)
+    training = vocabulary(subject.data) if subject.data else None
 
     def row(setting: str, texts: list[tuple[str, bool]]) -> dict:
-        statistics = three([split_words(text) for text, _ in texts])
-        figures = [jackknife(name, *pair) for name, pair in zip(names, statistics, strict=True)]
-        figures.append(proportion("ended by end-of-text", sum(ended for _, ended in texts), n))
-        if check:
-            figures.append(proportion("valid", sum(check(text).ok for text, _ in texts), n))
-        return {"setting": setting, "statistics": statistics, "figures": figures}
+        figures = summarize(describe(subject, setting, texts, training, None), n)
+        figures = [figure for figure in figures if figure.name in COLUMNS]
+        return {
+            "setting": setting,
+            "statistics": three([split_words(text) for text, _ in texts]),
+            "figures": figures,
+        }
 
     real = row("validation", [(text, True) for text in control])
     scale = [(figure.high - figure.value) / Z for figure in real["figures"][:3]]
