@@ -1,8 +1,8 @@
 """
 Generated stories in numbers, each beside the same number for validation stories.
 
-    result = stories(subject, n=100, seed=1)    # a Result: statistics, memorization, ten stories
-    result = sweep(subject, n=100)              # sampler settings, by their distance to validation stories
+    result = stories(subject, limit=100, seed=1)  # a Result: statistics, memorization, ten stories
+    result = sweep(subject, limit=100)            # sampler settings, by their distance to validation stories
 
 Statistics of a set of stories (distinct-n, self-BLEU) depend on the number and length of its texts. Both sets
 therefore have the same number of stories, of which only the first 100 words count. Their intervals are
@@ -229,14 +229,17 @@ def summarize(items: list[dict], k: int) -> list[Figure]:
     return figures
 
 
-def stories(subject, n: int = 100, *, seed: int = 1337, max_new_tokens: int = 0, **sampling: float) -> Result:
+def stories(
+    subject, limit: int = 100, *, seed: int = 1337, max_new_tokens: int = 0, **sampling: float
+) -> Result:
     """
-    Statistics of n stories generated without a prompt, each beside that of as many validation stories.
+    Statistics of `limit` stories generated without a prompt, each beside that of as many validation stories.
     `sampling` are settings of generate.chain. max_new_tokens=0 allows the length of the longest validation
     story, or block_size if there are none. Without subject.data, what needs training data is omitted.
     """
-    control, limit = control_stories(subject, n, seed, max_new_tokens)
-    generated, real = generate(subject, n, seed, limit, **sampling), [(text, True) for text in control]
+    n = limit
+    control, most = control_stories(subject, n, seed, max_new_tokens)
+    generated, real = generate(subject, n, seed, most, **sampling), [(text, True) for text in control]
     training = found = None
     if subject.data:
         training = vocabulary(subject.data)
@@ -251,7 +254,7 @@ def stories(subject, n: int = 100, *, seed: int = 1337, max_new_tokens: int = 0,
         if figure.name in controls and figure.name != "ended by end-of-text":
             figures.append(controls[figure.name]._replace(name=f"{figure.name}, validation"))
     notes = [
-        f"{n} stories without a prompt, {shown(sampling)}, seed {seed}, at most {limit} tokens; "
+        f"{n} stories without a prompt, {shown(sampling)}, seed {seed}, at most {most} tokens; "
         f"beside {len(real)} of {len(subject.texts)} validation stories, drawn at random",
         f"distinct-n and self-BLEU-4 are of the first {FIRST} words of {k} stories in each set",
     ]
@@ -285,7 +288,7 @@ def three(words: list[list[str]]) -> list[tuple[float, np.ndarray]]:
 
 
 def sweep(
-    subject, n: int = 100, *, seed: int = 1337, max_new_tokens: int = 0, grid: Sequence = GRID
+    subject, limit: int = 100, *, seed: int = 1337, max_new_tokens: int = 0, grid: Sequence = GRID
 ) -> Result:
     """
     Compare sampler settings by the distance of their stories to as many validation stories, the closest
@@ -295,7 +298,8 @@ def sweep(
     best of n are by likelihood; see `best_of`. The distance is about diversity, not sense: a weak model at
     temperature 1 is close to the validation stories and writes nonsense, which the other columns show.
     """
-    control, limit = control_stories(subject, n, seed, max_new_tokens)
+    n = limit
+    control, most = control_stories(subject, n, seed, max_new_tokens)
     if len(control) < max(2, n):
         raise ValueError(
             f"a sweep of {n} stories needs 2 or more and as many validation stories: there are {len(control)}"
@@ -319,7 +323,7 @@ def sweep(
     for sampling, candidates in grid:
         setting = shown(sampling)
         setting += f", best of {candidates}" if candidates > 1 else ""
-        texts = generate(subject, n * candidates, seed, limit, setting, **sampling)
+        texts = generate(subject, n * candidates, seed, most, setting, **sampling)
         new = row(setting, best_of(subject, texts, candidates) if candidates > 1 else texts)
         terms = zip(new["statistics"], real["statistics"], scale, strict=True)
         distance = [np.abs(np.append(*pair) - target) / unit for pair, (target, _), unit in terms]
@@ -336,7 +340,7 @@ def sweep(
         )
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     note = (
-        f"{n} stories for each setting, without a prompt, seed {seed}, at most {limit} tokens; {n} of "
+        f"{n} stories for each setting, without a prompt, seed {seed}, at most {most} tokens; {n} of "
         f"{len(subject.texts)} validation stories. The distance is the sum of the first three differences "
         "in standard errors of the validation figure. Two validation sets are about 3.4 apart, 5% over 6."
     )

@@ -472,4 +472,4 @@ def test_invalid_numbers_are_refused(n, writes):
     with pytest.raises(ValueError, match="at least 1" if n == 0 else "validation stories"):
         story_stats.sweep(subject(), n)
     with pytest.raises(ValueError, match="number of stories|max_new_tokens"):
-        story_stats.stories(subject(), n=0 if n == 0 else 1, max_new_tokens=-1)
+        story_stats.stories(subject(), limit=0 if n == 0 else 1, max_new_tokens=-1)
