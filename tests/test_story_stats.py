@@ -16,6 +16,8 @@ from nanostlm import generate, memorization, score, story_stats, tokenizer, toys
 from nanostlm.data import Data
 from nanostlm.story_stats import balanced, distinct, repetition, self_bleu, stray_names
 
+TOP_P = f"top_p {generate.DEFAULTS['top_p']:g}"
+
 BYTE = tokenizer.get("byte")
 NAMES = {"Tim", "Sara", "Lily", "Spot"}
 TOYS = [text for text, _ in (next(toystories.stories(seed, start=0)) for seed in range(40))]
@@ -427,7 +429,7 @@ def test_sweep_sorts_settings_by_their_distance_to_validation_stories(writes):
     grid = [({"temperature": 0.1}, 1), ({"temperature": 1, "top_p": 0.9}, 1)]
     result = story_stats.sweep(subject(texts=texts), 6, grid=grid)
     assert [figure.name for figure in result.figures] == [
-        "distance: temperature 1, top_p 0.9", f"distance: temperature 0.1, top_p {generate.DEFAULTS['top_p']:g}",
+        "distance: temperature 1, top_p 0.9", f"distance: temperature 0.1, {TOP_P}",
     ]  # fmt: skip
     statistics = []  # (distinct-3, repeated 4-grams, length) and the validation stories' standard errors
     for group in (texts, near, far):
@@ -462,7 +464,7 @@ def test_sweep_of_a_model_runs_every_setting(model):
         subject(model, texts=["a b c d a b c d", "b c d e", "c"]), 3, max_new_tokens=9, grid=grid
     )
     assert {item["setting"] for item in result.items} == {
-        "validation", "temperature 1, top_p 1", f"temperature 1, top_p {generate.DEFAULTS['top_p']:g}, min_p 0.1, best of 2",
+        "validation", "temperature 1, top_p 1", f"temperature 1, {TOP_P}, min_p 0.1, best of 2",
     }  # fmt: skip
 
 
