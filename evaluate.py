@@ -37,6 +37,7 @@ TASKS = {
     "probe:FILE": "linear probes of each layer; fields text, label; or toystories-plot, toystories-pronoun",
 }
 DEFAULT = ["bpb", "grammar"]
+PATHS = {"data": "folder", "text": "file", "blimp": "folder", "json": "file", "plot": "file"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -61,7 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="directory written by prepare.py; default: the training data",
     )
-    add("--text", metavar="FILE", help="score the texts of this .txt, .jsonl or .parquet file instead")
+    add("--text", metavar="FILE", help="score this text instead (.jsonl and .parquet: the field text)")
     add("--blimp", metavar="DIR", help="the .jsonl files of BLiMP")
     add("--stride", type=int, default=0, help="bpb: advance by N tokens per window (default: whole windows)")
     add("--limit", type=int, help="use the first N stories, pairs per paradigm, or items of each task")
@@ -79,14 +80,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     check_range("limit", options.limit, options.limit is None or options.limit > 0, "1 or more")
     check_range("stride", options.stride, options.stride >= 0, "0 (whole windows) or more")
     options.runs = (options.runs + [options.out_dir] * (options.out_dir is not None)) or [None]
-    for name, kind in (
-        ("data", "folder"),
-        ("text", "file"),
-        ("blimp", "folder"),
-        ("json", "file"),
-        ("plot", "file"),
-    ):
+    for name, kind in PATHS.items():
         settings.check_path(f"--{name}", getattr(options, name), kind)
+    if options.text and not Path(options.text).is_file():
+        raise FileNotFoundError(f"there is no file {options.text}")
+    if options.json and not Path(options.json).parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {Path(options.json).parent} for --json")
     options.tasks = [name for names in options.tasks or () for name in names.split(",")]
     kinds = {name.split(":")[0] + ":" * (":" in name) for name in TASKS}
     for name in options.tasks:
@@ -123,19 +122,14 @@ def load(name: str | None, options: argparse.Namespace) -> tuple[Subject, Path |
         own = Path(trained["data_dir"], trained["dataset"], trained["tokenizer"])
         folder, stories = own if own.is_dir() else None, trained.get("stories", 0)
     found = data.load_data(folder, stories, tokenizer if path else None) if folder else None
-    subject = Subject(str(path or name), model, tokenizer, found)
+    texts, source = [], ""
     if options.text:
-        if not Path(options.text).is_file():
-            raise FileNotFoundError(f"there is no file {options.text}")
-        [texts] = sources.find("text", options.text, None).values()
-        return subject._replace(texts=[t for t in texts() if t], source=options.text), path, state
-    if found:
-        return (
-            subject._replace(texts=tasks.validation_texts(found), source=f"{found.folder}/val.bin"),
-            path,
-            state,
-        )
-    return subject, path, state
+        texts, source = [text for text in sources.read_files([options.text]) if text], options.text
+    elif found:
+        texts, source = tasks.validation_texts(found), f"{found.folder}/val.bin"
+    if source and not texts:
+        raise ValueError(f"{source} has no text")
+    return Subject(str(path or name), model, tokenizer, found, texts, source), path, state
 
 
 def chosen(subject: Subject, options: argparse.Namespace) -> dict[str, Callable[[], Result]]:

@@ -159,7 +159,7 @@ def read_files(paths: list[str], split: str = "auto") -> Iterator[str | None]:
     readers = READERS | {".txt": partial(read_txt, split=split)}
     for path in paths:
         try:
-            yield from readers[Path(path).suffix](path)
+            yield from readers.get(Path(path).suffix, readers[".txt"])(path)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} is not UTF-8 text ({error.reason}); convert it first, as in "

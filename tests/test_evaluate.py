@@ -353,12 +353,15 @@ def test_progression_needs_stories_of_four_sentences(model, data):
         (["--stride", "2000"], "stride must be between 0 and block_size=1024"),
         (["--text", "nowhere.txt"], "there is no file nowhere.txt"),
         (["--text", "latin1.txt"], "latin1.txt is not UTF-8 text"),
+        (["--text", "empty.txt"], "empty.txt has no text"),
+        (["--json", "no/such.json"], "there is no folder no for --json"),
         (["--sweep"], "--sweep belongs to --tasks stories"),
         (["--items"], "--items belongs to --json"),
     ],
 )
 def test_user_error_prints_one_line_and_returns_2(run, argv, message, capsys):
     Path("latin1.txt").write_bytes("Käse".encode("latin-1"))
+    Path("empty.txt").write_text("\n\n")
     if "bpe264" in argv[-1]:
         prepare.prepare("toystories", "bpe264", stories=40, data_dir="other")
         capsys.readouterr()
@@ -378,7 +381,7 @@ def test_checkpoint_without_data_needs_an_option(tmp_path, model, data, blimp, c
 
 
 def test_text_file_takes_the_place_of_validation_stories(run, model, data, tmp_path, capsys):
-    file, texts = tmp_path / "mine.txt", ["One story. Ä.", "And\nanother one."]
+    file, texts = tmp_path / "mine.md", ["One story. Ä.", "And\nanother one."]
     file.write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
     assert evaluate.main([str(run), f"--text={file}", "--json=figures.json", "--items"]) == 0
     assert f"of {file}; windows" in capsys.readouterr().out
