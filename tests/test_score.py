@@ -39,6 +39,22 @@ def test_score_matches_reference(stride, rows):
     assert score.score(model, [], EOT) == []
 
 
+@torch.no_grad()
+def test_batches_are_full_and_have_little_padding(monkeypatch):
+    """At most `rows` whole windows of positions, or MAX_LOGITS logits; texts of about the same length."""
+    model, shapes = tiny(), []
+    model.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    texts = [tokens(1 + i % 16, seed=i).tolist() for i in range(100)]
+    score.score(model, texts, EOT, rows=4)
+    positions = [shape.numel() for shape in shapes]
+    assert max(positions) <= 4 * 16 and sum(positions) < 1.1 * sum(map(len, texts))
+    assert len(positions) < 1.3 * sum(positions) / (4 * 16)
+    shapes.clear()
+    monkeypatch.setattr(score, "MAX_LOGITS", 20 * V)
+    score.score(model, [*texts, tokens(40).tolist()], EOT, rows=4)
+    assert 16 <= max(shape.numel() for shape in shapes) <= 20
+
+
 def test_windows():
     text = np.arange(1, 12, dtype=np.uint16)
     windows = [(idx.tolist(), targets.tolist()) for idx, targets in score.windows([text], 0, 4)]
