@@ -105,10 +105,14 @@ def read(path: str | Path) -> dict:
         raise ValueError(f"{path} was written by a newer version of this project")
     with naming(path):
         check(state, STATE)
-        state.setdefault("architecture", "gpt")
-        known = {f"{f.name}?": TYPES[type(f.default)] for f in fields(architecture(state["architecture"])[0])}
+        known = {f"{f.name}?": TYPES[type(f.default)] for f in fields(classes(state)[0])}
         check(state["model_config"], known | {"*": NONE}, "model_config")
         return upgrade(state)
+
+
+def classes(state: dict) -> tuple[type, type[nn.Module]]:
+    """The classes of configuration and model of a checkpoint; earlier versions had only GPT."""
+    return architecture(state.get("architecture", "gpt"))
 
 
 def upgrade(state: dict) -> dict:
@@ -162,7 +166,7 @@ def build(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, "t
     """A checkpoint file -> (model in eval mode, tokenizer, what `read` returns)."""
     state = read(path)
     with naming(path):
-        Config, Model = architecture(state["architecture"])
+        Config, Model = classes(state)
         config = Config(**state["model_config"])
         machine.check_memory(config, device)
         model, tokenizer = Model(config), tokenizers.from_state(state["tokenizer"])

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments import architecture
 from nanostlm import checkpoint, runs, sources
 from nanostlm.machine import Machine, print0, rank, total_memory
 
@@ -186,7 +185,7 @@ def comparison(rows: list[tuple[Path, dict, float]]) -> str:
         end = lines[-1] if lines else {}
         tokens = f"{end['tokens']:,}" if "tokens" in end else "-"
         seconds = f"{end['elapsed_s']:,.0f}" if "elapsed_s" in end else "-"
-        size = architecture(state["architecture"])[0](**state["model_config"]).estimate()["parameters"]
+        size = checkpoint.classes(state)[0](**state["model_config"]).estimate()["parameters"]
         settings = [str(c.get(n, "-")) for n in differ]
         table.append([str(path.parent), *settings, f"{size / 1e6:.2f}M", tokens, seconds, f"{bpb:.4f}"])
     width = [max(len(row[i]) for row in table) for i in range(len(table[0]))]

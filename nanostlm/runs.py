@@ -217,7 +217,7 @@ def last_state(folder: Path, values: dict) -> dict | None:
     config = known | dict.fromkeys(CHANGING, COUNT) | {"patience": WHOLE, "model": {}, "*": NONE}
     for file in files:
         try:
-            state = checkpoint.read(file) | {"file": file.name}
+            state = {"architecture": "gpt"} | checkpoint.read(file) | {"file": file.name}
             with naming(file):
                 check(state, RESUME | {"train_config": config, "recipe": known | {"*": ANY}})
         except ValueError as error:
