@@ -168,15 +168,15 @@ def configure(argv: list[str]) -> Plan:
     configuration. Prepares the data if necessary. ValueError with one clear line if something does not fit.
     """
     about = "Train a model."
-    chosen = settings.peek(argv, "architecture") or TrainConfig.architecture
-    cls = settings.with_model(TrainConfig, experiments.architecture(chosen)[0])
+    kind = settings.peek(argv, "architecture")
+    cls = settings.with_model(TrainConfig, experiments.architecture(kind or "gpt")[0])
     path, recipe, given, flags = settings.command_line(cls, argv, FLAGS, about, RESOLVED)
     name = Path(path).stem or "run"
     defaults = {s.name: s.default for s in settings.settings_of(cls).values()}
     extended = not given.keys().isdisjoint(("max_iters", "patience"))
     values = defaults | recipe | given
     folder, state = runs.find(values, name, flags, extended)
-    if state and not path and state["architecture"] != chosen == "gpt":
+    if state and not (path or kind) and state["architecture"] != "gpt":
         return configure([*argv, f"--architecture={state['architecture']}"])
     if state is not None:
         before = defaults | state["recipe"]
