@@ -1,0 +1,429 @@
+"""
+Bytes in patches: a transformer over words inside a language model of bytes, after SpaceByte (Slagle 2024,
+arXiv 2404.14408), with hashed byte n-grams (Byte Latent Transformer, Pagnoni et al. 2024, arXiv 2412.09871).
+
+    bytes -> embedding + n-grams -> encoder: local layers -> one vector for each patch -> core over patches
+          -> each byte takes its last finished patch -> decoder: local layers -> logits of the next byte
+
+A patch ends at a byte that is neither a letter or digit nor inside a character, if the byte before it is one:
+at the space after a word. Where patches end depends on earlier bytes only, and the state of a patch reaches
+only the bytes from its end on, so the likelihood is exact for any bytes. A row has as many patches as it
+needs. boundary="byte" makes each byte a patch, without local layers: a plain GPT with the same n-grams.
+
+Result: see README.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import AttnInputs, Core, GPTConfig, Head, RMSNorm, attn_inputs, check_settings, rope_table
+from nanostlm.variants import zero_std
+
+EOT = 256  # the ids are bytes and end-of-text
+
+
+@dataclass(frozen=True)
+class Config:
+    block_size: int = 1024  # context length in bytes
+    n_layer: int = 4  # layers of the core, over patches
+    n_head: int = 4  # attention heads of the core
+    n_embd: int = 256  # width of the core
+    boundary: str = "space"  # space (SpaceByte's rule) | stride | byte (no patches: a plain GPT)
+    stride: int = 6  # boundary=stride: bytes in a patch
+    pooling: str = "last"  # a patch's vector, from its bytes' states: last | mean | max | attention
+    encoder_layers: int = 1  # local layers before the core
+    decoder_layers: int = 2  # local layers after it
+    local_head: int = 2  # attention heads of the local layers
+    local_embd: int = 128  # width of the local layers
+    local_window: int = 32  # a byte attends to this many bytes in the local layers, itself included
+    ngram: int = 5  # n-grams of 2 to this many bytes are hashed and embedded; 1 = none
+    ngram_rows: int = 8192  # rows of each table of n-grams
+    ngram_width: int = 32  # width of each table
+    dropout: float = 0.0  # as in GPT, in all layers
+    vocab_size: int = 257  # 256 bytes and end-of-text; train.py takes it from the tokenizer
+    loss_chunk: int = 256  # tokens per chunk of the loss; 0 = all at once, and the logits are returned too
+
+    @property
+    def width(self) -> int:
+        """Of the states of bytes."""
+        return self.n_embd if self.boundary == "byte" else self.local_embd
+
+    @property
+    def patch_bytes(self) -> float:
+        """Bytes in a patch, on average; with boundary=space, in TinyStories."""
+        return {"space": 4.9, "stride": float(self.stride), "byte": 1.0}[self.boundary]
+
+    def parts(self) -> tuple[GPTConfig, GPTConfig, GPTConfig]:
+        """The configurations of encoder, core and decoder."""
+        same = {name: getattr(self, name) for name in ("block_size", "vocab_size", "dropout", "loss_chunk")}
+        same |= dict(qk_norm=True, norm_weight=False, embed_norm=True, tied=False)
+        core = GPTConfig(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, **same)
+        if self.boundary == "byte":
+            return replace(core, n_layer=0), core, replace(core, n_layer=0)
+        local = GPTConfig(n_head=self.local_head, n_embd=self.local_embd, **same)
+        return replace(local, n_layer=self.encoder_layers), core, replace(local, n_layer=self.decoder_layers)
+
+    def validate(self) -> None:
+        check_settings(self, RANGES, CHOICES)
+        for part in self.parts():
+            replace(part, n_layer=max(1, part.n_layer)).validate()
+        if self.vocab_size != EOT + 1:
+            raise ValueError(f"patches consist of bytes, not of {self.vocab_size} ids: set tokenizer=byte")
+
+    def estimate(self) -> dict[str, int]:
+        """As in GPTConfig, per byte."""
+        encoder, core, decoder = (c.estimate() for c in self.parts())
+        layers = [x["parameters"] - x["embedding_parameters"] for x in (encoder, core, decoder)]
+        tables, C, P = self.ngram - 1, self.width, self.patch_bytes
+        mix, between = tables * self.ngram_width * C, 2 * C * self.n_embd * (self.boundary != "byte")
+        head = self.parts()[0].padded_vocab * C
+        embedding = (EOT + 1) * C + tables * self.ngram_rows * self.ngram_width + head
+        local = 12 * min(self.local_window, self.block_size) * C * (self.encoder_layers + self.decoder_layers)
+        attention = (
+            12 * self.block_size / P * self.n_embd * self.n_layer + local * (self.boundary != "byte") * P
+        )
+        flops = 6 * (layers[0] + layers[2] + mix + head) + (6 * (layers[1] + between) + attention) / P
+        pooled = (self.pooling == "attention") * C
+        activations = [x["activations_per_token"] for x in (encoder, core, decoder)]
+        return {
+            "parameters": sum(layers) + mix + between + embedding + pooled,
+            "embedding_parameters": embedding,
+            "flops_per_token": round(flops),
+            "activations_per_token": round(activations[0] + activations[1] / P + activations[2] + 6 * C),
+        }
+
+    def memory(self, tokens: int, itemsize: int) -> int:
+        """As in GPTConfig."""
+        counts, logits = self.estimate(), (min(self.loss_chunk, tokens) or tokens) * (EOT + 64)
+        states = 16 + 2 * itemsize * (itemsize < 4)
+        per_token = (itemsize + 2) * counts["activations_per_token"]
+        return states * counts["parameters"] + per_token * tokens + (8 + itemsize) * logits
+
+
+RANGES = {
+    **dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd", "stride"), (1, 10**9)),
+    **dict.fromkeys(("local_head", "local_embd", "local_window", "ngram_rows", "ngram_width"), (1, 10**9)),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), (0, 10**4)),
+    "ngram": (1, 16),
+    "dropout": (0, 0.999),
+}
+CHOICES = {"boundary": ("space", "stride", "byte"), "pooling": ("last", "mean", "max", "attention")}
+
+# ----------------------------------------------------------------------------------------------------------
+# Parts
+
+
+class NGrams(nn.Module):
+    """ids (B, T), and the `ngram` - 1 ids before each row -> (B, T, width)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.before, self.rows = c.ngram - 1, c.ngram_rows
+        self.tokens = nn.Embedding(EOT + 1, c.width)
+        self.table = nn.Embedding(self.before * c.ngram_rows, c.ngram_width) if self.before else None
+        self.mix = nn.Linear(self.before * c.ngram_width, c.width, bias=False) if self.before else None
+        self.norm, self.drop = RMSNorm(c.width, 1e-5, False), nn.Dropout(c.dropout)
+
+    def forward(self, idx: Tensor, before: Tensor) -> Tensor:
+        x = self.tokens(idx)
+        if self.before:
+            ids, hashed, found = torch.cat((before, idx), dim=1), idx, []
+            for n in range(1, self.before + 1):  # of the last n + 1 bytes
+                hashed = (hashed * 1_000_003 + ids[:, self.before - n : -n] + n) % (2**31 - 1)
+                found.append(hashed % self.rows + (n - 1) * self.rows)
+            x = x + self.mix(self.table(torch.stack(found, dim=-1)).flatten(-2))
+        return self.drop(self.norm(x))
+
+
+def local_kernel(window: int) -> Callable[..., Tensor]:
+    """A kernel, called like model.sdpa, for causal attention to the last `window` keys, by blocks."""
+
+    def kernel(q, k, v, attn_mask=None, is_causal=True, dropout=0.0) -> Tensor:
+        B, H, T, D = q.shape
+        W = min(window, T)
+        q, k, v = (F.pad(x, (0, 0, 0, -T % W)).reshape(B * H, -1, W, D) for x in (q, k, v))
+        k, v = (
+            torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1], x), dim=2) for x in (k, v)
+        )  # and the block before
+        steps = torch.arange(2 * W, device=q.device)
+        distance = steps[W:, None] - steps  # (W, 2 W)
+        hidden = ((distance < 0) | (distance >= window)).expand(q.shape[1], -1, -1).clone()
+        hidden[0, :, :W] = True  # there is none before the first
+        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
+        probs = (q * D**-0.5 @ k.mT + mask).softmax(dim=-1)
+        y = F.dropout(probs, dropout).to(v.dtype) @ v if dropout else probs.to(v.dtype) @ v
+        return y.reshape(B, H, -1, D)[:, :, :T]
+
+    return kernel
+
+
+def patch_ends(c: Config, idx: Tensor, before: Tensor, positions: Tensor) -> Tensor:
+    """Whether a patch ends with each id of idx (B, T), after `before` (B, T), at these positions: bool."""
+    if c.boundary == "stride":
+        return (positions % c.stride == 0).expand(idx.shape)
+    return (spacelike(idx) & ~spacelike(before)) | (idx == EOT) | (positions == 0)
+
+
+def spacelike(idx: Tensor) -> Tensor:
+    """Neither [0-9A-Za-z] nor a byte inside a UTF-8 character."""
+    letter = lambda first, last: (idx >= ord(first)) & (idx <= ord(last))  # noqa: E731
+    return ~(letter("0", "9") | letter("A", "Z") | letter("a", "z") | letter("\x80", "\xbf"))
+
+
+class Pool(nn.Module):
+    """
+    The vector of a patch from the states of its bytes: the last one, the largest of each dimension, or a mean,
+    with equal or learned weights.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.kind = c.pooling
+        self.score = nn.Linear(c.width, 1, bias=False) if c.pooling == "attention" else None
+
+    def weights(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., 1). The scores of attention are bounded, so their exp needs no maximum."""
+        if self.score is None:
+            return torch.ones_like(x[..., :1])
+        return (8 * torch.tanh(self.score(x).to(x.dtype) / 8)).exp()
+
+    def forward(self, x: Tensor, ends: Tensor, at: Tensor) -> Tensor:
+        """States (B, T, width), ends of patches (B, T), and where they are (B, P) -> vectors (B, P, width)."""
+        (B, T, C), P = x.shape, at.shape[1]
+        rows = torch.arange(B, device=x.device)[:, None]
+        if self.kind == "last":
+            return x.flatten(0, 1).index_select(0, (at + rows * T).flatten()).view(B, P, C)
+        patch = (ends.cumsum(dim=1) - ends.long() + rows * (P + 1)).flatten()  # P: not finished
+        if self.kind == "max":
+            low = x.new_full((B * (P + 1), C), -torch.inf)
+            largest = low.scatter_reduce(0, patch[:, None].expand(-1, C), x.flatten(0, 1), "amax")
+            return self.vector(largest.view(B, P + 1, C)[:, :-1], None)
+        weight = self.weights(x)
+        parts = torch.cat((x * weight, weight), dim=-1).flatten(0, 1)
+        sums = parts.new_zeros(B * (P + 1), C + 1).index_add(0, patch, parts).view(B, P + 1, C + 1)[:, :-1]
+        return self.vector(sums[..., :-1], sums[..., -1:])
+
+    def vector(self, value: Tensor, weight: Tensor | None) -> Tensor:
+        """Of a patch with this sum, sum of weights; or maximum, or last state. 0 where a row has no patch."""
+        if self.kind == "max":
+            return value.masked_fill(value == -torch.inf, 0)
+        return value if self.kind == "last" else value / weight.clamp(min=1e-9)
+
+    def running(self, x: Tensor, mask: Tensor, value: Tensor | None = None, weight: Tensor | None = None):
+        """What `vector` takes, for the bytes of x (B, T, width) in mask (B, T), after earlier ones."""
+        if self.kind == "last":
+            return x[:, -1].clone(), None
+        if self.kind == "max":
+            new = x.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
+            return (new if value is None else torch.maximum(new, value)), None
+        w = self.weights(x) * mask[..., None]
+        new, total = (w * x).sum(dim=1), w.sum(dim=1)
+        return (new, total) if value is None else (value + new, weight + total)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        config.validate()
+        self.config = c = config
+        self.parts = c.parts()
+        self.embedder = NGrams(c)
+        self.encoder, self.core, self.decoder = map(Core, self.parts)
+        self.patched = c.boundary != "byte"
+        if self.patched:
+            self.pool = Pool(c)
+            self.down, self.up = (
+                nn.Linear(c.width, c.n_embd, bias=False),
+                nn.Linear(c.n_embd, c.width, bias=False),
+            )
+            self.norm = RMSNorm(c.n_embd, 1e-5, False)
+        self.kernel = local_kernel(c.local_window)
+        self.head = Head(self.parts[0])
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=zero_std(self.parts[1], name, module.weight.shape[-1]))
+
+    def forward(self, idx, targets=None, cache=None, segments=None, last=False):
+        """
+        idx (B, T) -> (logits (B, T, vocab_size), None); with targets -> (None, mean loss in nats). With a new
+        cache, segments (B, T) is 0 for padding, which is on the left.
+        """
+        if cache is not None and cache.started:
+            x = self.step(idx, cache)
+        else:
+            x = self.states(idx, cache, segments)
+        if targets is not None:
+            return self.head.loss(x, targets)
+        return self.head(x[:, -1:] if last else x), None
+
+    def states(self, idx: Tensor, cache: "Cache | None", segments: Tensor | None) -> Tensor:
+        """The states of the bytes, (B, T, width); with segments, those of the last bytes, (B, 1, width)."""
+        B, T = idx.shape
+        steps, rows = torch.arange(T, device=idx.device), torch.arange(B, device=idx.device)[:, None]
+        lengths = None if segments is None else (segments > 0).sum(dim=1)
+        if lengths is not None:  # move the padding to the right, where a causal model ignores it
+            idx = idx.gather(1, (steps + T - lengths[:, None]).clamp(max=T - 1))
+        before = idx.new_full((B, max(1, self.embedder.before)), EOT)
+        encoder, core, decoder = (None, None, None) if cache is None else cache.stores
+        x = self.embedder(idx, before)
+        if not self.patched:
+            x = self.core(x, attn_inputs(self.parts[1], idx)[1], core)
+        else:
+            ends = patch_ends(self.config, idx, torch.cat((before[:, -1:], idx[:, :-1]), dim=1), steps)
+            if lengths is not None:
+                ends = ends & (steps < lengths[:, None])
+            counts, patch = ends.sum(dim=1), ends.cumsum(dim=1) - 1  # (B,), (B, T): the last finished one
+            at = idx.new_zeros(B, int(counts.max()))
+            row, where = ends.nonzero(as_tuple=True)
+            at[row, patch[row, where]] = where
+            local = attn_inputs(self.parts[0], idx)[1]._replace(kernel=self.kernel)
+            x = self.encoder(x, local, encoder)
+            held = self.through_core(self.pool(x, ends, at), attn_inputs(self.parts[1], at)[1], core)
+            if cache is not None:
+                open_ = steps > at.gather(1, counts[:, None] - 1)
+                open_ = open_ if lengths is None else open_ & (steps < lengths[:, None])
+                cache.open = self.pool.running(x, open_)
+                cache.held = held[rows[:, 0], counts - 1]
+                core.fill(counts)
+            flat = (patch + rows * held.shape[1]).flatten()
+            x = self.decoder(x + held.flatten(0, 1).index_select(0, flat).view(x.shape), local, decoder)
+        if cache is not None:
+            cache.begin(idx, before, idx.new_full((B,), T) if lengths is None else lengths)
+        if lengths is not None:
+            x = x[rows, lengths[:, None] - 1]
+        return x
+
+    def through_core(self, vectors: Tensor, attn: AttnInputs, cache: "Store | None" = None) -> Tensor:
+        """Vectors of patches (B, P, width) -> what their bytes and those after them add, (B, P, width)."""
+        return self.up(self.norm(self.core(self.down(vectors), attn, cache)))
+
+    def step(self, idx: Tensor, cache: "Cache") -> Tensor:
+        """The states of one more byte in each row, (B, 1, width)."""
+        if idx.shape[1] != 1:
+            raise ValueError(
+                f"a cache takes the prompt in one pass, then one byte at a time, not {idx.shape[1]}"
+            )
+        encoder, core, decoder = cache.stores
+        every = torch.arange(len(idx), device=idx.device)
+        x = self.embedder(idx, cache.before)
+        if not self.patched:
+            x = self.core(x, core.attend(every, self.parts[1]), core)
+        else:
+            x = self.encoder(x, encoder.attend(every, self.parts[0]), encoder)
+            ends = patch_ends(self.config, idx, cache.before[:, -1:], cache.length[:, None])
+            cache.open = self.pool.running(x, torch.ones_like(ends), *cache.open)
+            if len(rows := ends[:, 0].nonzero()[:, 0]):
+                value, weight = cache.open
+                vectors = self.pool.vector(value[rows], weight if weight is None else weight[rows])
+                held = self.through_core(vectors[:, None], core.attend(rows, self.parts[1]), core)
+                cache.held[rows] = held[:, 0]
+                value[rows] = -torch.inf if self.pool.kind == "max" else 0
+                if weight is not None:
+                    weight[rows] = 0
+            x = self.decoder(x + cache.held[:, None], decoder.attend(every, self.parts[2]), decoder)
+        cache.advance(idx)
+        return x
+
+    def new_cache(self, rows: int) -> "Cache":
+        c = self.config
+        return Cache(Store(c.local_window), Store(c.block_size), Store(c.local_window))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Generation
+
+
+class Store:
+    """
+    Keys and values of a stack of layers, called like a KVCache by its attention layers. Each row has its own
+    number of tokens; the last `size` are kept, token p in column p % size.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.k: list[Tensor] = []  # of each layer: (B, n_head, columns, head_dim)
+        self.v: list[Tensor] = []
+        self.count: Tensor | None = None  # (B,): tokens so far; None: during the first pass
+        self.rows = self.columns = torch.empty(0)  # of the tokens of this pass
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a layer's keys and values (B, n_head, T, head_dim); return those to attend to."""
+        if self.count is None:
+            self.k.append(k)
+            self.v.append(v)
+            return k, v
+        self.k[layer][self.rows, :, self.columns] = k[:, :, 0]
+        self.v[layer][self.rows, :, self.columns] = v[:, :, 0]
+        return self.k[layer][self.rows], self.v[layer][self.rows]
+
+    def fill(self, count: Tensor) -> None:
+        """After the first pass, of `count` (B,) tokens: keep the last of each row."""
+        self.count = count.clone()
+        if self.k:
+            index = self.positions(count, min(self.size, self.k[0].shape[2])).clamp(min=0)[:, None, :, None]
+            self.k = [k.take_along_dim(index, dim=2) for k in self.k]
+            self.v = [v.take_along_dim(index, dim=2) for v in self.v]
+
+    def positions(self, count: Tensor, columns: int) -> Tensor:
+        """The position in each column, (B, columns), after `count` (B,) tokens; negative: none."""
+        last = count[:, None] - 1
+        return last - (last - torch.arange(columns, device=count.device)) % columns
+
+    def attend(self, rows: Tensor, c: GPTConfig) -> AttnInputs:
+        """What attention needs for one more token in each of `rows`."""
+        count = self.count[rows]
+        if self.k:
+            full = self.k[0].shape[2]
+            if full < self.size and int(count.max()) >= full:  # more columns, which no token has left yet
+                more = (0, 0, 0, min(self.size - full, max(64, full)))
+                self.k, self.v = ([F.pad(x, more) for x in store] for store in (self.k, self.v))
+            columns = self.k[0].shape[2]
+            self.rows, self.columns = rows, count % columns
+            empty = self.positions(count + 1, columns) < 0
+            mask = torch.zeros(empty.shape, device=empty.device).masked_fill(empty, -torch.inf)
+        rope = rope_table(count[:, None, None], c.head_dim, c.rope_theta)
+        self.count[rows] += 1
+        return AttnInputs(rope, mask[:, None, None] if self.k else None, False)
+
+    def select(self, rows: list[int]) -> None:
+        self.k, self.v = ([x[rows] for x in store] for store in (self.k, self.v))
+        self.count = self.count[rows]
+
+
+class Cache:
+    """What the next byte needs: local keys and values, those of the patches, and the patch that is open."""
+
+    def __init__(self, *stores: Store):
+        self.stores = stores  # of encoder, core and decoder
+        self.started = False
+        self.held = self.before = self.length = torch.empty(0)
+        self.open: tuple[Tensor, Tensor | None] = (self.held, None)
+
+    def begin(self, idx: Tensor, before: Tensor, lengths: Tensor) -> None:
+        """After the first pass over idx (B, T), of which `lengths` (B,) ids are no padding."""
+        self.started, self.length = True, lengths
+        ids, n = torch.cat((before, idx), dim=1), before.shape[1]
+        self.before = ids.gather(1, lengths[:, None] + torch.arange(n, device=idx.device))
+        for store in self.stores:
+            if store.count is None:
+                store.fill(lengths)
+
+    def advance(self, idx: Tensor) -> None:
+        self.before, self.length = torch.cat((self.before[:, 1:], idx), dim=1), self.length + 1
+
+    def select(self, rows: list[int]) -> None:
+        """Index the batch by `rows`, with repetition allowed."""
+        for store in self.stores:
+            store.select(rows)
+        self.before, self.length = self.before[rows], self.length[rows]
+        if len(self.held):
+            self.held, value, weight = self.held[rows], *self.open
+            self.open = value[rows], weight if weight is None else weight[rows]
