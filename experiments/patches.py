@@ -13,17 +13,14 @@ needs. boundary="byte" makes each byte a patch, without local layers: a plain GP
 Result: see README.md.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import AttnInputs, Core, GPTConfig, Head, RMSNorm, attn_inputs, check_settings, rope_table
+from experiments.byte_parts import EOT, Cache, NGrams, Store, local_kernel, pad_right
+from model import AttnInputs, Core, GPTConfig, Head, RMSNorm, attn_inputs, check_settings
 from nanostlm.variants import zero_std
-
-EOT = 256  # the ids are bytes and end-of-text
 
 
 @dataclass(frozen=True)
@@ -117,50 +114,6 @@ CHOICES = {"boundary": ("space", "stride", "byte"), "pooling": ("last", "mean", 
 # Parts
 
 
-class NGrams(nn.Module):
-    """ids (B, T), and the `ngram` - 1 ids before each row -> (B, T, width)."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.before, self.rows = c.ngram - 1, c.ngram_rows
-        self.tokens = nn.Embedding(EOT + 1, c.width)
-        self.table = nn.Embedding(self.before * c.ngram_rows, c.ngram_width) if self.before else None
-        self.mix = nn.Linear(self.before * c.ngram_width, c.width, bias=False) if self.before else None
-        self.norm, self.drop = RMSNorm(c.width, 1e-5, False), nn.Dropout(c.dropout)
-
-    def forward(self, idx: Tensor, before: Tensor) -> Tensor:
-        x = self.tokens(idx)
-        if self.before:
-            ids, hashed, found = torch.cat((before, idx), dim=1), idx, []
-            for n in range(1, self.before + 1):  # of the last n + 1 bytes
-                hashed = (hashed * 1_000_003 + ids[:, self.before - n : -n] + n) % (2**31 - 1)
-                found.append(hashed % self.rows + (n - 1) * self.rows)
-            x = x + self.mix(self.table(torch.stack(found, dim=-1)).flatten(-2))
-        return self.drop(self.norm(x))
-
-
-def local_kernel(window: int) -> Callable[..., Tensor]:
-    """A kernel, called like model.sdpa, for causal attention to the last `window` keys, by blocks."""
-
-    def kernel(q, k, v, attn_mask=None, is_causal=True, dropout=0.0) -> Tensor:
-        B, H, T, D = q.shape
-        W = min(window, T)
-        q, k, v = (F.pad(x, (0, 0, 0, -T % W)).reshape(B * H, -1, W, D) for x in (q, k, v))
-        k, v = (
-            torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1], x), dim=2) for x in (k, v)
-        )  # and the block before
-        steps = torch.arange(2 * W, device=q.device)
-        distance = steps[W:, None] - steps  # (W, 2 W)
-        hidden = ((distance < 0) | (distance >= window)).expand(q.shape[1], -1, -1).clone()
-        hidden[0, :, :W] = True  # there is none before the first
-        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
-        probs = (q * D**-0.5 @ k.mT + mask).softmax(dim=-1)
-        y = F.dropout(probs, dropout).to(v.dtype) @ v if dropout else probs.to(v.dtype) @ v
-        return y.reshape(B, H, -1, D)[:, :, :T]
-
-    return kernel
-
-
 def patch_ends(c: Config, idx: Tensor, before: Tensor, positions: Tensor) -> Tensor:
     """Whether a patch ends with each id of idx (B, T), after `before` (B, T), at these positions: bool."""
     if c.boundary == "stride":
@@ -176,8 +129,8 @@ def spacelike(idx: Tensor) -> Tensor:
 
 class Pool(nn.Module):
     """
-    The vector of a patch from the states of its bytes: the last one, the largest of each dimension, or a mean,
-    with equal or learned weights.
+    The vector of a patch from the states of its bytes: the last one, the largest of each dimension, or their
+    mean, with equal or learned weights.
     """
 
     def __init__(self, c: Config):
@@ -192,7 +145,7 @@ class Pool(nn.Module):
         return (8 * torch.tanh(self.score(x).to(x.dtype) / 8)).exp()
 
     def forward(self, x: Tensor, ends: Tensor, at: Tensor) -> Tensor:
-        """States (B, T, width), ends of patches (B, T), and where they are (B, P) -> vectors (B, P, width)."""
+        """States (B, T, width), ends of patches (B, T) and where these are (B, P) -> (B, P, width)."""
         (B, T, C), P = x.shape, at.shape[1]
         rows = torch.arange(B, device=x.device)[:, None]
         if self.kind == "last":
@@ -201,28 +154,30 @@ class Pool(nn.Module):
         if self.kind == "max":
             low = x.new_full((B * (P + 1), C), -torch.inf)
             largest = low.scatter_reduce(0, patch[:, None].expand(-1, C), x.flatten(0, 1), "amax")
-            return self.vector(largest.view(B, P + 1, C)[:, :-1], None)
+            return self.vector(largest.view(B, P + 1, C)[:, :-1], largest)
         weight = self.weights(x)
         parts = torch.cat((x * weight, weight), dim=-1).flatten(0, 1)
         sums = parts.new_zeros(B * (P + 1), C + 1).index_add(0, patch, parts).view(B, P + 1, C + 1)[:, :-1]
         return self.vector(sums[..., :-1], sums[..., -1:])
 
-    def vector(self, value: Tensor, weight: Tensor | None) -> Tensor:
-        """Of a patch with this sum, sum of weights; or maximum, or last state. 0 where a row has no patch."""
+    def vector(self, value: Tensor, weight: Tensor) -> Tensor:
+        """Of patches with this sum and sum of weights, or maximum, or last state. 0 where a row has none."""
         if self.kind == "max":
             return value.masked_fill(value == -torch.inf, 0)
         return value if self.kind == "last" else value / weight.clamp(min=1e-9)
 
-    def running(self, x: Tensor, mask: Tensor, value: Tensor | None = None, weight: Tensor | None = None):
-        """What `vector` takes, for the bytes of x (B, T, width) in mask (B, T), after earlier ones."""
+    def running(self, x: Tensor, mask: Tensor, value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What `vector` takes, from that of earlier bytes and the bytes of x (B, T, width) in mask (B, T)."""
         if self.kind == "last":
-            return x[:, -1].clone(), None
+            return x[:, -1].clone(), weight
         if self.kind == "max":
-            new = x.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
-            return (new if value is None else torch.maximum(new, value)), None
+            return torch.maximum(value, x.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)), weight
         w = self.weights(x) * mask[..., None]
-        new, total = (w * x).sum(dim=1), w.sum(dim=1)
-        return (new, total) if value is None else (value + new, weight + total)
+        return value + (w * x).sum(dim=1), weight + w.sum(dim=1)
+
+    def nothing(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The running value and weight of no bytes, for states like x (B, width)."""
+        return torch.full_like(x, -torch.inf if self.kind == "max" else 0), torch.zeros_like(x[:, :1])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -245,7 +200,6 @@ class Model(nn.Module):
                 nn.Linear(c.n_embd, c.width, bias=False),
             )
             self.norm = RMSNorm(c.n_embd, 1e-5, False)
-        self.kernel = local_kernel(c.local_window)
         self.head = Head(self.parts[0])
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -266,11 +220,9 @@ class Model(nn.Module):
 
     def states(self, idx: Tensor, cache: "Cache | None", segments: Tensor | None) -> Tensor:
         """The states of the bytes, (B, T, width); with segments, those of the last bytes, (B, 1, width)."""
-        B, T = idx.shape
-        steps, rows = torch.arange(T, device=idx.device), torch.arange(B, device=idx.device)[:, None]
-        lengths = None if segments is None else (segments > 0).sum(dim=1)
-        if lengths is not None:  # move the padding to the right, where a causal model ignores it
-            idx = idx.gather(1, (steps + T - lengths[:, None]).clamp(max=T - 1))
+        idx, lengths = pad_right(idx, segments)
+        (B, T), rows = idx.shape, torch.arange(len(idx), device=idx.device)
+        steps = torch.arange(T, device=idx.device)
         before = idx.new_full((B, max(1, self.embedder.before)), EOT)
         encoder, core, decoder = (None, None, None) if cache is None else cache.stores
         x = self.embedder(idx, before)
@@ -278,28 +230,24 @@ class Model(nn.Module):
             x = self.core(x, attn_inputs(self.parts[1], idx)[1], core)
         else:
             ends = patch_ends(self.config, idx, torch.cat((before[:, -1:], idx[:, :-1]), dim=1), steps)
-            if lengths is not None:
-                ends = ends & (steps < lengths[:, None])
+            ends = ends & (steps < lengths[:, None])
             counts, patch = ends.sum(dim=1), ends.cumsum(dim=1) - 1  # (B,), (B, T): the last finished one
             at = idx.new_zeros(B, int(counts.max()))
             row, where = ends.nonzero(as_tuple=True)
             at[row, patch[row, where]] = where
-            local = attn_inputs(self.parts[0], idx)[1]._replace(kernel=self.kernel)
+            local = attn_inputs(self.parts[0], idx)[1]._replace(kernel=local_kernel(self.config.local_window))
             x = self.encoder(x, local, encoder)
             held = self.through_core(self.pool(x, ends, at), attn_inputs(self.parts[1], at)[1], core)
             if cache is not None:
-                open_ = steps > at.gather(1, counts[:, None] - 1)
-                open_ = open_ if lengths is None else open_ & (steps < lengths[:, None])
-                cache.open = self.pool.running(x, open_)
-                cache.held = held[rows[:, 0], counts - 1]
+                unfinished = (steps > at.gather(1, counts[:, None] - 1)) & (steps < lengths[:, None])
+                value, weight = self.pool.running(x, unfinished, *self.pool.nothing(x[:, 0]))
+                cache.rows = {"held": held[rows, counts - 1], "value": value, "weight": weight}
                 core.fill(counts)
-            flat = (patch + rows * held.shape[1]).flatten()
+            flat = (patch + rows[:, None] * held.shape[1]).flatten()
             x = self.decoder(x + held.flatten(0, 1).index_select(0, flat).view(x.shape), local, decoder)
         if cache is not None:
-            cache.begin(idx, before, idx.new_full((B,), T) if lengths is None else lengths)
-        if lengths is not None:
-            x = x[rows, lengths[:, None] - 1]
-        return x
+            cache.begin(idx, before, lengths)
+        return x if segments is None else x[rows, lengths - 1][:, None]
 
     def through_core(self, vectors: Tensor, attn: AttnInputs, cache: "Store | None" = None) -> Tensor:
         """Vectors of patches (B, P, width) -> what their bytes and those after them add, (B, P, width)."""
@@ -311,119 +259,24 @@ class Model(nn.Module):
             raise ValueError(
                 f"a cache takes the prompt in one pass, then one byte at a time, not {idx.shape[1]}"
             )
-        encoder, core, decoder = cache.stores
+        (encoder, core, decoder), state = cache.stores, cache.rows
         every = torch.arange(len(idx), device=idx.device)
-        x = self.embedder(idx, cache.before)
+        x = self.embedder(idx, state["before"])
         if not self.patched:
             x = self.core(x, core.attend(every, self.parts[1]), core)
         else:
             x = self.encoder(x, encoder.attend(every, self.parts[0]), encoder)
-            ends = patch_ends(self.config, idx, cache.before[:, -1:], cache.length[:, None])
-            cache.open = self.pool.running(x, torch.ones_like(ends), *cache.open)
+            ends = patch_ends(self.config, idx, state["before"][:, -1:], state["length"][:, None])
+            value, weight = self.pool.running(x, torch.ones_like(ends), state["value"], state["weight"])
             if len(rows := ends[:, 0].nonzero()[:, 0]):
-                value, weight = cache.open
-                vectors = self.pool.vector(value[rows], weight if weight is None else weight[rows])
-                held = self.through_core(vectors[:, None], core.attend(rows, self.parts[1]), core)
-                cache.held[rows] = held[:, 0]
-                value[rows] = -torch.inf if self.pool.kind == "max" else 0
-                if weight is not None:
-                    weight[rows] = 0
-            x = self.decoder(x + cache.held[:, None], decoder.attend(every, self.parts[2]), decoder)
+                vectors = self.pool.vector(value[rows], weight[rows])[:, None]
+                state["held"][rows] = self.through_core(vectors, core.attend(rows, self.parts[1]), core)[:, 0]
+                value[rows], weight[rows] = self.pool.nothing(value[rows])
+            state |= {"value": value, "weight": weight}
+            x = self.decoder(x + state["held"][:, None], decoder.attend(every, self.parts[2]), decoder)
         cache.advance(idx)
         return x
 
     def new_cache(self, rows: int) -> "Cache":
         c = self.config
         return Cache(Store(c.local_window), Store(c.block_size), Store(c.local_window))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Generation
-
-
-class Store:
-    """
-    Keys and values of a stack of layers, called like a KVCache by its attention layers. Each row has its own
-    number of tokens; the last `size` are kept, token p in column p % size.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
-        self.k: list[Tensor] = []  # of each layer: (B, n_head, columns, head_dim)
-        self.v: list[Tensor] = []
-        self.count: Tensor | None = None  # (B,): tokens so far; None: during the first pass
-        self.rows = self.columns = torch.empty(0)  # of the tokens of this pass
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's keys and values (B, n_head, T, head_dim); return those to attend to."""
-        if self.count is None:
-            self.k.append(k)
-            self.v.append(v)
-            return k, v
-        self.k[layer][self.rows, :, self.columns] = k[:, :, 0]
-        self.v[layer][self.rows, :, self.columns] = v[:, :, 0]
-        return self.k[layer][self.rows], self.v[layer][self.rows]
-
-    def fill(self, count: Tensor) -> None:
-        """After the first pass, of `count` (B,) tokens: keep the last of each row."""
-        self.count = count.clone()
-        if self.k:
-            index = self.positions(count, min(self.size, self.k[0].shape[2])).clamp(min=0)[:, None, :, None]
-            self.k = [k.take_along_dim(index, dim=2) for k in self.k]
-            self.v = [v.take_along_dim(index, dim=2) for v in self.v]
-
-    def positions(self, count: Tensor, columns: int) -> Tensor:
-        """The position in each column, (B, columns), after `count` (B,) tokens; negative: none."""
-        last = count[:, None] - 1
-        return last - (last - torch.arange(columns, device=count.device)) % columns
-
-    def attend(self, rows: Tensor, c: GPTConfig) -> AttnInputs:
-        """What attention needs for one more token in each of `rows`."""
-        count = self.count[rows]
-        if self.k:
-            full = self.k[0].shape[2]
-            if full < self.size and int(count.max()) >= full:  # more columns, which no token has left yet
-                more = (0, 0, 0, min(self.size - full, max(64, full)))
-                self.k, self.v = ([F.pad(x, more) for x in store] for store in (self.k, self.v))
-            columns = self.k[0].shape[2]
-            self.rows, self.columns = rows, count % columns
-            empty = self.positions(count + 1, columns) < 0
-            mask = torch.zeros(empty.shape, device=empty.device).masked_fill(empty, -torch.inf)
-        rope = rope_table(count[:, None, None], c.head_dim, c.rope_theta)
-        self.count[rows] += 1
-        return AttnInputs(rope, mask[:, None, None] if self.k else None, False)
-
-    def select(self, rows: list[int]) -> None:
-        self.k, self.v = ([x[rows] for x in store] for store in (self.k, self.v))
-        self.count = self.count[rows]
-
-
-class Cache:
-    """What the next byte needs: local keys and values, those of the patches, and the patch that is open."""
-
-    def __init__(self, *stores: Store):
-        self.stores = stores  # of encoder, core and decoder
-        self.started = False
-        self.held = self.before = self.length = torch.empty(0)
-        self.open: tuple[Tensor, Tensor | None] = (self.held, None)
-
-    def begin(self, idx: Tensor, before: Tensor, lengths: Tensor) -> None:
-        """After the first pass over idx (B, T), of which `lengths` (B,) ids are no padding."""
-        self.started, self.length = True, lengths
-        ids, n = torch.cat((before, idx), dim=1), before.shape[1]
-        self.before = ids.gather(1, lengths[:, None] + torch.arange(n, device=idx.device))
-        for store in self.stores:
-            if store.count is None:
-                store.fill(lengths)
-
-    def advance(self, idx: Tensor) -> None:
-        self.before, self.length = torch.cat((self.before[:, 1:], idx), dim=1), self.length + 1
-
-    def select(self, rows: list[int]) -> None:
-        """Index the batch by `rows`, with repetition allowed."""
-        for store in self.stores:
-            store.select(rows)
-        self.before, self.length = self.before[rows], self.length[rows]
-        if len(self.held):
-            self.held, value, weight = self.held[rows], *self.open
-            self.open = value[rows], weight if weight is None else weight[rows]

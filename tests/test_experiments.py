@@ -26,6 +26,8 @@ NAMES = experiments.architectures()
 V, EOT = 257, 256
 SMALL = {  # settings of a small model, where the defaults are those of a large one
     "gpt": dict(n_layer=2, n_head=2, n_embd=16, tied=False, qk_norm=True),
+    "patches": dict(n_layer=2, n_head=2, n_embd=16, local_embd=16, local_window=6, ngram_rows=64),
+    "thoughts": dict(n_layer=1, n_head=2, n_embd=16, local_embd=16, local_window=12, ngram_rows=64, latents=2),
 }
 TEXT = "<Once upon a time, Tom had 12 dogs! ¿Qué? 犬が好き 🐶🐕 \n\nThey ran, and ran... zwölf Bären> "
 RUN = dict(
