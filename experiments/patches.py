@@ -52,7 +52,7 @@ class Config:
     @property
     def patch_bytes(self) -> float:
         """Bytes in a patch, on average; with boundary=space, in TinyStories."""
-        return {"space": 4.9, "stride": float(self.stride), "byte": 1.0}[self.boundary]
+        return {"space": 5.0, "stride": float(self.stride), "byte": 1.0}[self.boundary]
 
     def parts(self) -> tuple[GPTConfig, GPTConfig, GPTConfig]:
         """The configurations of encoder, core and decoder."""

@@ -68,6 +68,25 @@ class Config:
         if self.vocab_size != EOT + 1:
             raise ValueError(f"sentences consist of bytes, not of {self.vocab_size} ids: set tokenizer=byte")
 
+    def estimate(self) -> dict[str, int]:
+        """As in GPTConfig, per byte, with a sentence for every 45 bytes, as in TinyStories."""
+        encoder, core, decoder = (c.estimate() for c in self.parts())
+        layers = [x["parameters"] - x["embedding_parameters"] for x in (encoder, core, decoder)]
+        activations = [x["activations_per_token"] for x in (encoder, core, decoder)]
+        tables, C, size = self.ngram - 1, self.width, self.latents * self.latent_width
+        head, mix, score = self.parts()[0].padded_vocab * C, tables * self.ngram_width * C, self.latents * C
+        of_sentence = layers[1] + score * size + 2 * size * self.n_embd + self.decoder_layers * size * C
+        embedding = (EOT + 1) * C + tables * self.ngram_rows * self.ngram_width + head
+        attention = 12 * self.window * C * (self.encoder_layers + self.decoder_layers)
+        attention += 12 * self.block_size / 45 * self.n_embd * self.n_layer / 45
+        local = layers[0] + layers[2] + mix + score
+        return {
+            "parameters": local + of_sentence + size + embedding,
+            "embedding_parameters": embedding,
+            "flops_per_token": round(6 * (local + head + of_sentence / 45) + attention),
+            "activations_per_token": round(activations[0] + activations[1] / 45 + activations[2] + 6 * C),
+        }
+
 
 RANGES = {
     **dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd", "latents", "latent_width"), (1, 10**9)),

@@ -27,7 +27,7 @@ V, EOT = 257, 256
 SMALL = {  # settings of a small model, where the defaults are those of a large one
     "gpt": dict(n_layer=2, n_head=2, n_embd=16, tied=False, qk_norm=True),
     "patches": dict(n_layer=2, n_head=2, n_embd=16, local_embd=16, local_window=6, ngram_rows=64),
-    "thoughts": dict(n_layer=1, n_head=2, n_embd=16, local_embd=16, local_window=12, ngram_rows=64, latents=2),
+    "thoughts": dict(n_layer=1, n_head=2, n_embd=16, local_embd=16, local_window=9, ngram_rows=64, latents=2),
 }
 TEXT = "<Once upon a time, Tom had 12 dogs! ¿Qué? 犬が好き 🐶🐕 \n\nThey ran, and ran... zwölf Bären> "
 RUN = dict(
@@ -109,15 +109,13 @@ def test_logits_depend_on_earlier_ids_of_the_same_row_only(name):
 
 def test_probabilities_of_the_next_id_sum_to_one(name):
     """By the loss, which need not be computed from the logits."""
-    model = small(name).double()
-    for prefix in ([EOT], [EOT, *b"Tom ran "], [EOT, *"Qué 犬".encode()[:-1]]):
-        ends = torch.full((1, len(prefix)), -1)
-        total = 0.0
-        with torch.no_grad():
-            for i in range(V):
-                ends[0, -1] = i
-                total += model(torch.tensor([prefix]), ends)[1].neg().exp().item()
-        assert total == pytest.approx(1, abs=1e-9)
+    model, prefix = small(name).double(), torch.tensor([[EOT, *"a. Qué 犬".encode()[:-1]]])
+    targets, total = torch.full_like(prefix, -1), 0.0
+    with torch.no_grad():
+        for i in range(V):
+            targets[0, -1] = i
+            total += model(prefix, targets)[1].neg().exp().item()
+    assert total == pytest.approx(1, abs=1e-9)
 
 
 def test_loglikelihood_is_the_sum_of_losses(name):
@@ -165,6 +163,94 @@ def test_greedy_text_is_that_of_repeated_forward_passes(name):
                 ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
         assert new == [i for i in ids[1 + len(prompt) :] if i != EOT]
     assert max(map(len, generate(model, prompts * 4, 70, eot=EOT, seed=2))) > 48
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Particular architectures
+
+VARIANTS = [
+    *(("patches", dict(pooling=pooling)) for pooling in ("mean", "max", "attention")),
+    *(("patches", changes) for changes in (dict(boundary="byte"), dict(encoder_layers=0, ngram=1))),
+    ("patches", dict(boundary="stride", stride=3, pooling="mean", decoder_layers=0)),
+    *(("thoughts", dict(context=context)) for context in ("none", "full")),
+    ("thoughts", dict(local_window=3, ngram=1, latents=1)),
+]
+
+
+@pytest.mark.parametrize("name, changes", VARIANTS, ids=lambda x: x if type(x) is str else "-".join(x))
+def test_each_setting_keeps_the_interface(name, changes, monkeypatch):
+    monkeypatch.setitem(SMALL, name, SMALL[name] | changes)
+    test_calls_return_logits_or_mean_loss(name)
+    test_logits_depend_on_earlier_ids_of_the_same_row_only(name)
+    test_greedy_text_is_that_of_repeated_forward_passes(name)
+    model = small(name)
+    assert sum(p.numel() for p in model.parameters()) == model.config.estimate()["parameters"]
+
+
+def test_patches_end_where_words_do():
+    from experiments.patches import Config, patch_ends
+
+    def ends(text: bytes, **changes) -> str:
+        ids = torch.tensor([[i if i != ord("|") else EOT for i in text]])
+        before = torch.cat((torch.tensor([[EOT]]), ids[:, :-1]), dim=1)
+        found = patch_ends(Config(**changes), ids, before, torch.arange(ids.shape[1]))[0]
+        return "".join(".^"[end] for end in found.tolist())
+
+    assert ends(b"|Tom had 12  dogs!\n\nHe ran.|A") == "^...^...^..^.....^....^...^^."
+    assert ends("|Qué é".encode()) == "^..^.^^.", "a space, and the first byte of a character"
+    assert ends("a犬犬".encode()) == "^^..^.."
+    assert ends(b"|Tom had", boundary="stride", stride=3) == "^..^..^."
+
+
+def test_sentences_begin_after_their_ends():
+    from experiments.thoughts import sentence_starts
+
+    text = b'Hi. "Go!" he said... Mr. X\nran.|So what? e.g. 3.5 "a.b" c'
+    ids = torch.tensor([[i if i != ord("|") else EOT for i in text]])
+    found = sentence_starts(ids, torch.full((1, 4), EOT))[0].tolist()
+    parts, start = [], 0
+    for i in [i for i, begins in enumerate(found) if begins] + [len(text)]:
+        parts, start = [*parts, text[start:i].decode()], i
+    assert parts == ["Hi.", ' "Go!"', " he said...", " Mr.", " X\nran.", "|So what?", " e.g.", ' 3.5 "a.b" c']
+
+
+def test_only_latents_cross_sentences():
+    """With an earlier sentence changed and the latents frozen, no later state changes; without, all may."""
+    model = small("thoughts").double()
+    one, other = (torch.tensor([[EOT, *text]]) for text in (b"Tom ran. He fell.", b"Mia sat. He fell."))
+    x, starts, sentence = model.encode(one)
+    predicted = model.predict(model.latents(x, sentence, 2))
+    x_other, *_ = model.encode(other)
+    before, after = (model.decode(states, starts, sentence, predicted) for states in (x, x_other))
+    assert sentence[0].tolist() == [0] * 9 + [1] * 9 and not torch.equal(before[:, :9], after[:, :9])
+    assert torch.equal(before[:, 9:], after[:, 9:])
+    assert (model(one)[0] - model(other)[0])[:, 9:].abs().amax(-1).min() > 1e-9
+    alone = small("thoughts", context="none").double()
+    assert torch.equal(alone(one)[0][:, 9:], alone(other)[0][:, 9:])
+
+
+def test_local_attention_is_that_with_a_dense_mask():
+    from experiments.byte_parts import local_kernel
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 23, 4, dtype=torch.float64)
+    starts = torch.tensor([[0] * 5 + [5] * 11 + [16] * 7, [0] * 23])
+    i, j = torch.arange(23)[:, None], torch.arange(23)
+    for window in (1, 4, 7, 23, 50):
+        for where in (None, starts):
+            visible = ((j <= i) & (i - j < window))[None, None]
+            if where is not None:
+                visible = visible & (j >= where[:, None, :, None])
+            expected = F.scaled_dot_product_attention(q, k, v, visible)
+            assert torch.allclose(local_kernel(window, where)(q, k, v), expected, atol=1e-12)
+
+
+def test_nextlat_adds_to_the_loss_in_training_only():
+    model = small("thoughts", nextlat=0.5)
+    idx, targets = texts(2, 40), texts(2, 41)[:, 1:]
+    plain = small("thoughts").train()(idx, targets)[1]
+    assert torch.equal(model(idx, targets)[1], small("thoughts")(idx, targets)[1])
+    assert model.train()(idx, targets)[1] > plain
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -280,23 +366,29 @@ def test_help_lists_the_settings_of_the_architecture(name, capsys):
     assert "--max_iters " in text and all(f"--{setting} " in text for setting in names)
 
 
-def test_recipe_of_each_experiment_is_valid(name):
-    if name == "gpt":
-        return
-    argv = [str(ROOT / "config" / "experiments" / f"{name}.py")]
-    assert settings.peek(argv, "architecture") == name
-    cls = settings.with_model(train.TrainConfig, experiments.architecture(name)[0])
-    c = settings.build(cls, settings.read_recipe(argv[0], cls))
+RECIPES = sorted((ROOT / "config" / "experiments").glob("*.py"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_matches_its_comments(recipe):
+    """It is valid, and states the number of parameters and the batch; the estimate is that of the model."""
+    text, name = recipe.read_text(encoding="utf-8"), settings.peek([str(recipe)], "architecture")
+    Config, Model = experiments.architecture(name)
+    cls = settings.with_model(train.TrainConfig, Config)
+    c = settings.build(cls, settings.read_recipe(recipe, cls))
     c.validate()
-    text = Path(argv[0]).read_text(encoding="utf-8")
     size = re.search(r"([\d.]+)M parameters", text)
     assert float(size[1]) == round(c.model.estimate()["parameters"] / 1e6, len(size[1].partition(".")[2]))
     batch = re.search(r"(\d+) rows x (\d+) tokens = ([\d,]+) tokens a step", text)
     rows, length, tokens = (int(n.replace(",", "")) for n in batch.groups())
     assert (rows, length, tokens) == (c.batch_size, c.model.block_size, rows * length)
     with torch.device("meta"):
-        model = experiments.architecture(name)[1](c.model)
+        model = Model(c.model)
     assert sum(p.numel() for p in model.parameters()) == c.model.estimate()["parameters"]
+
+
+def test_every_experiment_has_a_recipe():
+    assert set(NAMES) - {path.stem for path in RECIPES} == {"gpt"}
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
