@@ -1,86 +1,203 @@
 """
-Evaluate checkpoints: bits per byte of validation stories, comparable across tokenizers. For toystories, whose
-entropy is known, also the excess over the entropy and the fraction of generated stories that are valid.
+Evaluate checkpoints: a table of figures, each with its 95% confidence interval and number of items.
 
-    python evaluate.py                                    # the newest run, on the data it was trained on
-    python evaluate.py out/tiny out/tiny-2                # one row per run, with the settings that differ
-    python evaluate.py out/tiny out/tiny-2 --plot both.png
-    python evaluate.py out/tiny --data data/mine/bpe4096  # other data, prepared with the same tokenizer
+    python evaluate.py                                    # bits per byte of the newest run
+    python evaluate.py out/tiny out/tiny-2                # a column per run, then the settings that differ
+    python evaluate.py --tasks bpb,progression,stories --json figures.json
+    python evaluate.py --tasks blimp --blimp ../blimp     # a clone of https://github.com/alexwarstadt/blimp
+    python evaluate.py --tasks stories --sweep            # compare settings of the sampler
+    python evaluate.py --tasks probe:toystories-plot      # or probe:FILE.jsonl, with fields text and label
+    python evaluate.py --tasks lm_eval:arc_easy           # EleutherAI's harness; or lm_eval:FILE.yaml
+    python evaluate.py --out_dir hf:gpt2 --text file.txt  # a transformers model
+
+`python evaluate.py --help` lists the tasks and options.
 """
 
 from nanostlm.entry import script  # first, to handle signals during the other imports
 import argparse
+import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from nanostlm import checkpoint, machine, report, settings, sources, tasks
-from nanostlm.data import Data, load_data
+from nanostlm import checkpoint, data, machine, report, settings, sources, stats, story_stats, tasks
 from nanostlm.generate import check_range, quantize
+from nanostlm.stats import Result
+from nanostlm.tasks import Subject
+
+TASKS = {
+    "bpb": "nats per token, perplexity, bits per byte and per character of validation stories (the default)",
+    "grammar": "distance to the known entropy, valid stories (toystories only, where it is a default, too)",
+    "blimp": "minimal pairs: 67 paradigms, 12 phenomena; needs --blimp",
+    "progression": "real second halves of stories against 16 corruptions of them",
+    "stories": "generated stories beside validation stories: diversity, repetition, memorization",
+    "lm_eval:TASK": "a task of EleutherAI's harness by its name, or a YAML file",
+    "probe:FILE": "linear probes of each layer; fields text, label; or toystories-plot, toystories-pronoun",
+}
+DEFAULT = ["bpb", "grammar"]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = settings.Parser(description="Bits per byte of checkpoints on validation stories.")
+    lines = [f"  {name:14s} {help}" for name, help in TASKS.items()]
+    parser = settings.Parser(
+        description="Evaluate checkpoints.",
+        epilog="tasks:\n" + "\n".join(lines),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110),
+    )
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="run directories or checkpoint files; none: the newest run")
-    add("--out_dir", help="the same for a single run")
-    add("--data", help="directory written by prepare.py; without it, the data that the model was trained on")
-    add("--tasks", help="comma-separated: bpb, grammar (only toystories has one); default: all that apply")
+    add(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="runs, checkpoint files or hf:FOLDER_OR_ID; none: the newest run",
+    )
+    add("--out_dir", help="the same for a single model")
+    add("--tasks", action="append", metavar="NAME,...", help="what to evaluate, see below")
+    add(
+        "--data",
+        "--dataset",
+        metavar="DIR",
+        help="directory written by prepare.py; default: the training data",
+    )
+    add("--text", metavar="FILE", help="score the texts of this .txt, .jsonl or .parquet file instead")
+    add("--blimp", metavar="DIR", help="the .jsonl files of BLiMP")
+    add("--stride", type=int, default=0, help="bpb: advance by N tokens per window (default: whole windows)")
+    add("--limit", type=int, help="use the first N stories, pairs per paradigm, or items of each task")
+    add("--sweep", action="store_true", help="stories: compare settings of the sampler")
+    add("--seed", type=int, default=1337, help="of generated stories and corruptions (default: %(default)s)")
     add("--rows", type=int, default=16, help="windows per batch (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     dtypes = ["float32", "int8"]
     add("--dtype", default="float32", choices=dtypes, help="of the weights (default: %(default)s)")
+    add("--json", metavar="FILE", help="write all figures to this file")
+    add("--items", action="store_true", help="--json: also the result of every item")
     add("--plot", metavar="FILE", help="draw the runs' loss curves, against tokens and against seconds")
     options = parser.parse_args(argv)
     check_range("rows", options.rows, 1 <= options.rows <= 4096, "between 1 and 4,096")
-    options.runs += [] if options.out_dir is None else [options.out_dir]
-    settings.check_path("--data", options.data, "folder")
-    settings.check_path("--plot", options.plot, "file")
-    options.tasks = options.tasks.split(",") if options.tasks else None
-    if unknown := set(options.tasks or ()) - {"bpb", "grammar"}:
-        parser.error(f"unknown task {', '.join(sorted(unknown))}: there are bpb and grammar")
+    check_range("limit", options.limit, options.limit is None or options.limit > 0, "1 or more")
+    check_range("stride", options.stride, options.stride >= 0, "0 (whole windows) or more")
+    options.runs = (options.runs + [options.out_dir] * (options.out_dir is not None)) or [None]
+    for name, kind in (
+        ("data", "folder"),
+        ("text", "file"),
+        ("blimp", "folder"),
+        ("json", "file"),
+        ("plot", "file"),
+    ):
+        settings.check_path(f"--{name}", getattr(options, name), kind)
+    options.tasks = [name for names in options.tasks or () for name in names.split(",")]
+    kinds = {name.split(":")[0] + ":" * (":" in name) for name in TASKS}
+    for name in options.tasks:
+        kind, colon, argument = name.partition(":")
+        if kind + colon not in kinds or bool(colon) != bool(argument):
+            parser.error(f"there is no task {name!r}: there are {', '.join(TASKS)}")
+    if "blimp" in options.tasks and not options.blimp:
+        parser.error("task blimp needs --blimp DIR, a clone of https://github.com/alexwarstadt/blimp")
+    if options.sweep and "stories" not in options.tasks:
+        parser.error("--sweep belongs to --tasks stories")
+    if options.items and not options.json:
+        parser.error("--items belongs to --json")
     return options
 
 
-def load(path: Path, options: argparse.Namespace) -> tuple[torch.nn.Module, Data, dict]:
-    """The model of a checkpoint, the data to score it on, and the checkpoint's dictionary."""
-    device = machine.choose_device(options.device)
+def load(name: str | None, options: argparse.Namespace) -> tuple[Subject, Path | None, dict]:
+    """The model `name` and the texts to score; its checkpoint's path and dictionary (hf: None, empty)."""
+    device, path, state, folder = machine.choose_device(options.device), None, {}, options.data
     if options.dtype == "int8":
         machine.inference_dtype("int8", device)  # refuses devices without its kernel
-    model, tokenizer, state = checkpoint.build(path, device)
-    folder = options.data
-    if folder is None:
-        if "train_config" not in state:
-            raise ValueError(f"{path} does not name its training data: pass --data")
-        trained = state["train_config"]
-        folder = f"{trained['data_dir']}/{trained['dataset']}/{trained['tokenizer']}"
-    data = load_data(folder, tokenizer=tokenizer)
-    if options.dtype == "int8":
-        quantize(model)
-    return model, data, state
+    if str(name).startswith("hf:"):
+        from experiments import hf
+
+        if options.dtype == "int8":
+            raise ValueError("--dtype=int8 is for our own models, not for hf:")
+        model, tokenizer = hf.load(name, device)
+    else:
+        path = checkpoint.find(name)
+        model, tokenizer, state = checkpoint.build(path, device)
+        if options.dtype == "int8":
+            quantize(model)
+    trained, stories = state.get("train_config"), 0
+    if trained and not folder:
+        own = Path(trained["data_dir"], trained["dataset"], trained["tokenizer"])
+        folder, stories = own if own.is_dir() else None, trained.get("stories", 0)
+    found = data.load_data(folder, stories, tokenizer if path else None) if folder else None
+    subject = Subject(str(path or name), model, tokenizer, found)
+    if options.text:
+        if not Path(options.text).is_file():
+            raise FileNotFoundError(f"there is no file {options.text}")
+        [texts] = sources.find("text", options.text, None).values()
+        return subject._replace(texts=[t for t in texts() if t], source=options.text), path, state
+    if found:
+        return (
+            subject._replace(texts=tasks.validation_texts(found), source=f"{found.folder}/val.bin"),
+            path,
+            state,
+        )
+    return subject, path, state
+
+
+def chosen(subject: Subject, options: argparse.Namespace) -> dict[str, Callable[[], Result]]:
+    """The tasks for a model: name -> a function that evaluates it."""
+    limit = {} if options.limit is None else {"limit": options.limit}
+    rows, seed = {"rows": options.rows}, {"seed": options.seed}
+    known = {
+        "bpb": partial(tasks.bpb, subject, stride=options.stride, **limit, **rows),
+        "grammar": partial(tasks.grammar, subject, **limit, **rows, **seed),
+        "blimp": partial(tasks.blimp, subject, options.blimp, **limit, **rows),
+        "progression": partial(tasks.progression, subject, **limit, **rows, **seed),
+        "stories": partial(
+            story_stats.sweep if options.sweep else story_stats.stories, subject, **limit, **seed
+        ),
+    }
+    if not options.tasks:
+        entropy = subject.data and not options.text and sources.corpus(subject.data.meta["corpus"]).check
+        return {name: known[name] for name in (DEFAULT if entropy else DEFAULT[:1])}
+    for name in options.tasks:
+        kind, _, argument = name.partition(":")
+        if kind == "lm_eval":
+            from nanostlm import harness
+
+            known[name] = partial(harness.run, subject, argument, **limit, **rows)
+        elif kind == "probe":
+            from nanostlm import probe
+
+            known[name] = partial(probe.probe, subject, argument, **limit, **rows)
+    return {name: known[name] for name in options.tasks}
+
+
+def write_json(path: str, content: dict) -> None:
+    """Replace the file atomically: an interruption leaves what was there."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    part.replace(path)
 
 
 @script
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    rows = []
-    for path in map(checkpoint.find, options.runs or [None]):
-        model, data, state = load(path, options)
-        grammar = sources.corpus(data.meta["corpus"]).check
-        if options.tasks is None or "bpb" in options.tasks:
-            nats, bpb, n_tokens = tasks.validation_loss(model, data, options.rows)
-            source = f"{n_tokens:,} tokens of {data.folder}/val.bin"
-            print(f"{path}: {nats:.4f} nats a token, {bpb:.4f} bits per byte ({source})", flush=True)
-            rows.append((path, state, bpb))
-        if "grammar" in options.tasks if options.tasks else grammar:
-            if not grammar:
-                raise ValueError(f"task grammar is not available for {data.meta['corpus']}")
-            print(*tasks.grammar_report(model, data, options.rows), sep="\n", flush=True)
-    if len(rows) > 1:
-        print(report.comparison(rows))
+    columns, runs, results, notes = {}, [], {}, {}
+    try:
+        for run in options.runs:
+            subject, path, state = load(run, options)
+            columns[subject.name], results[subject.name] = [], {}
+            for name, evaluate in chosen(subject, options).items():
+                result = evaluate()
+                columns[subject.name] += [(name, figure) for figure in result.figures]
+                notes |= {f"{name}: {note}": None for note in result.notes}
+                results[subject.name][name] = result.as_dict(options.items)
+                if name == "bpb" and path:
+                    runs.append((path, state, result.figures[0].value))
+                if options.json:
+                    write_json(options.json, results)
+    finally:  # after Ctrl-C, what is done so far
+        if any(columns.values()):
+            print(f"{stats.table(columns)}\n\n" + "\n".join(notes), flush=True)
+    if len(runs) > 1:
+        print(f"\n{report.comparison(runs)}")
     if options.plot:
-        report.plot_runs([Path(run) for run in options.runs] or [checkpoint.newest_run()], options.plot)
+        folders = [Path(run) for run in options.runs if run] or [checkpoint.newest_run()]
+        report.plot_runs(folders, options.plot)
 
 
 if __name__ == "__main__":

@@ -310,13 +310,17 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """Mean cross-entropy in float32 of logits (B, T, vocab_size) and targets (B, T), those of -1 ignored."""
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing=0.0, z_loss=0.0, reduction="mean") -> Tensor:
+    """
+    Cross-entropy in float32 of logits (B, T, vocab_size) and targets (B, T), those of -1 ignored: the mean,
+    or with reduction="none" that of each target, (B * T,), 0 where it is ignored.
+    """
     logits, targets = logits.flatten(0, 1), targets.flatten()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     kept = targets != -1
     nll = F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=smoothing, reduction="none")
-    return ((nll + z_loss * logits.logsumexp(-1).square()) * kept).sum() / kept.sum().clamp(min=1)
+    nll = (nll + z_loss * logits.logsumexp(-1).square()) * kept
+    return nll if reduction == "none" else nll.sum() / kept.sum().clamp(min=1)
 
 
 class Head(nn.Module):
@@ -331,14 +335,14 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return softcap(self.linear(self.norm(x))[..., : self.config.vocab_size], self.config.softcap)
 
-    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
+    def loss(self, x: Tensor, targets: Tensor, reduction: str = "mean") -> tuple[Tensor | None, Tensor]:
         """(None, loss), or (logits, loss) with loss_chunk=0. Smoothing and z-loss apply in training only."""
         c = self.config
         extra = (c.label_smoothing, c.z_loss) if self.training else (0.0, 0.0)
         if c.loss_chunk and not any(extra) and type(self.linear) is nn.Linear:  # not quantized
-            return None, chunked_cross_entropy(self.norm(x), self.linear.weight, targets, c)
+            return None, chunked_cross_entropy(self.norm(x), self.linear.weight, targets, c, None, reduction)
         logits = self(x)
-        return None if c.loss_chunk else logits, cross_entropy(logits, targets, *extra)
+        return None if c.loss_chunk else logits, cross_entropy(logits, targets, *extra, reduction)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -358,6 +362,7 @@ class GPT(nn.Module):
         self.embedder = Embedder(config) if embedder is None else embedder
         self.core = Core(config) if core is None else core
         self.head = Head(config) if head is None else head
+        self.token_losses = head is None  # whether reduction="none" is available
         self.pointer = None
         if config.pointer:
             from nanostlm.variants import Pointer
@@ -367,12 +372,13 @@ class GPT(nn.Module):
             self.head.linear.weight = self.embedder.tokens.weight
         init_weights(self, [part for part in (embedder, core, head) if part is not None])
 
-    def forward(self, idx, targets=None, cache=None, segments=None, last=False):
+    def forward(self, idx, targets=None, cache=None, segments=None, last=False, reduction="mean"):
         """
         idx (B, T) int64 -> (logits (B, T, vocab_size), None); with targets (B, T) -> (None, mean loss, nats).
         cache: a KVCache (nanostlm/kv_cache.py) of the previous tokens; idx is appended to it. segments
         (B, T): runs of equal numbers are independent documents; overrides config.separator. last: the logits
-        of the last position only, (B, 1, vocab_size). With a pointer, logits are log-probabilities.
+        of the last position only, (B, 1, vocab_size). reduction="none": the loss of each target, (B * T,), 0
+        where it is -1; without gradients. With a pointer, logits are log-probabilities.
         """
         if cache is None:
             positions, attn = attn_inputs(self.config, idx, segments)
@@ -384,7 +390,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(idx.shape[1])
         if targets is not None:
-            return head.loss(x, targets)
+            return head.loss(x, targets, *(() if reduction == "mean" else (reduction,)))
         return head(x[:, -1:] if last else x), None
 
     @torch.no_grad()
@@ -576,19 +582,25 @@ class BlockAttention(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, c: GPTConfig, mixture: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    c: GPTConfig,
+    mixture: tuple[Tensor, Tensor] | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """
     cross_entropy of softcap(x @ weight.T), x (B, T, n_embd) and weight (padded_vocab, n_embd), for
     c.loss_chunk tokens at a time. With mixture=(gate, copied), each (B * T,) and a logarithm, the probability
-    of a target is exp(gate) * softmax + exp(copied).
+    of a target is exp(gate) * softmax + exp(copied). reduction="none" has no gradient.
     """
     x, device = x.flatten(0, 1), x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     gate, copied = mixture or (None, None)
-    learn = torch.is_grad_enabled()
-    return ChunkedCrossEntropy.apply(x, weight, targets.flatten(), gate, copied, dtype, learn, c)
+    mean = reduction == "mean"
+    learn = mean and torch.is_grad_enabled()
+    return ChunkedCrossEntropy.apply(x, weight, targets.flatten(), gate, copied, dtype, learn, mean, c)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -598,11 +610,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, gate, copied, dtype, learn, c):
+    def forward(ctx, x, weight, targets, gate, copied, dtype, learn, mean, c):
         count = (targets >= 0).sum().clamp(min=1)
         w, V = weight.to(dtype), c.vocab_size
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        dx, dgate, dcopied = [], [], []
+        each, dx, dgate, dcopied = [], [], [], []
         dw = torch.zeros_like(weight, dtype=total.dtype) if learn else None
         # chunks share buffers, which then stay in the CPU cache
         rows = min(len(x), c.loss_chunk)
@@ -627,6 +639,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 share = (mine + nll).exp()
                 dgate.append(-share * kept)
                 dcopied.append((share - 1) * kept)
+            if not mean:
+                each.append(nll * kept)
+                continue
             total = total + (nll * kept).sum()
             if not learn:
                 continue
@@ -644,10 +659,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(
                 (torch.cat(dx) / count).to(x.dtype), (dw / count).to(weight.dtype), *mixture
             )
-        return total / count
+        return total / count if mean else torch.cat(each)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dx, dw, *mixture = (g if g is None else g * grad for g in ctx.saved_tensors)
-        return dx, dw, None, *mixture, None, None, None
+        return dx, dw, None, *mixture, None, None, None, None

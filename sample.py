@@ -4,6 +4,7 @@ Generate text from a checkpoint: continue a prompt.
     python sample.py --prompt "Once upon a time"                     # from the newest run
     python sample.py out/tiny --prompt "One day" --num_samples 16    # 16 stories in one batch
     python sample.py --interactive                                   # one prompt per line, and /help
+    python sample.py hf:gpt2 --prompt "One day"                      # a model of transformers, or hf:FOLDER
 
 The model is given end-of-text and the prompt in one forward pass, then one token at a time, with a KV cache.
 Generation stops at end-of-text. The prompt and its continuation go to stdout, all other output to stderr.
@@ -45,7 +46,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "run", nargs="?", metavar="RUN", help="run directory or checkpoint file; none: the newest run in out/"
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="run directory, checkpoint file or hf:FOLDER_OR_ID; none: the newest run in out/",
     )
     add("--out_dir", help="the same as RUN")
     add(
@@ -175,10 +179,20 @@ def converse(writer: Callable, seed: int) -> None:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     prompt = read_prompt(options.prompt)
-    path = checkpoint.find(options.out_dir if options.run is None else options.run)
+    path = options.out_dir if options.run is None else options.run
+    theirs = str(path).startswith("hf:")
+    refused = ["--compile"] * options.compile + ["--dtype int8"] * (options.dtype == "int8")
+    if theirs and refused:
+        raise ValueError(f"{' and '.join(refused)}: for models of this project only, not for {path}")
+    path = path if theirs else checkpoint.find(path)
     device = machine.choose_device(options.device)
     dtype = machine.inference_dtype(options.dtype, device)
-    model, tokenizer = checkpoint.load(path, device)
+    if theirs:
+        from experiments import hf
+
+        model, tokenizer = hf.load(path, device, dtype)
+    else:
+        model, tokenizer = checkpoint.load(path, device)
     size, kind = model.config.estimate()["parameters"] / 1e6, str(dtype).removeprefix("torch.")
     print(f"{path}: {size:.1f}M parameters, {tokenizer.name}, {kind} on {device}", file=sys.stderr)
     c, step = model.config, None

@@ -14,13 +14,14 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT
-from nanostlm.kv_cache import KVCache, StaticKVCache
+from model import GPT, GPTConfig
+from nanostlm.kv_cache import KVCache
 
 Sampler = Callable[[Tensor, Tensor], Tensor]  # (logits, history) -> logits
 Stop = Callable[[list[int]], bool]  # the new ids of a row -> whether the row ends after the last of them
@@ -161,10 +162,18 @@ def stop_string(tokenizer, text: str) -> Stop:
 
 
 class Batch:
-    """Sequences that grow by one token per step, and the KV cache of their tokens."""
+    """
+    Sequences that grow by one token per step, and the cache of their tokens: a KVCache for GPT, what
+    new_cache(rows) returns for a model with this method, else none. A cache is given to the model as `cache`
+    and has select(rows). A model without one is causal, and each step computes all tokens anew.
+    """
 
-    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], eot: int, step: Callable | None = None):
-        self.model, self.step, self.context = model, step, model.config.block_size
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], eot: int, step: Callable | None = None
+    ):
+        c = model.config
+        self.model, self.step, self.context = model, step, c.block_size
+        self.slides = isinstance(c, GPTConfig) and c.position not in ("learned", "sinusoidal")
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         ids = [[eot, *prompt[max(0, len(prompt) - self.context + 1) :]] for prompt in prompts]
@@ -172,9 +181,16 @@ class Batch:
         padded = [[eot] * (max(self.lengths) - len(row)) + row for row in ids]
         self.history = torch.tensor(padded, device=self.device)  # (B, T)
         self.identical = all(row == ids[0] for row in ids)
-        separator = model.config.separator
+        separator = getattr(c, "separator", -1)
         self.separator = separator if any(separator in row[1:] for row in ids) else -1
-        self.cache: KVCache | StaticKVCache | None = None
+        self.cache: Any = None
+
+    def new_cache(self, rows: int) -> Any:
+        if hasattr(self.model, "new_cache"):
+            return self.model.new_cache(rows)
+        if isinstance(self.model.config, GPTConfig):
+            return KVCache(self.model.config, rows, self.device, self.dtype, segmented=False)
+        return None
 
     def logits(self) -> Tensor:
         """Logits of the next token: (B, vocab_size), in float32."""
@@ -190,12 +206,14 @@ class Batch:
         """Fill a new cache in one forward pass. Identical prompts are computed once and then repeated."""
         B, T = len(self.lengths), max(self.lengths)
         rows = 1 if self.identical else B
+        self.cache = self.new_cache(rows)
+        if self.cache is None:
+            return self.recompute()
         idx, steps = self.history[:rows, -T:], torch.arange(T, device=self.device)
         start = torch.tensor([[T - n] for n in self.lengths[:rows]], device=self.device)  # (rows, 1)
         begins = (steps == start) | (steps > start) & (idx == self.separator)
         segments = begins.cumsum(dim=1)  # (rows, T): 0 is padding, 1 the first document of the prompt
         segments = None if bool((segments == 1).all()) else segments
-        self.cache = KVCache(self.model.config, rows, self.device, self.dtype, segmented=False)
         logits = self.model(idx, cache=self.cache, segments=segments, last=True)[0]
         if self.identical:
             logits = logits.expand(B, -1, -1)
@@ -205,11 +223,18 @@ class Batch:
             self.cache = self.cache.static()
         return logits
 
+    def recompute(self) -> Tensor:
+        """Logits of the next token without a cache. Padding is on the right, which a causal model ignores."""
+        rows = [row[-n:] for row, n in zip(self.history, self.lengths, strict=True)]
+        logits = self.model(nn.utils.rnn.pad_sequence(rows, batch_first=True))[0]
+        ends = torch.tensor(self.lengths, device=self.device)[:, None, None] - 1
+        return logits.take_along_dim(ends, dim=1)
+
     def append(self, ids: Tensor) -> None:
-        """Append ids (B, 1). When absolute positions run out, restart with the last half of the context."""
+        """Append ids (B, 1). Where the window cannot slide past the context, restart with its last half."""
         self.history = torch.cat((self.history, ids), dim=1)
         self.lengths = [n + 1 for n in self.lengths]
-        if self.model.config.position in ("learned", "sinusoidal") and max(self.lengths) > self.context:
+        if not self.slides and max(self.lengths) > self.context:
             half = max(1, self.context // 2)
             self.lengths = [half if n > self.context else n for n in self.lengths]
             self.cache = None
@@ -243,7 +268,7 @@ def stream(
 
     A prompt longer than the context is truncated on the left. Past the context, relative positions (rope,
     shaw, alibi, none) continue with a sliding window of block_size tokens; absolute ones (learned,
-    sinusoidal) restart with the last block_size // 2 tokens.
+    sinusoidal) and models other than GPT restart with the last block_size // 2 tokens.
     """
     if not prompts:
         return

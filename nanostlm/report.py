@@ -275,7 +275,7 @@ def final(trainer, name: str) -> None:
     The end of a run: curve, totals next to the recipe's previous run on the same data, the loss on the
     validation file, stories, the next command. The run is finished, so each part may fail with a warning.
     """
-    from nanostlm import generate, tasks
+    from nanostlm import generate, stats, tasks
 
     c, data, model = trainer.config, trainer.data, trainer.model.eval()
     folder, val = trainer.directory.folder, data.meta["val"]
@@ -298,7 +298,9 @@ def final(trainer, name: str) -> None:
         )
     if sources.corpus(data.meta["corpus"]).check:
         with optional("the comparison with the grammar"):
-            print0("\n".join(tasks.grammar_report(model, data)))
+            texts = tasks.validation_texts(data)
+            result = tasks.grammar(tasks.Subject(str(folder), model, data.tokenizer, data, texts))
+            print0(stats.table({str(folder): [("grammar", figure) for figure in result.figures]}))
     with optional("the stories"):
         for text in generate.stories(model, data.tokenizer, c.prompt, 3, seed=c.seed):
             print0(f"\n{text}")

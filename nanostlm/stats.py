@@ -25,6 +25,7 @@ class Figure(NamedTuple):
     low: float
     high: float
     n: int
+    percent: bool = False  # a fraction, printed in percent
 
 
 @dataclass
@@ -34,6 +35,13 @@ class Result:
     figures: list[Figure]
     notes: list[str] = field(default_factory=list)  # conventions, what was omitted and why, examples
     items: list[dict] = field(default_factory=list)
+
+    def as_dict(self, items: bool = False) -> dict:
+        """Plain data for JSON, which has no nan: null takes its place."""
+        figures = [
+            {key: None if x != x else x for key, x in figure._asdict().items()} for figure in self.figures
+        ]
+        return {"figures": figures, "notes": self.notes} | ({"items": self.items} if items else {})
 
 
 def mean(name: str, values: Sequence[float]) -> Figure:
@@ -47,10 +55,10 @@ def mean(name: str, values: Sequence[float]) -> Figure:
 def proportion(name: str, successes: float, n: int) -> Figure:
     """Wilson's score interval, which also holds for 0 and for n successes."""
     if not n:
-        return Figure(name, math.nan, math.nan, math.nan, 0)
+        return Figure(name, math.nan, math.nan, math.nan, 0, percent=True)
     p, z2 = successes / n, Z * Z / n
     center, margin = p + z2 / 2, Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
-    return Figure(name, p, (center - margin) / (1 + z2), (center + margin) / (1 + z2), n)
+    return Figure(name, p, (center - margin) / (1 + z2), (center + margin) / (1 + z2), n, percent=True)
 
 
 def ratio(name: str, over: Sequence[float], under: Sequence[float]) -> Figure:
@@ -64,9 +72,21 @@ def ratio(name: str, over: Sequence[float], under: Sequence[float]) -> Figure:
     return Figure(name, float(value), float(value - margin), float(value + margin), n)
 
 
+def stratified(name: str, groups: Sequence[Sequence[float]]) -> Figure:
+    """The mean of the means of groups of independent items, for fractions such as accuracies."""
+    groups = [np.asarray(values, dtype=np.float64) for values in groups if len(values)]
+    k, n = len(groups), sum(map(len, groups))
+    if not k:
+        return Figure(name, math.nan, math.nan, math.nan, 0, percent=True)
+    value = sum(x.mean() for x in groups) / k
+    variance = sum(x.var(ddof=1) / len(x) if len(x) > 1 else math.nan for x in groups)
+    margin = Z * math.sqrt(variance) / k
+    return Figure(name, float(value), float(value - margin), float(value + margin), n, percent=True)
+
+
 def transform(name: str, figure: Figure, f: Callable[[float], float]) -> Figure:
     """An increasing function of a figure, such as the perplexity exp(nats per token)."""
-    return Figure(name, *(f(x) for x in figure[1:4]), figure.n)
+    return Figure(name, *map(f, (figure.value, figure.low, figure.high)), figure.n)
 
 
 def table(columns: dict[str, list[tuple[str, Figure]]]) -> str:
@@ -82,11 +102,11 @@ def table(columns: dict[str, list[tuple[str, Figure]]]) -> str:
         rows = [["task", "figure", "value", "95% interval", "items"]]
         for key, found in cells.items():
             [f] = found.values()
-            rows.append([*key, digits(f.value), interval(f), f"{f.n:,}"])
+            rows.append([*key, digits(f.value, f.percent), interval(f), f"{f.n:,}"])
     else:
         rows = [["task", "figure", *columns]]
         for key, found in cells.items():
-            shown = {m: f"{digits(f.value)} ({interval(f)}; {f.n:,})" for m, f in found.items()}
+            shown = {m: f"{digits(f.value, f.percent)} ({interval(f)}; {f.n:,})" for m, f in found.items()}
             rows.append([*key, *(shown.get(model, "-") for model in columns)])
     width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     pad = [str.ljust, str.ljust, *[str.rjust] * len(rows[0])]
@@ -95,9 +115,13 @@ def table(columns: dict[str, list[tuple[str, Figure]]]) -> str:
     )
 
 
-def digits(x: float) -> str:
-    return "-" if math.isnan(x) else f"{x:,.4f}" if abs(x) < 100 else f"{x:,.1f}"
+def digits(x: float, percent: bool = False) -> str:
+    if math.isnan(x):
+        return "-"
+    return f"{x:.1%}" if percent else f"{x:,.4f}" if abs(x) < 100 else f"{x:,.1f}"
 
 
 def interval(figure: Figure) -> str:
-    return "-" if math.isnan(figure.low) else f"{digits(figure.low)} to {digits(figure.high)}"
+    if math.isnan(figure.low):
+        return "-"
+    return f"{digits(figure.low, figure.percent)} to {digits(figure.high, figure.percent)}"

@@ -283,15 +283,17 @@ class Mixture(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         return self.copies.mix(self.head(x))
 
-    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
+    def loss(self, x: Tensor, targets: Tensor, reduction: str = "mean") -> tuple[Tensor | None, Tensor]:
         head, (generate, copied, own) = self.head, self.copies.probs(targets)
         own = self.copies.loss_weight * own if self.copies.loss_weight else 0.0
         c, linear = getattr(head, "config", None), getattr(head, "linear", None)
         if c is not None and c.loss_chunk and type(linear) is nn.Linear:  # as in Head.loss
             mixture = generate, copied
-            return None, chunked_cross_entropy(head.norm(x), linear.weight, targets, c, mixture) + own
+            loss = chunked_cross_entropy(head.norm(x), linear.weight, targets, c, mixture, reduction)
+            return None, loss + own
         logits = self(x)
-        return None if c is not None and c.loss_chunk else logits, cross_entropy(logits, targets) + own
+        loss = cross_entropy(logits, targets, reduction=reduction) + own
+        return None if c is not None and c.loss_chunk else logits, loss
 
 
 class Pointer(nn.Module):

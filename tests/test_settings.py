@@ -606,5 +606,6 @@ def test_pyproject_and_requirements_pin_the_same_packages():
     for name, pins in [
         ("requirements.txt", project["project"]["dependencies"]),
         ("requirements-dev.txt", ["-r requirements.txt", *project["dependency-groups"]["dev"]]),
+        ("requirements-eval.txt", ["-r requirements.txt", *project["dependency-groups"]["eval"]]),
     ]:
         assert (ROOT / name).read_text(encoding="utf-8").splitlines() == pins

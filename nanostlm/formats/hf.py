@@ -96,6 +96,7 @@ ACTIVATIONS = {  # our mlp -> their names of its activation: the first is writte
 }
 ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}  # the supported kind of RoPE
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of GPT-2's vocabulary
+FILES = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")  # read from the Hub
 
 THETA = {"rope_theta?": NUMBER}
 CONFIG = {"model_type": TEXT, "rope_scaling?": THETA, "rope_parameters?": THETA, **THETA}
@@ -335,8 +336,8 @@ def from_hf(source: str | Path) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def local_folder(source: str | Path) -> Path:
-    """Return the folder that a path or a Hub id stands for, downloading what is not in the cache."""
+def local_folder(source: str | Path, wanted: tuple[str, ...] = FILES) -> Path:
+    """Return the folder that a path or a Hub id stands for, downloading `wanted` if not in the cache."""
     settings.check_path("hf:", source, "folder")
     if Path(source).is_dir():
         return Path(source)
@@ -345,11 +346,10 @@ def local_folder(source: str | Path) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    wanted = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         if not constants.HF_HUB_OFFLINE:
             tokenizers.within(4, lambda: HfApi().model_info(str(source), timeout=3))
-        return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(str(source), allow_patterns=list(wanted), ignore_patterns=["*/*"]))
     except RepositoryNotFoundError:
         raise ValueError(f"there is no folder {source} here, nor such a model on the Hub") from None
     except Exception as error:
