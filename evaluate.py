@@ -17,6 +17,7 @@ from nanostlm.entry import script  # first, to handle signals during the other i
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -158,7 +159,7 @@ def chosen(subject: Subject, options: argparse.Namespace) -> dict[str, Callable[
         if kind == "lm_eval":
             from nanostlm import harness
 
-            known[name] = partial(harness.run, subject, argument, **limit, **rows)
+            known[name] = partial(harness.run, subject, [argument], **limit, **rows)
         elif kind == "probe":
             from nanostlm import probe
 
@@ -176,27 +177,32 @@ def write_json(path: str, content: dict) -> None:
 @script
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    columns, runs, results, notes = {}, [], {}, {}
+    columns, runs, results, notes = {}, [], {}, []
     try:
         for run in options.runs:
             subject, path, state = load(run, options)
             columns[subject.name], results[subject.name] = [], {}
             for name, evaluate in chosen(subject, options).items():
+                began = time.perf_counter()
                 result = evaluate()
+                seconds = time.perf_counter() - began
                 columns[subject.name] += [(name, figure) for figure in result.figures]
-                notes |= {f"{name}: {note}": None for note in result.notes}
-                results[subject.name][name] = result.as_dict(options.items)
+                title = f"{subject.name}, {name}" if len(options.runs) > 1 else name
+                notes += [f"{title}: {note}" for note in [*result.notes, f"{seconds:.0f} s"]]
+                results[subject.name][name] = result.as_dict(options.items) | {"seconds": seconds}
                 if name == "bpb" and path:
                     runs.append((path, state, result.figures[0].value))
                 if options.json:
                     write_json(options.json, results)
     finally:  # after Ctrl-C, what is done so far
         if any(columns.values()):
-            print(f"{stats.table(columns)}\n\n" + "\n".join(notes), flush=True)
+            print(stats.table(columns), "", *notes, sep="\n", flush=True)
     if len(runs) > 1:
         print(f"\n{report.comparison(runs)}")
     if options.plot:
-        folders = [Path(run) for run in options.runs if run] or [checkpoint.newest_run()]
+        folders = [Path(run) for run in options.runs if run and not run.startswith("hf:")] or [
+            checkpoint.newest_run()
+        ]
         report.plot_runs(folders, options.plot)
 
 

@@ -45,6 +45,7 @@ WEIGHTED = {  # metrics of pairs (log-likelihood, words or bytes), from nats per
     "byte_perplexity": math.exp,
     "word_perplexity": math.exp,
 }
+SHARES = ("acc", "acc_norm", "exact_match")  # metrics printed in percent
 SAMPLING = {name: off for name, (_, off) in generate.SAMPLERS.items()}  # each sampler turned off
 SEED = 1234  # of few-shot examples, the harness' default
 
@@ -83,7 +84,9 @@ def adapter_class() -> type:
                     raise ValueError(f"the continuation {continuation!r:.40} {message} {context[-40:]!r}")
                 pairs.append((prefix[-(T + 1 - len(ids)) :] if len(ids) <= T else prefix, ids))
             with contextlib.redirect_stderr(self.stderr):
-                found = score.loglikelihoods(self.model, pairs, rows=self.rows, progress="lm_eval")
+                found = score.loglikelihoods(
+                    self.model, pairs, rows=self.rows, greedy=True, progress="lm_eval"
+                )
             return list(zip(*(values.tolist() for values in found), strict=True))
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
@@ -235,7 +238,7 @@ def answers(url: str) -> None:
 
 def run(
     subject,
-    names: Sequence[str],
+    names: str | Sequence[str],
     *,
     include_path: str | None = None,
     limit: int | None = None,
@@ -243,9 +246,9 @@ def run(
     log_samples: bool = False,
 ) -> stats.Result:
     """
-    Every metric of the tasks and groups `names`, of the first `limit` items of each task. `subject` has a
-    model and a tokenizer; `include_path` is one more folder of tasks known by name. With log_samples, the
-    items also have their documents, requests and responses. Errors are those of `load`.
+    Every metric of the tasks and groups `names` (or one name), on the first `limit` items of each task.
+    `subject` has a model and a tokenizer; `include_path` is one more folder of tasks known by name. With
+    log_samples, the items also have their documents, requests and responses. Errors are those of `load`.
     """
     lm = adapter_class()(subject.model, subject.tokenizer, rows)
     from lm_eval import evaluator
@@ -253,16 +256,16 @@ def run(
     with quiet():
         random.seed(0)  # as the harness' own simple_evaluate: some tasks shuffle their choices
         np.random.seed(SEED)
-        tasks = load(names, include_path)
+        tasks = load([names] if isinstance(names, str) else names, include_path)
         for task in tasks["tasks"].values():
             task.set_fewshot_seed(SEED)
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap in this process
         found = evaluator.evaluate(lm, tasks, limit=limit, bootstrap_iters=1000)
     shots = sorted({n or 0 for n in found["n-shot"].values()})
     conventions = [
-        "lm_eval: end-of-text before every context; contexts beyond the window lose their beginning; "
+        "end-of-text before every context; contexts beyond the window lose their beginning; "
         f"examples before each item: {' or '.join(map(str, shots))}",
-        "lm_eval: of equally likely choices, the harness takes the first",
+        "of equally likely choices, the harness takes the first",
     ]
     samples = [(task, sample) for task, each in found["samples"].items() for sample in each]
     items = [item(task, sample, log_samples) for task, sample in samples]
@@ -270,8 +273,11 @@ def run(
 
 
 def figures(found: dict) -> list[stats.Figure]:
-    """A figure for each metric, task or group, and filter in what lm_eval.evaluate returns."""
-    result = []
+    """
+    A figure for each metric, task or group, and filter in what lm_eval.evaluate returns. Groups come after
+    their tasks: their metrics are in percent where those of the tasks are.
+    """
+    result, shares = [], set()
     for task, metrics in found["results"].items():
         for key, value in metrics.items():
             metric, comma, kind = key.partition(",")
@@ -280,7 +286,9 @@ def figures(found: dict) -> list[stats.Figure]:
             samples = [s for s in found["samples"].get(task, ()) if s["filter"] == kind and metric in s]
             name = f"{task} {metric}" + f" ({kind})" * (kind != "none")
             n, stderr = len(samples) or metrics["sample_len"], metrics[f"{metric}_stderr,{kind}"]
-            result.append(figure(name, metric, float(value), stderr, [s[metric] for s in samples], n))
+            new = figure(name, metric, float(value), stderr, [s[metric] for s in samples], n)
+            shares |= {metric} if new.percent else set()
+            result.append(new._replace(percent=metric in shares))
     return result
 
 
@@ -293,7 +301,7 @@ def figure(name: str, metric: str, value: float, stderr, values: list, n: int) -
     if share and math.isclose(value, sum(values) / n):
         return stats.proportion(name, sum(values), n)
     margin = stats.Z * stderr if isinstance(stderr, float) else math.nan
-    return stats.Figure(name, value, value - margin, value + margin, n)
+    return stats.Figure(name, value, value - margin, value + margin, n, percent=metric in SHARES)
 
 
 def item(task: str, sample: dict, whole: bool) -> dict:

@@ -38,6 +38,8 @@ SETS = "toystories-plot", "toystories-pronoun"
 
 def read(path: str | Path) -> list[dict]:
     """The items of a .jsonl file. ValueError names the file and the line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}, and no set of that name: {', '.join(SETS)}")
     items = []
     for line, data in enumerate(Path(path).read_bytes().splitlines(), 1):
         if data.strip():
@@ -208,12 +210,19 @@ def split(items: Sequence[dict], folds: int, seed: int, source: str) -> list[tup
 
 
 def probe(
-    subject, source: str | Path | Sequence[dict], *, rows: int = 16, folds: int = 5, seed: int = 0
+    subject,
+    source: str | Path | Sequence[dict],
+    *,
+    limit: int | None = None,
+    rows: int = 16,
+    folds: int = 5,
+    seed: int = 0,
 ) -> stats.Result:
     """
     The cross-validated accuracy at each layer of subject.model, of a bag of words, and of the most frequent
-    label. `source` is a .jsonl file, the name of one of `probe_sets`, or items. Where items have groups, the
-    95% intervals count each group as one observation. `rows` texts per batch.
+    label. `source` is a .jsonl file, the name of one of `probe_sets`, or items; `limit` of them are drawn at
+    random. Where items have groups, the 95% intervals count each group as one observation. `rows` texts per
+    batch.
     """
     if not find_spec("sklearn"):
         raise ValueError("scikit-learn is not installed: pip install -r requirements-eval.txt")
@@ -225,6 +234,8 @@ def probe(
 
     named = isinstance(source, str | Path)
     items = [*source] if not named else probe_sets(source, seed) if source in SETS else read(source)
+    if limit is not None and limit < len(items):
+        items = random.Random(seed).sample(items, limit)
     pairs = split(items, folds, seed, str(source) if named else "the items")
     labels, texts = [str(item["label"]) for item in items], [item["text"] for item in items]
     c, tokenizer = subject.model.config, subject.tokenizer
@@ -245,8 +256,8 @@ def probe(
         accuracy = float(np.mean(np.equal(guesses, labels)))
         figures.append(stats.proportion(name, accuracy * units, units)._replace(n=len(items)))
     counted = f"; no group is in two folds, and the intervals count each of {units} groups once"
-    notes = [f"probe: logistic regression on mean states, {folds} folds" + counted * bool(groups)]
+    notes = [f"logistic regression on mean states, {folds} folds" + counted * bool(groups)]
     if n_cut := sum(len(text) < len(whole) for text, whole in zip(cut, ids, strict=True)):
-        notes.append(f"probe: {n_cut} of {len(items)} texts are cut to their first {c.block_size - 1} tokens")
+        notes.append(f"{n_cut} of {len(items)} texts are cut to their first {c.block_size - 1} tokens")
     guesses = ({"predicted": dict(zip(found, row, strict=True))} for row in zip(*found.values(), strict=True))
     return stats.Result(figures, notes, [item | guess for item, guess in zip(items, guesses, strict=True)])

@@ -58,7 +58,8 @@ def proportion(name: str, successes: float, n: int) -> Figure:
         return Figure(name, math.nan, math.nan, math.nan, 0, percent=True)
     p, z2 = successes / n, Z * Z / n
     center, margin = p + z2 / 2, Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
-    return Figure(name, p, (center - margin) / (1 + z2), (center + margin) / (1 + z2), n, percent=True)
+    low, high = max(0.0, (center - margin) / (1 + z2)), min(1.0, (center + margin) / (1 + z2))
+    return Figure(name, p, low, high, n, percent=True)
 
 
 def ratio(name: str, over: Sequence[float], under: Sequence[float]) -> Figure:

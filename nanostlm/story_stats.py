@@ -1,8 +1,8 @@
 """
 Generated stories in numbers, each beside the same number for validation stories.
 
-    result = stories(subject, n=100, seed=1)    # a Result: statistics, memorization, ten stories
-    result = sweep(subject, n=100)              # sampler settings, by their distance to validation stories
+    result = stories(subject, limit=100, seed=1)  # a Result: statistics, memorization, ten stories
+    result = sweep(subject, limit=100)            # sampler settings, by their distance to validation stories
 
 Statistics of a set of stories (distinct-n, self-BLEU) depend on the number and length of its texts. Both sets
 therefore have the same number of stories, of which only the first 100 words count. Their intervals are
@@ -144,6 +144,9 @@ GRID = [  # the settings that `sweep` compares: (sampling, best of n)
     *(({"temperature": t, "top_p": 1, "min_p": p}, 1) for t, p in ((1, 0.05), (1, 0.1), (1.2, 0.1))),
     *(({"temperature": t, "top_p": p}, 4) for t, p in ((0.8, 0.95), (1, 0.95), (1, 1))),
 ]
+COLUMNS = ["distinct-3", "repeated 4-grams", "length in words"]  # of the table of `sweep`: the distance
+COLUMNS += ["ended by end-of-text", "balanced quotation marks"]  # what the distance does not see
+COLUMNS += ["words not in training", "a name never introduced", "valid"]
 
 
 def generate(
@@ -180,7 +183,7 @@ def check_of(subject):
 
 
 def describe(subject, source: str, texts: Sequence[tuple[str, bool]], training, found) -> list[dict]:
-    """One dict per story: its text and statistics. `training` and `found` are None without training data."""
+    """One dict per story: its text and those statistics for which `training` and `found` are not None."""
     items, check = [], check_of(subject)
     for i, (text, ended) in enumerate(texts):
         words = split_words(text)
@@ -189,6 +192,7 @@ def describe(subject, source: str, texts: Sequence[tuple[str, bool]], training, 
         if training:
             item["unseen_words"] = [word for word in words if word not in training[0]]
             item["stray_names"] = stray_names(text, training[1])
+        if found:
             item |= found[i]._asdict() | {"flagged": found[i].flagged}
         if check:
             item["broken_rule"] = check(text).rule
@@ -209,11 +213,12 @@ def summarize(items: list[dict], k: int) -> list[Figure]:
     figures.append(mean("length in words", column("words")))
     figures.append(proportion("ended by end-of-text", sum(column("ended")), len(items)))
     figures.append(proportion("balanced quotation marks", sum(column("balanced")), len(items)))
-    if "flagged" in items[0]:
+    if "unseen_words" in items[0]:
         unseen = [len(words) for words in column("unseen_words")]
         figures.append(ratio("words not in training", unseen, column("words")))
         stray = sum(map(bool, column("stray_names")))
         figures.append(proportion("a name never introduced", stray, len(items)))
+    if "flagged" in items[0]:
         figures.append(mean("longest span in training, tokens", column("longest")))
         figures.append(ratio("8-grams in training", column("found"), column("grams")))
         figures.append(proportion("copied from training", sum(column("flagged")), len(items)))
@@ -224,14 +229,17 @@ def summarize(items: list[dict], k: int) -> list[Figure]:
     return figures
 
 
-def stories(subject, n: int = 100, *, seed: int = 1337, max_new_tokens: int = 0, **sampling: float) -> Result:
+def stories(
+    subject, limit: int = 100, *, seed: int = 1337, max_new_tokens: int = 0, **sampling: float
+) -> Result:
     """
-    Statistics of n stories generated without a prompt, each beside that of as many validation stories.
+    Statistics of `limit` stories generated without a prompt, each beside that of as many validation stories.
     `sampling` are settings of generate.chain. max_new_tokens=0 allows the length of the longest validation
     story, or block_size if there are none. Without subject.data, what needs training data is omitted.
     """
-    control, limit = control_stories(subject, n, seed, max_new_tokens)
-    generated, real = generate(subject, n, seed, limit, **sampling), [(text, True) for text in control]
+    n = limit
+    control, most = control_stories(subject, n, seed, max_new_tokens)
+    generated, real = generate(subject, n, seed, most, **sampling), [(text, True) for text in control]
     training = found = None
     if subject.data:
         training = vocabulary(subject.data)
@@ -246,7 +254,7 @@ def stories(subject, n: int = 100, *, seed: int = 1337, max_new_tokens: int = 0,
         if figure.name in controls and figure.name != "ended by end-of-text":
             figures.append(controls[figure.name]._replace(name=f"{figure.name}, validation"))
     notes = [
-        f"{n} stories without a prompt, {shown(sampling)}, seed {seed}, at most {limit} tokens; "
+        f"{n} stories without a prompt, {shown(sampling)}, seed {seed}, at most {most} tokens; "
         f"beside {len(real)} of {len(subject.texts)} validation stories, drawn at random",
         f"distinct-n and self-BLEU-4 are of the first {FIRST} words of {k} stories in each set",
     ]
@@ -280,29 +288,32 @@ def three(words: list[list[str]]) -> list[tuple[float, np.ndarray]]:
 
 
 def sweep(
-    subject, n: int = 100, *, seed: int = 1337, max_new_tokens: int = 0, grid: Sequence = GRID
+    subject, limit: int = 100, *, seed: int = 1337, max_new_tokens: int = 0, grid: Sequence = GRID
 ) -> Result:
     """
     Compare sampler settings by the distance of their stories to as many validation stories, the closest
     first: the sum, over distinct-3, repeated 4-grams and length in words, of the absolute difference in
     standard errors of the validation stories' figure. Two sets of validation stories are about 3.4 apart
     (3 times 2 / sqrt(pi)), and one pair in twenty is more than 6 apart: smaller distances are no merit. The
-    best of n are by likelihood; see `best_of`.
+    best of n are by likelihood; see `best_of`. The distance is about diversity, not sense: a weak model at
+    temperature 1 is close to the validation stories and writes nonsense, which the other columns show.
     """
-    control, limit = control_stories(subject, n, seed, max_new_tokens)
+    n = limit
+    control, most = control_stories(subject, n, seed, max_new_tokens)
     if len(control) < max(2, n):
         raise ValueError(
             f"a sweep of {n} stories needs 2 or more and as many validation stories: there are {len(control)}"
         )
-    names, check = ("distinct-3", "repeated 4-grams", "length in words"), check_of(subject)
+    training = vocabulary(subject.data) if subject.data else None
 
     def row(setting: str, texts: list[tuple[str, bool]]) -> dict:
-        statistics = three([split_words(text) for text, _ in texts])
-        figures = [jackknife(name, *pair) for name, pair in zip(names, statistics, strict=True)]
-        figures.append(proportion("ended by end-of-text", sum(ended for _, ended in texts), n))
-        if check:
-            figures.append(proportion("valid", sum(check(text).ok for text, _ in texts), n))
-        return {"setting": setting, "statistics": statistics, "figures": figures}
+        figures = summarize(describe(subject, setting, texts, training, None), n)
+        figures = [figure for figure in figures if figure.name in COLUMNS]
+        return {
+            "setting": setting,
+            "statistics": three([split_words(text) for text, _ in texts]),
+            "figures": figures,
+        }
 
     real = row("validation", [(text, True) for text in control])
     scale = [(figure.high - figure.value) / Z for figure in real["figures"][:3]]
@@ -312,7 +323,7 @@ def sweep(
     for sampling, candidates in grid:
         setting = shown(sampling)
         setting += f", best of {candidates}" if candidates > 1 else ""
-        texts = generate(subject, n * candidates, seed, limit, setting, **sampling)
+        texts = generate(subject, n * candidates, seed, most, setting, **sampling)
         new = row(setting, best_of(subject, texts, candidates) if candidates > 1 else texts)
         terms = zip(new["statistics"], real["statistics"], scale, strict=True)
         distance = [np.abs(np.append(*pair) - target) / unit for pair, (target, _), unit in terms]
@@ -329,7 +340,7 @@ def sweep(
         )
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     note = (
-        f"{n} stories for each setting, without a prompt, seed {seed}, at most {limit} tokens; {n} of "
+        f"{n} stories for each setting, without a prompt, seed {seed}, at most {most} tokens; {n} of "
         f"{len(subject.texts)} validation stories. The distance is the sum of the first three differences "
         "in standard errors of the validation figure. Two validation sets are about 3.4 apart, 5% over 6."
     )

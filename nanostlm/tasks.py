@@ -153,7 +153,7 @@ def blimp(subject: Subject, folder: str | Path, *, limit: int = 0, rows: int = 1
     return Result(figures, notes, items)
 
 
-def progression(subject: Subject, *, limit: int = 500, seed: int = 0, rows: int = 16) -> Result:
+def progression(subject: Subject, *, limit: int = 200, seed: int = 0, rows: int = 16) -> Result:
     """
     For each corruption, the share of stories whose real second half has fewer nats per byte, after the first
     half, than the corrupted one. End-of-text follows both. Stories of fewer than four sentences are skipped.

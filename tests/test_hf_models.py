@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Rust
 
+import evaluate
 import export
 import sample
 from experiments import hf
@@ -419,6 +421,30 @@ def test_sample_prints_the_same_text_from_the_export(exported, capsys):
         assert line == f"{source}: 0.0M parameters, BPE of 280 ids, float32 on cpu" and "tokens/s" in speed
     status, out, err = run(source, "--num_samples=2", "--dtype=bfloat16", "--stop=zzz")
     assert status == 0 and out.count("---------------\n") == 1 and "bfloat16 on cpu" in err
+
+
+def test_evaluate_gives_the_export_the_figures_of_our_model(exported, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pair = dict(sentence_good="A cat.", sentence_bad="Cat a.", linguistics_term="order", UID="words")
+    Path("blimp").mkdir()
+    Path("blimp", "words.jsonl").write_text(json.dumps(pair))
+    Path("mine.txt").write_text(
+        "\n<|endoftext|>\n".join(["Üne. Two! Three. Four. Five."] * 3), encoding="utf-8"
+    )
+    tasks = ["--tasks=bpb,progression,blimp,stories", "--blimp=blimp", "--limit=3", "--device=cpu"]
+    models, figures = (str(exported), f"hf:{exported / 'hf'}"), []
+    for model in models:
+        assert evaluate.main([model, "--text=mine.txt", "--json=out.json", *tasks]) == 0
+        [found] = json.loads(Path("out.json").read_text()).values()
+        figures.append({(t, f["name"]): f["value"] for t, task in found.items() for f in task["figures"]})
+    known = [{key: value for key, value in found.items() if value is not None} for found in figures]
+    assert known[0] == pytest.approx(known[1], rel=1e-6, abs=1e-6) and len(known[0]) > 40
+    capsys.readouterr()
+    data = corpus / "mini" / "byte"  # of another tokenizer than the model's
+    assert evaluate.main([models[1], f"--data={data}"]) == 0
+    assert f"bytes of {data}/val.bin" in capsys.readouterr().out
+    assert evaluate.main([f"hf:{exported / 'hf'}"]) == 2
+    assert "pass --data or --text" in capsys.readouterr().err
 
 
 def test_16_bit_weights_keep_the_tables_of_rope_in_float32(folders):

@@ -137,7 +137,7 @@ def test_a_planted_label_is_found_everywhere(subject):
     assert accuracies(result) == dict.fromkeys(ROWS[:-1], 1.0) | {"most frequent label": 41 / 81}
     assert all(figure.n == 81 and figure.low < figure.value <= figure.high for figure in result.figures)
     assert result.items[0] == made[0] | {"predicted": dict.fromkeys(ROWS, "animal")}
-    assert result.notes == ["probe: logistic regression on mean states, 5 folds"]
+    assert result.notes == ["logistic regression on mean states, 5 folds"]
 
 
 def test_random_labels_are_not_found(subject):
@@ -181,7 +181,7 @@ def test_long_texts_are_cut_with_a_note():
     subject, made = SimpleNamespace(model=model, tokenizer=BYTE), items(40, PLANTED)
     made[3]["text"] += " the dog" * 20
     result = probe.probe(subject, made)
-    assert result.notes[1] == "probe: 1 of 40 texts are cut to their first 63 tokens"
+    assert result.notes[1] == "1 of 40 texts are cut to their first 63 tokens"
     short = [item | {"text": item["text"][:63]} for item in made]  # of the byte tokenizer
     assert probe.probe(subject, short).figures[:3] == result.figures[:3]
 
@@ -246,8 +246,11 @@ def test_files(subject, tmp_path):
     path.write_text("\n\n".join(map(json.dumps, made)) + "\n", encoding="utf-8")
     assert probe.probe(subject, path).figures == probe.probe(subject, made).figures
     assert probe.read(path)[1] == made[1] | {"line": 3}
-    with pytest.raises(FileNotFoundError):
-        probe.probe(subject, tmp_path / "nothing.jsonl")
+    some = [item["text"] for item in probe.probe(subject, path, limit=20).items]
+    every = [item["text"] for item in made]
+    assert len(some) == 20 and not Counter(some) - Counter(every) and some != every[:20]
+    with pytest.raises(FileNotFoundError, match="^there is no file toystories, and no set of that name: toy"):
+        probe.probe(subject, "toystories")
 
 
 @pytest.mark.parametrize(

@@ -446,7 +446,14 @@ def test_sweep_sorts_settings_by_their_distance_to_validation_stories(writes):
         *(f.name[10:] for f in result.figures),
     ]
     assert result.items[1]["valid"][0] == 1 and result.items[2]["valid"][0] == 0
-    assert all(item["setting"] in result.notes[1] for item in result.items)
+    lines = result.notes[1].splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["setting", *(item["setting"] for item in result.items)]
+    assert all(name in lines[0] for name in result.items[0] if name != "setting")
+    unseen = [item["words not in training"][0] for item in result.items]
+    known = {word for text in TOYS[:20] for word in story_stats.split_words(text)}
+    for share, group in zip(unseen, (texts, near, far), strict=True):
+        words = [word for text in group for word in story_stats.split_words(text)]
+        assert share == pytest.approx(sum(word not in known for word in words) / len(words))
 
 
 def test_sweep_of_a_model_runs_every_setting(model):
@@ -465,4 +472,4 @@ def test_invalid_numbers_are_refused(n, writes):
     with pytest.raises(ValueError, match="at least 1" if n == 0 else "validation stories"):
         story_stats.sweep(subject(), n)
     with pytest.raises(ValueError, match="number of stories|max_new_tokens"):
-        story_stats.stories(subject(), n=0 if n == 0 else 1, max_new_tokens=-1)
+        story_stats.stories(subject(), limit=0 if n == 0 else 1, max_new_tokens=-1)
