@@ -27,8 +27,8 @@ from nanostlm.variants import zero_std
 class Config:
     block_size: int = 1024  # context length in bytes
     n_layer: int = 4  # layers of the core, over patches
-    n_head: int = 4  # attention heads of the core
-    n_embd: int = 256  # width of the core
+    n_head: int = 2  # attention heads of the core
+    n_embd: int = 128  # width of the core
     boundary: str = "space"  # space (SpaceByte's rule) | stride | byte (no patches: a plain GPT)
     stride: int = 6  # boundary=stride: bytes in a patch
     pooling: str = "last"  # a patch's vector, from its bytes' states: last | mean | max | attention
@@ -36,8 +36,8 @@ class Config:
     decoder_layers: int = 2  # local layers after it
     local_head: int = 2  # attention heads of the local layers
     local_embd: int = 128  # width of the local layers
-    local_window: int = 32  # a byte attends to this many bytes in the local layers, itself included
-    ngram: int = 5  # n-grams of 2 to this many bytes are hashed and embedded; 1 = none
+    local_window: int = 16  # a byte attends to this many bytes in the local layers, itself included
+    ngram: int = 8  # n-grams of 2 to this many bytes are hashed and embedded; 1 = none
     ngram_rows: int = 8192  # rows of each table of n-grams
     ngram_width: int = 32  # width of each table
     dropout: float = 0.0  # as in GPT, in all layers

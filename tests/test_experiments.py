@@ -119,6 +119,15 @@ def test_probabilities_of_the_next_id_sum_to_one(name):
     assert total == pytest.approx(1, abs=1e-9)
 
 
+def test_every_parameter_gets_a_gradient(name):
+    """Also from a text of one letter; several processes average the gradients of all parameters."""
+    model = small(name).train()
+    for idx in (texts(2, 48), torch.full((1, 9), ord("a"))):
+        model.zero_grad()
+        model(idx, torch.roll(idx, -1, dims=1))[1].backward()
+        assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
 def test_loglikelihood_is_the_sum_of_losses(name):
     model, ids = small(name).double(), [EOT, *texts(1, 30)[0].tolist()]
     idx, losses = torch.tensor([ids[:-1]]), []
