@@ -191,7 +191,7 @@ def configure(argv: list[str]) -> Plan:
         print0(f"warmup_iters={c.warmup_iters} is cut to {c.max_iters // 2}, half of the run")
         c = replace(c, warmup_iters=c.max_iters // 2)
 
-    compiles = "False" if c.dropout_schedule else c.compile
+    compiles = c.compile if getattr(c.model, "compiles", True) and not c.dropout_schedule else "False"
     chosen = machine.choose(c.device, c.dtype, compiles, c.max_iters, state["machine"] if state else "")
     if state and c.compile == "auto":  # a run continues the way it began
         chosen = chosen._replace(compile=state["compiled"])

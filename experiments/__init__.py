@@ -27,6 +27,7 @@ class Defaults:
     """What the scripts read of a configuration besides its settings, where the architecture does not say."""
 
     causal, separator, position = True, -1, "none"
+    compiles = False  # True: the shapes of all tensors follow from that of the ids, for torch.compile
     n_layer = n_embd = kv_heads = head_dim = 0
 
     def estimate(self) -> dict[str, int]:
@@ -74,6 +75,8 @@ def name_of(x: object) -> str:
 
 def check(c) -> None:
     """ValueError if a TrainConfig asks an experiment for something that only GPT can do."""
+    if c.compile == "True" and not getattr(c.model, "compiles", False):
+        raise ValueError(f"leave out compile: architecture={c.architecture} is not made for it")
     if c.pair_tokens:
         raise ValueError(f"leave out pair_tokens: architecture={c.architecture} has no bigram initialization")
     if not c.cross_stories and "separator" not in {field.name for field in fields(c.model)}:

@@ -349,11 +349,6 @@ def test_init_from_takes_weights_of_the_same_architecture(name, tmp_path, argume
     monkeypatch.setattr(train.report, "final", lambda *args: None)
     assert train.main([*arguments, "--out_dir=first"]) == 0
     last = checkpoint.read("first/latest.pt")["model"]
-    more = [
-        word
-        for word in arguments
-        if "=" in word and word[2:].split("=")[0] in (*RUN, "data_dir", "block_size")
-    ]
     own = [f"--{setting}={value}" for setting, value in SMALL.get(name, {}).items()]
     more = [word for word in arguments if word not in own]
     more += ["--init_from=first/latest.pt", "--max_iters=1", "--learning_rate=1e-9"]
@@ -419,6 +414,7 @@ def test_export_rejects_an_experiment_by_name(name, tmp_path, capsys):
         ("--architecture=bigram", "--pointer=True"): "there is no option '--pointer'",
         ("--architecture=bigram", "--n_layer=2"): "there is no option '--n_layer'",
         ("--architecture=bigram", "--dropout=2"): "dropout must be between 0 and 0.999",
+        ("--architecture=patches", "--compile=True"): "leave out compile: architecture=patches",
         ("--architecture=bigram", "--pair_tokens=100"): "leave out pair_tokens: architecture=bigram",
         ("--architecture=bigram", "--cross_stories=False"): "leave out cross_stories: architecture=bigram",
         ("--architecture=bigram", "--vocab_size=5"): "vocab_size comes from the tokenizer",
@@ -430,6 +426,12 @@ def test_user_error_is_one_line_that_names_it(words, message, corpus, tmp_path, 
     assert train.main([*words, f"--data_dir={corpus}", "--dataset=mini", "--tokenizer=byte"]) == 2
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["patches", "thoughts"])
+def test_byte_models_refuse_another_tokenizer(name):
+    with pytest.raises(ValueError, match="not of 300 ids: set tokenizer=byte"):
+        small(name, vocab_size=300)
 
 
 def test_architecture_of_a_run_cannot_change_on_resume(arguments, tmp_path, monkeypatch, capsys):
