@@ -248,3 +248,23 @@ class Model(nn.Module):
     def new_cache(self, rows: int) -> Cache:
         c = self.config
         return Cache(Store(c.window), Store(c.block_size), Store(c.window))
+
+    @torch.no_grad()
+    def tell(self, predicted: Tensor, rng: torch.Generator | None = None, most: int = 200) -> list[bytes]:
+        """
+        A sentence for each row of predicted latents (B, latents * latent_width), after white space: sampled,
+        or without rng the likeliest bytes, up to the start of the next sentence or `most` bytes.
+        """
+        idx = torch.full((len(predicted), 1), ord(" "), device=predicted.device)
+        for _ in range(most):
+            x, starts, sentence = self.encode(idx)
+            x = self.decode(x, starts, torch.zeros_like(sentence), predicted[:, None])
+            p = self.head(x[:, -1]).float().softmax(dim=-1)
+            new = (
+                probs.argmax(-1, keepdim=True) if rng is None else torch.multinomial(probs, 1, generator=rng)
+            )
+            idx = torch.cat((idx, new), dim=1)
+        begins = sentence_starts(idx, torch.full_like(idx[:, :2].expand(-1, 2), EOT))
+        begins[:, 0] = False
+        ends = [row.nonzero()[0].item() if row.any() else idx.shape[1] for row in begins]
+        return [bytes(row[1:end]) for row, end in zip(idx.tolist(), ends, strict=True)]

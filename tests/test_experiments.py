@@ -255,6 +255,18 @@ def test_local_attention_is_that_with_a_dense_mask():
             assert torch.allclose(local_kernel(window, where)(q, k, v), expected, atol=1e-12)
 
 
+def test_told_sentence_is_that_of_the_predicted_latents():
+    """Greedy text from the latents that a text predicts is the greedy continuation of that text."""
+    model = small("thoughts")
+    text = [*b"Tom ran. It was. "]
+    [new] = generate(model, [text], 20, [greedy], eot=EOT)
+    x, _, sentence = model.encode(torch.tensor([[EOT, *text]]))
+    predicted = model.predict(model.latents(x, sentence, 3))[:, 2]
+    [told] = model.tell(predicted, most=20)
+    assert told and told == bytes(new[: len(told)])
+    assert model.tell(predicted, torch.Generator().manual_seed(1), most=20) != [told]
+
+
 def test_nextlat_adds_to_the_loss_in_training_only():
     model = small("thoughts", nextlat=0.5)
     idx, targets = texts(2, 40), texts(2, 41)[:, 1:]
