@@ -260,9 +260,7 @@ class Model(nn.Module):
             x, starts, sentence = self.encode(idx)
             x = self.decode(x, starts, torch.zeros_like(sentence), predicted[:, None])
             p = self.head(x[:, -1]).float().softmax(dim=-1)
-            new = (
-                probs.argmax(-1, keepdim=True) if rng is None else torch.multinomial(probs, 1, generator=rng)
-            )
+            new = p.argmax(-1, keepdim=True) if rng is None else torch.multinomial(p, 1, generator=rng)
             idx = torch.cat((idx, new), dim=1)
         begins = sentence_starts(idx, torch.full_like(idx[:, :2].expand(-1, 2), EOT))
         begins[:, 0] = False
