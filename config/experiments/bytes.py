@@ -16,7 +16,6 @@ batch_size = 12  # 12 rows x 256 tokens = 3,072 tokens a step
 max_iters = 1500
 eval_interval = 100
 eval_tokens = 131_072  # enough for a curve
-story_windows = True  # windows start at the beginning of a story
 optimizer = "muon"
 learning_rate = 0.02  # AdamW's, for embeddings and head
 muon_lr = 0.02  # Muon's, for the matrices of the layers

@@ -1,4 +1,4 @@
-"""Bytes in thoughts: 3.88M parameters. experiments/README.md has its results."""
+"""Next thought, sentence by sentence: 3.88M parameters. experiments/README.md has its results."""
 
 architecture = "thoughts"
 dataset = "tinystories"
@@ -6,7 +6,7 @@ stories = 100_000  # as config/tiny.py
 fallback = "toystories"  # the built-in corpus, if the Hub cannot be reached
 tokenizer = "byte"
 
-batch_size = 8  # 8 rows x 512 tokens = 4,096 tokens a step
+batch_size = 3  # 3 rows x 1024 tokens = 3,072 tokens a step
 max_iters = 1500
 eval_interval = 100
 eval_tokens = 131_072  # enough for a curve
