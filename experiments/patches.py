@@ -25,14 +25,14 @@ from nanostlm.variants import zero_std
 
 @dataclass(frozen=True)
 class Config:
-    block_size: int = 1024  # context length in bytes
+    block_size: int = 512  # context length in bytes
     n_layer: int = 4  # layers of the core, over patches
     n_head: int = 2  # attention heads of the core
     n_embd: int = 128  # width of the core
     boundary: str = "space"  # space (SpaceByte's rule) | stride | byte (no patches: a plain GPT)
     stride: int = 6  # boundary=stride: bytes in a patch
     pooling: str = "last"  # a patch's vector, from its bytes' states: last | mean | max | attention
-    encoder_layers: int = 1  # local layers before the core
+    encoder_layers: int = 0  # local layers before the core
     decoder_layers: int = 2  # local layers after it
     local_head: int = 2  # attention heads of the local layers
     local_embd: int = 128  # width of the local layers

@@ -25,7 +25,7 @@ from nanostlm.variants import zero_std
 
 @dataclass(frozen=True)
 class Config:
-    block_size: int = 1024  # context length in bytes
+    block_size: int = 512  # context length in bytes
     n_layer: int = 2  # layers of the core, over sentences
     n_head: int = 4  # attention heads of the core
     n_embd: int = 256  # width of the core

@@ -28,7 +28,7 @@ NAMES = experiments.architectures()
 V, EOT = 257, 256
 SMALL = {  # settings of a small model, where the defaults are those of a large one
     "gpt": dict(n_layer=2, n_head=2, n_embd=16, tied=False, qk_norm=True),
-    "patches": dict(n_layer=2, n_head=2, n_embd=16, local_embd=16, local_window=6, ngram_rows=64),
+    "patches": dict(n_layer=2, n_embd=16, local_embd=16, local_window=6, ngram_rows=64, encoder_layers=1),
     "thoughts": dict(n_layer=1, n_head=2, n_embd=16, local_embd=16, local_window=9, ngram_rows=64, latents=2),
 }
 TEXT = "<Once upon a time, Tom had 12 dogs! ¿Qué? 犬が好き 🐶🐕 \n\nThey ran, and ran... zwölf Bären> "
@@ -205,7 +205,7 @@ def test_greedy_text_is_that_of_repeated_forward_passes(name):
 
 VARIANTS = [
     *(("patches", dict(pooling=pooling)) for pooling in ("mean", "max", "attention")),
-    *(("patches", changes) for changes in (dict(boundary="byte"), dict(encoder_layers=0, ngram=1))),
+    *(("patches", changes) for changes in (dict(boundary="byte"), dict(encoder_layers=0, ngram=3))),
     ("patches", dict(boundary="stride", stride=3, pooling="mean", decoder_layers=0)),
     *(("thoughts", dict(context=context)) for context in ("none", "full")),
     ("thoughts", dict(local_window=3, ngram=1, latents=1)),
