@@ -10,6 +10,7 @@ data = load_data("data/tinystories/bpe4096")   # Data(train, val, meta, tokenize
 """
 
 import functools
+import mmap
 import os
 import shlex
 from collections import deque
@@ -171,14 +172,24 @@ def open_bins(folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
         size = path.stat().st_size if path.is_file() else 0
         if size != tokens * dtype.itemsize:
             raise ValueError(f"{path} has {size:,} bytes, not {tokens * dtype.itemsize:,} for {tokens:,} ids")
-        ids = np.memmap(path, dtype, "r")
-        if (top := ids.max()) != eot:
+        ids, top, ends = np.memmap(path, dtype, "r"), 0, 0
+        for i in range(0, tokens, block):
+            top = max(top, int(ids[i : i + block].max()))
+            ends += np.count_nonzero(ids[i : i + block] == eot)
+            release(ids)
+        if top != eot:
             raise ValueError(f"{path} has an id {top:,}, and the vocabulary in meta.json ends at {eot:,}")
-        ends = sum(np.count_nonzero(ids[i : i + block] == eot) for i in range(0, tokens, block))
         if ends != stories:
             raise ValueError(f"{path} has {ends:,} stories, not {stories:,} as in meta.json")
         bins.append(ids)
     return meta, *bins
+
+
+def release(ids: np.ndarray) -> None:
+    """Forget which pages of a memory-mapped file were read, because they count as this process' memory."""
+    file = getattr(ids, "_mmap", None)
+    if file is not None and hasattr(file, "madvise"):  # not on Windows
+        file.madvise(mmap.MADV_DONTNEED)
 
 
 def check_not_truncated(ids: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from nanostlm.data import Data, check_not_truncated
+from nanostlm.data import Data, check_not_truncated, release
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 NAMED = re.compile(r"\b(?:[Nn]amed|[Cc]alled|[Nn]ame(?: is| was|['’]s)) (?:(?:Mrs?|Dr)\. )?(\w+)")
@@ -42,6 +42,7 @@ def blocks(data: Data, size: int, title: str) -> Iterator[np.ndarray]:
                 length *= 2  # a story longer than a block
             block = np.asarray(data.train[start : start + length])
             yield block
+            release(data.train)
             start += len(block)
             bar.update(len(block))
 

@@ -80,9 +80,11 @@ def stratified(name: str, groups: Sequence[Sequence[float]]) -> Figure:
     if not k:
         return Figure(name, math.nan, math.nan, math.nan, 0, percent=True)
     value = sum(x.mean() for x in groups) / k
-    variance = sum(x.var(ddof=1) / len(x) if len(x) > 1 else math.nan for x in groups)
+    pooled = np.concatenate(groups).var()  # in place of the variance of a single item
+    variance = sum(x.var(ddof=1) / len(x) if len(x) > 1 else pooled for x in groups)
     margin = Z * math.sqrt(variance) / k
-    return Figure(name, float(value), float(value - margin), float(value + margin), n, percent=True)
+    low, high = (float(np.clip(x, 0, 1)) for x in (value - margin, value + margin))
+    return Figure(name, float(value), low, high, n, percent=True)
 
 
 def transform(name: str, figure: Figure, f: Callable[[float], float]) -> Figure:

@@ -145,7 +145,7 @@ def blimp(subject: Subject, folder: str | Path, *, limit: int = 0, rows: int = 1
         notes.append("without --data, the pairs whose words are all in the training text are unknown")
     phenomena = sorted({term for term, _ in paradigms})
     figures += [accuracy(term.replace("_", " "), phenomenon=term) for term in phenomena]
-    figures += [stats.stratified(uid, [right[i]]) for (_, uid), i in sorted(paradigms.items())]
+    figures += [stats.proportion(uid, right[i].sum(), len(i)) for (_, uid), i in sorted(paradigms.items())]
     items = [
         {"UID": pair["UID"], "good": float(good), "bad": float(bad), "familiar": seen}
         for pair, (good, bad), seen in zip(pairs, logp, familiar, strict=True)

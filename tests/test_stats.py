@@ -53,6 +53,8 @@ def test_wilson_interval():
 def test_strata_weigh_the_same():
     f = stats.stratified("", [[1, 1, 1, 0], [0, 0], []])
     assert f.value == pytest.approx(0.375) and f.n == 6, "an empty group does not count"
+    single = stats.stratified("", [[1, 1, 1, 0], [0]])
+    assert single.value == pytest.approx(0.375) and 0 <= single.low < 0.375 < single.high <= 1
 
 
 def test_too_few_items_have_no_interval():
