@@ -15,6 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from experiments import name_of
 from nanostlm import checkpoint, settings
 from nanostlm.formats import hf, llama2c
 
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{existing[0]} exists; use --overwrite to replace it")
     source = checkpoint.find(options.out_dir if options.run is None else options.run)
     model, tokenizer = checkpoint.load(source)
+    if (name := name_of(model)) != "gpt":
+        raise ValueError(f"{source} has architecture={name}, which other programs do not know")
     print(f"{source}: {model.config.estimate()['parameters'] / 1e6:.1f}M parameters, {tokenizer.name}")
     if options.to == "hf":
         name = hf.to_hf(model, tokenizer, dest)

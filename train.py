@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
-from model import GPT, GPTConfig, check_settings
+import experiments
+from model import GPTConfig, check_settings
 from nanostlm import checkpoint, machine, optim, report, runs, score, settings, sources
 from nanostlm.data import Batches, Data, check_not_truncated, folder_name, load_data
 from nanostlm.machine import print0
@@ -38,6 +40,7 @@ from nanostlm.tokenizer import Tokenizer, from_state
 class TrainConfig:
     # -- everyday
     dataset: str = "tinystories"  # a folder under data_dir; prepared by prepare.py, or automatically
+    architecture: str = "gpt"  # gpt (model.py), or NAME for experiments/NAME.py with its own settings
     tokenizer: str = "bpe4096"  # gpt2 | byte | bpeN (a vocabulary of N ids)
     stories: int = 0  # train on the first N training stories of the dataset; 0 = all
     out_dir: str = ""  # run directory; empty = out/RECIPE, then out/RECIPE-2, ...
@@ -96,6 +99,8 @@ class TrainConfig:
             if self.compile == "True":
                 raise ValueError("leave out dropout_schedule: compile=True would compile for each dropout")
         self.model.validate()
+        if self.architecture != "gpt":
+            experiments.check(self)
         self.stages()
 
     def stages(self) -> list[tuple[int, int]]:
@@ -154,7 +159,7 @@ class Plan(NamedTuple):
     name: str  # of the recipe
     recipe: dict[str, Any]  # its settings
     state: dict | None  # the checkpoint to resume from
-    weights: GPT | None  # the model to start from
+    weights: nn.Module | None  # the model to start from
 
 
 def configure(argv: list[str]) -> Plan:
@@ -163,18 +168,22 @@ def configure(argv: list[str]) -> Plan:
     configuration. Prepares the data if necessary. ValueError with one clear line if something does not fit.
     """
     about = "Train a model."
-    path, recipe, given, flags = settings.command_line(TrainConfig, argv, FLAGS, about, RESOLVED)
+    kind = settings.peek(argv, "architecture")
+    cls = settings.with_model(TrainConfig, experiments.architecture(kind or "gpt")[0])
+    path, recipe, given, flags = settings.command_line(cls, argv, FLAGS, about, RESOLVED)
     name = Path(path).stem or "run"
-    defaults = {s.name: s.default for s in settings.settings_of(TrainConfig).values()}
+    defaults = {s.name: s.default for s in settings.settings_of(cls).values()}
     extended = not given.keys().isdisjoint(("max_iters", "patience"))
     values = defaults | recipe | given
     folder, state = runs.find(values, name, flags, extended)
+    if state and not (path or kind) and state["architecture"] != "gpt":
+        return configure([*argv, f"--architecture={state['architecture']}"])
     if state is not None:
         before = defaults | state["recipe"]
         recipe = recipe if path else state["recipe"]
         override = "override" in flags
         values = runs.resumed_settings(state, defaults | recipe, before, given, MAY_CHANGE, override)
-    c = settings.build(TrainConfig, values)
+    c = settings.build(cls, values)
     c.validate()
     settings.check_path("data_dir", c.data_dir, "folder")
     settings.check_path("out_dir", c.out_dir or None, "folder")
@@ -182,12 +191,12 @@ def configure(argv: list[str]) -> Plan:
         print0(f"warmup_iters={c.warmup_iters} is cut to {c.max_iters // 2}, half of the run")
         c = replace(c, warmup_iters=c.max_iters // 2)
 
-    compiles = "False" if c.dropout_schedule else c.compile
+    compiles = c.compile if getattr(c.model, "compiles", True) and not c.dropout_schedule else "False"
     chosen = machine.choose(c.device, c.dtype, compiles, c.max_iters, state["machine"] if state else "")
     if state and c.compile == "auto":  # a run continues the way it began
         chosen = chosen._replace(compile=state["compiled"])
     if state is None and "loss_chunk" not in recipe | given:
-        c = replace(c, model=replace(c.model, loss_chunk=chosen.loss_chunk()))
+        c = replace(c, model=settings.update(c.model, loss_chunk=chosen.loss_chunk()))
     chosen.set_up(c.threads)
 
     weights, tokenizer = None, None
@@ -200,12 +209,12 @@ def configure(argv: list[str]) -> Plan:
     c, data = find_data(c, tokenizer)
     vocab_size, eot = data.tokenizer.vocab_size, data.tokenizer.eot
     separator = -1 if c.cross_stories else eot
-    c = replace(c, model=replace(c.model, vocab_size=vocab_size, separator=separator))
+    c = replace(c, model=settings.update(c.model, vocab_size=vocab_size, separator=separator))
     folder = machine.from_rank0(lambda: folder)
     return Plan(c, chosen, data, folder, name, recipe, state, weights)
 
 
-def load_weights(c: TrainConfig) -> tuple[GPT, Tokenizer]:
+def load_weights(c: TrainConfig) -> tuple[nn.Module, Tokenizer]:
     """The model and tokenizer of init_from; settings of `c` that do not affect the weights are applied."""
     if c.init_from.startswith("hf:"):
         from nanostlm.formats.hf import from_hf
@@ -237,11 +246,11 @@ def find_data(c: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TrainConfig,
     return replace(c, dataset=dataset), data
 
 
-def build_model(plan: Plan) -> GPT:
+def build_model(plan: Plan) -> nn.Module:
     """Build the model of the plan and load its initial weights."""
     c = plan.config
     torch.manual_seed(c.seed)
-    model = GPT(c.model)
+    model = experiments.architecture(c.architecture)[1](c.model)
     if plan.weights is not None:
         model.load_state_dict(plan.weights.state_dict())
     elif c.pair_tokens and plan.state is None:
@@ -275,7 +284,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        model: GPT,
+        model: nn.Module,
         data: Data,
         out_dir: str | Path | None = None,
         chosen: machine.Machine | None = None,
@@ -313,7 +322,9 @@ class Trainer:
         self.directory = runs.RunDirectory(out_dir) if out_dir else None
         self.logger = report.logger(c, self.directory.folder) if out_dir and not self.machine.rank else None
         self.token_bytes = score.token_bytes(data.tokenizer)
-        self.fingerprint, self.provenance = runs.fingerprint(data.train, data.val), checkpoint.provenance()
+        self.fingerprint = runs.fingerprint(data.train, data.val)
+        self.architecture = experiments.name_of(model)
+        self.provenance = checkpoint.provenance(self.architecture)
         self.began, self.joules_before = time.perf_counter(), self.machine.joules()
         self.timed = [0, 0.0]  # tokens and seconds since the last logged step
 
@@ -492,6 +503,7 @@ class Trainer:
         """All that inference needs: weights, configuration, tokenizer; and provenance."""
         return {
             "model": self.model.state_dict(),
+            "architecture": self.architecture,
             "model_config": asdict(self.config.model),
             "step": step,
             "train_config": asdict(self.config),

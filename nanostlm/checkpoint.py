@@ -16,12 +16,13 @@ import platform
 import struct
 import subprocess
 import zipfile
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from model import GPT, GPTConfig
+from experiments import architecture, name_of
 from nanostlm import machine, settings
 from nanostlm import tokenizer as tokenizers
 from nanostlm.schema import COUNT, NAME, NONE, TEXT, TYPES, WHOLE, check, naming
@@ -30,13 +31,14 @@ FORMAT = 2  # of the dictionary inside; newer formats are rejected
 TENSOR = "a tensor", lambda x: getattr(x, "is_cpu", 0) and x.layout == torch.strided and x.is_contiguous()
 STATE = {  # of every checkpoint
     "model": {"*": TENSOR},
-    "model_config": {f"{f.name}?": TYPES[type(f.default)] for f in fields(GPTConfig)} | {"*": NONE},
+    "architecture?": NAME,
+    "model_config": {},
     "tokenizer": {"name": tokenizers.NAME, "ranks": TEXT},
     "step?": WHOLE,
     "train_config?": {"data_dir": TEXT, "dataset": NAME, "tokenizer": NAME},
 }
 WEIGHTLESS = ("dropout", "label_smoothing", "z_loss", "loss_chunk", "block_size", "separator")
-CODE = (  # the source files that affect a run's results
+CODE = (  # the source files that affect the results of every run
     *("model.py", "train.py", "nanostlm/variants.py", "nanostlm/data.py", "nanostlm/machine.py"),
     *("nanostlm/optim.py", "nanostlm/score.py"),
 )
@@ -103,7 +105,14 @@ def read(path: str | Path) -> dict:
         raise ValueError(f"{path} was written by a newer version of this project")
     with naming(path):
         check(state, STATE)
+        known = {f"{f.name}?": TYPES[type(f.default)] for f in fields(classes(state)[0])}
+        check(state["model_config"], known | {"*": NONE}, "model_config")
         return upgrade(state)
+
+
+def classes(state: dict) -> tuple[type, type[nn.Module]]:
+    """The classes of configuration and model of a checkpoint; earlier versions had only GPT."""
+    return architecture(state.get("architecture", "gpt"))
 
 
 def upgrade(state: dict) -> dict:
@@ -134,7 +143,7 @@ def digest_holds(path: Path) -> bool:
         return file.read() == digest.hexdigest().encode()
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, "tokenizers.Tokenizer"]:
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, "tokenizers.Tokenizer"]:
     """A run's folder (best.pt, else latest.pt) or one checkpoint file -> (model in eval mode, tokenizer)."""
     return build(find(path), device)[:2]
 
@@ -153,13 +162,14 @@ def find(path: str | Path | None = None) -> Path:
     return path
 
 
-def build(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, "tokenizers.Tokenizer", dict]:
+def build(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, "tokenizers.Tokenizer", dict]:
     """A checkpoint file -> (model in eval mode, tokenizer, what `read` returns)."""
     state = read(path)
     with naming(path):
-        config = GPTConfig(**state["model_config"])
+        Config, Model = classes(state)
+        config = Config(**state["model_config"])
         machine.check_memory(config, device)
-        model, tokenizer = GPT(config), tokenizers.from_state(state["tokenizer"])
+        model, tokenizer = Model(config), tokenizers.from_state(state["tokenizer"])
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"model_config.vocab_size must be the tokenizer's {tokenizer.vocab_size}")
         fit(state["model"], model.state_dict())
@@ -175,12 +185,14 @@ def fit(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None
             raise ValueError(f"the tensor {name} is {a}, and {b} in a model of this configuration")
 
 
-def adapt(model: GPT, wanted: GPTConfig, source: str) -> GPT:
+def adapt(model: nn.Module, wanted, source: str) -> nn.Module:
     """
     A model with the weights of `model` and the settings of `wanted` that do not affect the weights.
     ValueError if `wanted` differs from the defaults in another setting; `source` names the model in it.
     """
-    own, default, asked = asdict(model.config), asdict(GPTConfig()), asdict(wanted)
+    if name_of(model) != name_of(wanted):
+        raise ValueError(f"{source} is a model of another kind: set architecture={name_of(model)}")
+    own, default, asked = asdict(model.config), asdict(type(wanted)()), asdict(wanted)
     other = [
         f"{name}={value}"
         for name, value in asked.items()
@@ -188,7 +200,7 @@ def adapt(model: GPT, wanted: GPTConfig, source: str) -> GPT:
     ]
     if other:
         raise ValueError(f"{source} does not match {', '.join(other)}: remove these settings")
-    config = replace(model.config, **{name: asked[name] for name in WEIGHTLESS})
+    config = settings.update(model.config, **{name: asked.get(name) for name in WEIGHTLESS})
     state = model.state_dict()
     if config.position == "learned":
         if config.block_size > model.config.block_size:
@@ -197,7 +209,8 @@ def adapt(model: GPT, wanted: GPTConfig, source: str) -> GPT:
                 f"{model.config.block_size} positions"
             )
         state["embedder.positions.weight"] = state["embedder.positions.weight"][: config.block_size]
-    adapted = GPT(config)
+    adapted = type(model)(config)
+    fit(state, adapted.state_dict())
     adapted.load_state_dict(state)
     return adapted
 
@@ -212,8 +225,13 @@ def newest_run(root: str | Path = "out") -> Path:
     return max(files, key=lambda file: file.stat().st_mtime).parent
 
 
-def provenance() -> dict[str, str]:
-    """Versions, git commit (with -dirty if modified) and hashes of the source files."""
+def code(name: str) -> tuple[str, ...]:
+    """The source files that affect the results of a run of this architecture."""
+    return CODE if name == "gpt" else (*CODE, f"experiments/{name}.py")
+
+
+def provenance(name: str = "gpt") -> dict[str, str]:
+    """Versions, git commit (with -dirty if modified) and hashes of the architecture's source files."""
     here = Path(__file__).resolve().parent.parent
     made = {
         "python": platform.python_version(),
@@ -230,7 +248,7 @@ def provenance() -> dict[str, str]:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         made["commit"] = "unknown"
-    for name in CODE:
-        if (here / name).exists():
-            made[name] = hashlib.sha256((here / name).read_bytes()).hexdigest()[:16]
+    for file in code(name):
+        if (here / file).exists():
+            made[file] = hashlib.sha256((here / file).read_bytes()).hexdigest()[:16]
     return made

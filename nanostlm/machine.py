@@ -286,14 +286,15 @@ def total_memory(device: torch.device) -> int:
 
 def check_memory(c, device: str | torch.device = "cpu", need: int = 0) -> None:
     """
-    ValueError unless a GPTConfig is valid, its model can be constructed in some seconds, and it fits into the
-    memory of the device. `need`: the bytes that are certain there, if they are more than its weights.
+    ValueError unless the configuration of a model is valid, the model can be constructed in some seconds, and
+    it fits into the memory of the device. `need`: the bytes that are certain there, if more than its weights.
     """
     c.validate()
     if c.n_layer > MAX_LAYERS:
         raise ValueError(f"n_layer={c.n_layer:,}: more than {MAX_LAYERS:,} layers take too long to construct")
     count = c.estimate()["parameters"]
-    built = replace(c, share="none", tied=False).estimate()["parameters"]  # what is shared is built first
+    unshared = replace(c, share="none", tied=False) if hasattr(c, "share") else c  # this is built first
+    built = unshared.estimate()["parameters"]
     for place, size in (("cpu", 4 * built), (device, max(need, 4 * count))):
         if size > (has := total_memory(torch.device(place))):
             figures = f"{size / 2**20:,.0f} MB of memory, and {place} has {has / 2**20:,.0f} MB"

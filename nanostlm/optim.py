@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from model import Head
+
 
 class WithoutCompile:
     """torch.optim's methods without their wrapping for torch.compile, which takes 0.8 s to import."""
@@ -85,14 +87,21 @@ class Muon(WithoutCompile, torch.optim.Optimizer):
 
 def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer]:
     """
-    AdamW for everything, or (optimizer="muon") Muon for the matrices inside the blocks and AdamW for the
-    rest: embeddings, head, norms, biases, convolutions. Vectors do not decay. Each group has its `base_lr`.
+    AdamW for everything, or (optimizer="muon") Muon for the matrices of linear layers and AdamW for the rest:
+    embeddings, head, norms, biases, convolutions. Vectors do not decay. Each group has its `base_lr`.
     """
     groups = {kind: [] for kind in ("matrix", "embedding", "head", "vector", "tensor")}
+    of_heads = {p for module in model.modules() if isinstance(module, Head) for p in module.parameters()}
     for name, p in model.named_parameters():  # named_parameters yields tied and shared tensors once
-        kind = "vector" if p.ndim < 2 else name.split(".")[0]
-        inside = "tensor" if p.ndim > 2 and c.optimizer == "muon" else "matrix"
-        groups[{"embedder": "embedding", "head": "head", "vector": "vector"}.get(kind, inside)].append(p)
+        module = model.get_submodule(name.rpartition(".")[0])
+        kinds = {
+            "vector": p.ndim < 2,
+            "embedding": isinstance(module, nn.Embedding),
+            "head": p in of_heads,
+            "matrix": isinstance(module, nn.Linear),
+            "tensor": True,
+        }
+        groups[next(kind for kind, holds in kinds.items() if holds)].append(p)
     lr = {"embedding": c.embedding_lr, "head": c.head_lr}
     adam, muon = [], []
     for kind, params in groups.items():

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from model import GPTConfig
 from nanostlm import checkpoint, runs, sources
 from nanostlm.machine import Machine, print0, rank, total_memory
 
@@ -39,10 +38,11 @@ def plan(c, data, machine: Machine, iters: int) -> str:
     rows, stories = c.batch_size * c.gradient_accumulation_steps, data.meta["train"]["stories"]
     tokens, files = rows * m.block_size, CHECKPOINT_BYTES * total
     need, has = machine.run_memory(c), total_memory(machine.device)
+    shape = f"{m.n_layer} layers, {m.n_embd} wide" if c.architecture == "gpt" else c.architecture
     warning = f"; WARNING: this machine has only {has / 2**20:,.0f} MB of memory" if need > has else ""
     return (
         f"model    {total / 1e6:.2f}M parameters, {share:.0%} of them embeddings; "
-        f"{m.n_layer} layers, {m.n_embd} wide, context {m.block_size}\n"
+        f"{shape}, context {m.block_size}\n"
         f"data     {data.folder}: {stories:,} stories, {len(data.train) / 1e6:.2f}M tokens\n"
         f"batch    {rows} rows x {m.block_size} = {tokens:,} tokens a step; {iters:,} steps = "
         f"{iters * tokens / 1e6:.1f}M tokens = {iters * tokens / len(data.train):.2f} epochs\n"
@@ -185,7 +185,7 @@ def comparison(rows: list[tuple[Path, dict, float]]) -> str:
         end = lines[-1] if lines else {}
         tokens = f"{end['tokens']:,}" if "tokens" in end else "-"
         seconds = f"{end['elapsed_s']:,.0f}" if "elapsed_s" in end else "-"
-        size = GPTConfig(**state["model_config"]).estimate()["parameters"]
+        size = checkpoint.classes(state)[0](**state["model_config"]).estimate()["parameters"]
         settings = [str(c.get(n, "-")) for n in differ]
         table.append([str(path.parent), *settings, f"{size / 1e6:.2f}M", tokens, seconds, f"{bpb:.4f}"])
     width = [max(len(row[i]) for row in table) for i in range(len(table[0]))]

@@ -217,7 +217,7 @@ def last_state(folder: Path, values: dict) -> dict | None:
     config = known | dict.fromkeys(CHANGING, COUNT) | {"patience": WHOLE, "model": {}, "*": NONE}
     for file in files:
         try:
-            state = checkpoint.read(file) | {"file": file.name}
+            state = {"architecture": "gpt"} | checkpoint.read(file) | {"file": file.name}
             with naming(file):
                 check(state, RESUME | {"train_config": config, "recipe": known | {"*": ANY}})
         except ValueError as error:
@@ -281,8 +281,8 @@ def resumed_settings(
         )
     for change in changes.values():
         print0(f"changed for the rest of the run: {change}")
-    saved, now = state["provenance"], checkpoint.provenance()
-    for file in checkpoint.CODE:
+    saved, now = state["provenance"], checkpoint.provenance(state["architecture"])
+    for file in checkpoint.code(state["architecture"]):
         if saved.get(file) != now.get(file):
             print0(f"{file} has changed since the checkpoint: results may differ")
     return wanted

@@ -10,6 +10,7 @@ All scripts share `Parser`, which reports a mistake in one line. It is argparse 
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -24,7 +25,7 @@ import tokenize
 import typing
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -105,6 +106,19 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
         check_name(name, table, cls.__name__)
         parts[table[name].nested][name] = value
     return cls(**parts[""], **{name: kind(**parts[name]) for name, kind in inner.items()})
+
+
+def update(config: Any, **values: Any) -> Any:
+    """A copy of a dataclass with new values for those of its fields that are named; others are ignored."""
+    return replace(config, **{f.name: values[f.name] for f in fields(config) if f.name in values})
+
+
+def with_model(cls: type, config: type) -> type:
+    """The configuration class `cls` with another class of its field `model`, and so with other settings."""
+    if typing.get_type_hints(cls)["model"] is config:
+        return cls
+    model = "model", config, dataclasses.field(default_factory=config)
+    return make_dataclass(cls.__name__, [model], bases=(cls,), frozen=True)
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -273,6 +287,20 @@ def command_line(
         if name in values | given:
             raise ValueError(f"{name} {reason}")
     return recipe or "", values, given, chosen
+
+
+def peek(argv: list[str], name: str) -> str:
+    """
+    The word that the command line, or else its recipe, gives the setting `name`; "" if none does. For a
+    setting that decides which others there are: it ignores mistakes, which `command_line` reports.
+    """
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    words = [b if a == f"--{name}" else a.split("=")[1] for a, b in pairs if a.split("=")[0] == f"--{name}"]
+    for path in argv:
+        if not words and not path.startswith("--") and os.path.isfile(path):
+            with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+                words = re.findall(rf"^{name} *= *[\"'](\w+)[\"']", file.read(MAX_LENGTH), re.M)
+    return words[-1] if words else ""
 
 
 def check_path(name: str, path: str | Path | None, kinds: str = "file or folder") -> None:

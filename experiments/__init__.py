@@ -1,0 +1,83 @@
+"""
+Research ideas behind the interface of GPT, one file each. `architecture = "NAME"` in a recipe selects
+experiments/NAME.py, which has
+
+    Config          a dataclass of settings, with block_size, vocab_size, dropout and validate()
+    Model(config)   called like GPT: model(idx) -> (logits, None), model(idx, targets) -> (None, loss)
+
+README.md shows a minimal one. Config may also have estimate() and memory(), as in GPTConfig; the model may
+have new_cache(rows) for generation without recomputing the text.
+"""
+
+import functools
+import importlib
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model import GPT, GPTConfig
+
+FOLDER = Path(__file__).parent
+
+
+class Defaults:
+    """What the scripts read of a configuration besides its settings, where the architecture does not say."""
+
+    causal, separator, position = True, -1, "none"
+    compiles = False  # True: the shapes of all tensors follow from that of the ids, for torch.compile
+    n_layer = n_embd = kv_heads = head_dim = 0
+
+    def estimate(self) -> dict[str, int]:
+        """As in GPTConfig: 6 FLOPs per weight outside embeddings; activations are not counted."""
+        with torch.device("meta"):
+            model = architecture(name_of(self))[1](self)
+        total = sum(p.numel() for p in model.parameters())
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        embedding = sum(p.numel() for p in tables)
+        flops = 6 * (total - embedding)
+        counts = {"parameters": total, "embedding_parameters": embedding, "flops_per_token": flops}
+        return counts | {"activations_per_token": 0}
+
+    def memory(self, tokens: int, itemsize: int) -> int:
+        """Approximate bytes to train on micro-batches of `tokens` tokens; as in GPTConfig."""
+        counts, states = self.estimate(), 16 + 2 * itemsize * (itemsize < 4)
+        per_token = (itemsize + 2) * counts["activations_per_token"] + (8 + itemsize) * self.vocab_size
+        return states * counts["parameters"] + per_token * tokens
+
+
+def architectures() -> list[str]:
+    """The names of the architectures: gpt, and the files in experiments/ with a Config and a Model."""
+    both = re.compile(r"^class Config\b.*^class Model\b", re.M | re.S)
+    files = sorted(FOLDER.glob("*.py"))
+    return ["gpt", *(file.stem for file in files if both.search(file.read_text(encoding="utf-8")))]
+
+
+@functools.cache
+def architecture(name: str) -> tuple[type, type[nn.Module]]:
+    """The classes of configuration and model. ValueError unless `name` is one of `architectures`."""
+    if name == "gpt":
+        return GPTConfig, GPT
+    if name not in architectures():
+        raise ValueError(f"architecture must be one of {', '.join(architectures())}; not {name!r:.60}")
+    module = importlib.import_module(f"experiments.{name}")
+    bases = (module.Config, Defaults)
+    return type("Config", bases, {"__module__": module.__name__, "__doc__": module.__doc__}), module.Model
+
+
+def name_of(x: object) -> str:
+    """The name of the architecture of a model or a configuration."""
+    package, _, name = type(x).__module__.rpartition(".")
+    return name if package == "experiments" else "gpt"
+
+
+def check(c) -> None:
+    """ValueError if a TrainConfig asks an experiment for something that only GPT can do."""
+    if c.compile == "True" and not getattr(c.model, "compiles", False):
+        raise ValueError(f"leave out compile: architecture={c.architecture} is not made for it")
+    if c.pair_tokens:
+        raise ValueError(f"leave out pair_tokens: architecture={c.architecture} has no bigram initialization")
+    if not c.cross_stories and "separator" not in {field.name for field in fields(c.model)}:
+        raise ValueError(f"leave out cross_stories: architecture={c.architecture} has no document masking")
