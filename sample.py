@@ -22,6 +22,7 @@ from functools import partial
 
 import torch
 
+from experiments import name_of
 from nanostlm import checkpoint, machine, settings
 from nanostlm.generate import (
     DEFAULTS,
@@ -193,6 +194,8 @@ def main(argv: list[str]) -> None:
         model, tokenizer = hf.load(path, device, dtype)
     else:
         model, tokenizer = checkpoint.load(path, device)
+    if options.compile and (kind := name_of(model)) != "gpt":
+        raise ValueError(f"--compile is not for architecture={kind}")
     size, kind = model.config.estimate()["parameters"] / 1e6, str(dtype).removeprefix("torch.")
     print(f"{path}: {size:.1f}M parameters, {tokenizer.name}, {kind} on {device}", file=sys.stderr)
     c, step = model.config, None

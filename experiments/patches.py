@@ -124,8 +124,10 @@ def patch_ends(c: Config, idx: Tensor, before: Tensor, positions: Tensor) -> Ten
 
 def spacelike(idx: Tensor) -> Tensor:
     """Neither [0-9A-Za-z] nor a byte inside a UTF-8 character."""
-    letter = lambda first, last: (idx >= ord(first)) & (idx <= ord(last))  # noqa: E731
-    return ~(letter("0", "9") | letter("A", "Z") | letter("a", "z") | letter("\x80", "\xbf"))
+    inside = torch.zeros_like(idx, dtype=torch.bool)
+    for first, last in ("09", "AZ", "az", "\x80\xbf"):
+        inside |= (idx >= ord(first)) & (idx <= ord(last))
+    return ~inside
 
 
 class Pool(nn.Module):

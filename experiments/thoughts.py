@@ -102,8 +102,8 @@ RANGES = {
 def sentence_starts(idx: Tensor, before: Tensor) -> Tensor:
     """Whether each id of idx (B, T), after the two or more ids `before` (B, n), begins a sentence: bool."""
     ids = torch.cat((before[:, -2:], idx), dim=1)
-    one_of = lambda x, text: torch.isin(x, torch.tensor(list(text), device=x.device))  # noqa: E731
-    stop, last, space = (one_of(x, text) for x, text in ((ids, b".!?"), (ids, b"\"'"), (idx, b" \n\t\r")))
+    kinds = ((ids, b".!?"), (ids, b"\"'"), (idx, b" \n\t\r"))
+    stop, last, space = (torch.isin(x, torch.tensor(list(text), device=x.device)) for x, text in kinds)
     return space & (stop[:, 1:-1] | last[:, 1:-1] & stop[:, :-2]) | (idx == EOT)
 
 

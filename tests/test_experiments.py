@@ -366,6 +366,9 @@ def test_run_is_sampled_and_evaluated_from_its_checkpoint(name, arguments, tmp_p
         assert f"; {name}, context 24" in err, "the plan"
     assert sample.main(["run", "--prompt=Tom ¿é?", "--max_new_tokens=40", "--num_samples=2"]) == 0
     assert capsys.readouterr().out.count("Tom ¿é?") == 2
+    if name != "gpt":
+        assert sample.main(["run", "--compile"]) == 2
+        assert f"--compile is not for architecture={name}" in capsys.readouterr().err
     assert evaluate.main(["run", "run", "--tasks=bpb", "--json=figures.json"]) == 0
     figures = json.loads(Path("figures.json").read_text())["run/best.pt"]["bpb"]["figures"]
     assert figures[0]["name"] == "bits per byte" and figures[0]["value"] == pytest.approx(reported, abs=1e-4)

@@ -493,6 +493,22 @@ def both_losses(dtype=torch.float32, N=37, C=24, targets=None, scale=1.0, **sett
     return results
 
 
+@pytest.mark.parametrize("settings", [{}, {"pointer": True}, {"loss_chunk": 0}, {"softcap": 3.0}])
+def test_losses_of_each_target_are_those_of_the_logits(settings):
+    """Also with chunks, and 0 where there is no target."""
+    model, idx, targets = tiny(**{"loss_chunk": 3} | settings), tokens(2, 9), tokens(2, 9, seed=1)
+    targets[0, 2:4] = -1
+    with torch.no_grad():
+        losses = model(idx, targets, reduction="none")[1]
+        expected = F.cross_entropy(
+            model(idx)[0].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
+        )
+        mean = model(idx, targets)[1]
+    assert losses.shape == (18,) and (losses[2:4] == 0).all()
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    assert mean.item() == pytest.approx(losses.sum().item() / 16, rel=1e-6)
+
+
 LOSS_SETTINGS = [
     dict(),
     dict(softcap=3.0),

@@ -100,6 +100,19 @@ def test_total_works_with_any_model_that_returns_a_loss():
 
 
 @torch.no_grad()
+def test_score_works_with_a_head_that_has_only_a_mean_loss():
+    class Uniform(torch.nn.Module):
+        def forward(self, x):
+            return x.new_zeros(*x.shape[:-1], V)
+
+        def loss(self, x, targets):
+            return None, x.new_tensor(math.log(V))
+
+    [nats] = score.score(GPT(GPTConfig(**TINY), head=Uniform()), [[1, 2, 3]], EOT)
+    np.testing.assert_allclose(nats, 3 * [math.log(V)], rtol=1e-6)
+
+
+@torch.no_grad()
 def test_scores_respect_the_separator():
     """A text with a separator scores as its parts do."""
     model, one, two = tiny(separator=EOT), [1, 2, 3, EOT], [4, 5, 6, 7]
