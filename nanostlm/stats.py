@@ -10,7 +10,7 @@ Figures with 95% confidence intervals, and the table that evaluate.py prints.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,10 +38,17 @@ class Result:
 
     def as_dict(self, items: bool = False) -> dict:
         """Plain data for JSON, which has no nan: null takes its place."""
-        figures = [
-            {key: None if x != x else x for key, x in figure._asdict().items()} for figure in self.figures
-        ]
-        return {"figures": figures, "notes": self.notes} | ({"items": self.items} if items else {})
+        found = {"figures": [figure._asdict() for figure in self.figures], "notes": self.notes}
+        return without_nan(found | ({"items": self.items} if items else {}))
+
+
+def without_nan(x: Any) -> Any:
+    """Nested lists and dicts with None in the place of nan and infinities."""
+    if isinstance(x, dict):
+        return {key: without_nan(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [without_nan(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def mean(name: str, values: Sequence[float]) -> Figure:

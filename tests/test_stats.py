@@ -102,7 +102,7 @@ def test_table_of_several_models_has_a_column_for_each():
 
 
 def test_result_as_json():
-    result = stats.Result([stats.mean("x", [1.0])], ["note"], [{"id": 1}])
+    result = stats.Result([stats.mean("x", [1.0])], ["note"], [{"id": 1, "parts": [(math.nan, 2.0)]}])
     data = json.loads(json.dumps(result.as_dict(items=True), allow_nan=False))
     assert data["figures"][0] == {
         "name": "x",
@@ -112,4 +112,8 @@ def test_result_as_json():
         "n": 1,
         "percent": False,
     }
-    assert data["notes"] == ["note"] and data["items"] == [{"id": 1}] and "items" not in result.as_dict()
+    assert (
+        data["notes"] == ["note"]
+        and data["items"] == [{"id": 1, "parts": [[None, 2.0]]}]
+        and "items" not in result.as_dict()
+    )
