@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import pytest
 from filelock import FileLock
 
 import prepare
-from nanostlm import sources, toystories
+from nanostlm import memorization, sources, toystories
 from nanostlm import tokenizer as tokenizers
 from nanostlm.data import Bin, Data, first_stories, load_data
 from nanostlm.tokenizer import EOT, Tokenizer
@@ -520,6 +521,30 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
 
 def edit(path: Path, change) -> None:
     path.write_bytes(change(path.read_bytes()))
+
+
+def file_pages() -> int:
+    """Bytes of memory-mapped files that count as memory of this process."""
+    return 1024 * int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_large_files_are_checked_in_blocks_that_do_not_stay_in_memory(corpus, tmp_path):
+    folder = tmp_path / "mini" / "byte"
+    shutil.copytree(corpus / "mini" / "byte", folder)
+    small, times = load_data(folder).train, 6000
+    np.tile(small, times).tofile(folder / "train.bin")  # 30 MB, 15 blocks
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["train"] = {key: n * times for key, n in meta["train"].items()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    before = file_pages()
+    data = load_data(folder)
+    assert len(data.train) * 2 > 28e6 and file_pages() - before < 8e6
+    assert sum(len(block) for block in memorization.blocks(data, 1 << 18, "")) == len(data.train)
+    assert file_pages() - before < 8e6
+    edit(folder / "train.bin", lambda b: b"\x2c\x01" + b[2:])
+    with pytest.raises(ValueError, match="train.bin has an id 300"):
+        load_data(folder)
 
 
 @pytest.mark.parametrize(
