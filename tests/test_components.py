@@ -7,7 +7,8 @@ from itertools import combinations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import TINY, V, check_counts, rel_error, run_on_meta, tiny, tokens
+from test_config import check_counts
+from test_model import TINY, V, rel_error, run_on_meta, tiny, tokens
 
 from model import CHOICES, GPT, MLPS, AttnInputs, Block, GPTConfig, attn_inputs
 from nanostlm.kv_cache import KVCache
