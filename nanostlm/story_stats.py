@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -178,7 +178,8 @@ def shown(sampling: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in (DEFAULTS | sampling).items())
 
 
-def check_of(subject):
+def check_of(subject) -> Callable | None:
+    """The checker of the subject's corpus: text -> Verdict; None if it has none."""
     return sources.corpus(subject.data.meta["corpus"]).check if subject.data else None
 
 

@@ -159,7 +159,7 @@ def progression(subject: Subject, *, limit: int = 200, seed: int = 0, rows: int 
     half, than the corrupted one. End-of-text follows both. Stories of fewer than four sentences are skipped.
     """
     texts = subject.need_texts("progression")
-    names = corruptions.known_names(texts)
+    names, kinds = corruptions.known_names(texts), list(corruptions.CORRUPTIONS)
     halves = [(parts, len(parts) // 2) for parts in map(corruptions.sentences, texts) if len(parts) >= 4]
     halves = [("".join(parts[:n]), "".join(parts[n:])) for parts, n in halves[: limit or None]]
     if len(halves) < 2:
@@ -168,7 +168,7 @@ def progression(subject: Subject, *, limit: int = 200, seed: int = 0, rows: int 
     keys, pairs, n_bytes = [], [], []  # of every scored text; the real continuation has the corruption ""
     for i, (prefix, real) in enumerate(halves):
         begin, other = [eot, *tokenizer.encode(prefix)], halves[(i + 1) % len(halves)][1]
-        for name in ("", *corruptions.CORRUPTIONS):
+        for name in ("", *kinds):
             text = corruptions.corrupt(name, real, f"{seed} {i}", other, names) if name else real
             if text is not None:
                 keys.append((i, name))
@@ -176,12 +176,11 @@ def progression(subject: Subject, *, limit: int = 200, seed: int = 0, rows: int 
                 n_bytes.append(len(text.encode()) + 1)
     logp, _ = score.loglikelihoods(subject.model, pairs, rows=rows, progress="progression")
     scores = dict(zip(keys, logp / np.array(n_bytes), strict=True))
-    shape = len(halves), len(corruptions.CORRUPTIONS)
-    more = np.full(shape, np.nan)  # nats per byte more than those of the real one; nan: not applicable
-    for (i, name), x in scores.items():
-        if name:
-            more[i, list(corruptions.CORRUPTIONS).index(name)] = scores[i, ""] - x
-    columns = {name: x[~np.isnan(x)] for name, x in zip(corruptions.CORRUPTIONS, more.T, strict=True)}
+    # nats per byte more than the real continuation has; nan: not applicable
+    more = np.array(
+        [[scores[i, ""] - scores.get((i, name), np.nan) for name in kinds] for i in range(len(halves))]
+    )  # (stories, corruptions)
+    columns = {name: x[~np.isnan(x)] for name, x in zip(kinds, more.T, strict=True)}
     figures = [stats.mean("all corruptions", np.nanmean(preferred(more), axis=1))._replace(percent=True)]
     figures += [stats.proportion(name, preferred(x).sum(), len(x)) for name, x in columns.items()]
     figures += [stats.mean(f"{name}: nats per byte more", x) for name, x in columns.items()]
