@@ -170,8 +170,10 @@ class Model(nn.Module):
 
     def local(self, idx: Tensor, starts: Tensor) -> AttnInputs:
         """What attention within sentences needs; starts (B, T): where the sentence of each byte begins."""
-        kernel = local_kernel(self.config.window, None if self.config.context == "full" else starts)
-        return attn_inputs(self.parts[0], idx)[1]._replace(kernel=kernel)
+        attn = attn_inputs(self.parts[0], idx)[1]
+        if self.config.context == "full":
+            return attn
+        return attn._replace(kernel=local_kernel(self.config.window, starts))
 
     def encode(self, idx: Tensor, cache=None) -> tuple[Tensor, Tensor, Tensor]:
         """idx (B, T) -> states (B, T, width); where each byte's sentence starts, and its number, (B, T)."""
@@ -250,6 +252,13 @@ class Model(nn.Module):
     def new_cache(self, rows: int) -> Cache:
         c = self.config
         return Cache(Store(c.window), Store(c.block_size), Store(c.window))
+
+    @torch.no_grad()
+    def think(self, idx: Tensor) -> Tensor:
+        """The predicted latents (B, latents * latent_width) of the sentence after each row of idx (B, T)."""
+        x, _, sentence = self.encode(idx)
+        predicted = self.predict(self.latents(x, sentence, int(sentence.max()) + 2))
+        return predicted[torch.arange(len(idx), device=idx.device), sentence[:, -1] + 1]
 
     @torch.no_grad()
     def tell(self, predicted: Tensor, rng: torch.Generator | None = None, most: int = 200) -> list[bytes]:

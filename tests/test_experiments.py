@@ -4,6 +4,7 @@ A new file is tested without a change here, unless its default configuration is 
 """
 
 import json
+import random
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,10 +18,12 @@ from helpers import ROOT, bit_equal, run_state
 import evaluate
 import experiments
 import export
+import prepare
 import sample
 import train
-from nanostlm import checkpoint, score, settings, tokenizer
+from nanostlm import checkpoint, score, settings, tokenizer, toystories
 from nanostlm import data as datasets
+from nanostlm import generate as generate_module
 from nanostlm.generate import generate, greedy
 from nanostlm.kv_cache import KVCache
 
@@ -285,8 +288,7 @@ def test_told_sentence_is_that_of_the_predicted_latents():
     model = small("thoughts")
     text = [*b"Tom ran. It was. "]
     [new] = generate(model, [text], 20, [greedy], eot=EOT)
-    x, _, sentence = model.encode(torch.tensor([[EOT, *text]]))
-    predicted = model.predict(model.latents(x, sentence, 3))[:, 2]
+    predicted = model.think(torch.tensor([[EOT, *text[:-1]]]))
     [told] = model.tell(predicted, most=20)
     assert told and told == bytes(new[: len(told)])
     assert model.tell(predicted, torch.Generator().manual_seed(1), most=20) != [told]
@@ -508,3 +510,44 @@ def test_plain_dataclass_is_enough_for_a_configuration(tmp_path, monkeypatch, co
 def test_readme_shows_the_bigram_model_as_it_is():
     readme = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     assert (ROOT / "experiments" / "bigram.py").read_text(encoding="utf-8") in readme
+
+
+def test_compare_prints_a_table_and_repeats_nothing(tmp_path, monkeypatch, capsys):
+    from experiments import compare
+
+    written = [next(toystories.stories(1))[0], "Tom ran."]
+    monkeypatch.setattr(generate_module, "stories", lambda *args, **kwargs: written)
+    prepare.prepare("toystories", "byte", stories=60, data_dir=tmp_path / "data")
+    words = [f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/out", "--only=bigram+stories=50"]
+    words += ["--corpora=toystories", "--seconds=0.01"]
+    capsys.readouterr()
+    compare.main(words)
+    out = capsys.readouterr().out
+    head, _, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines())
+    found = dict(zip(head, row, strict=True))
+    assert found["model"] == "bigram+stories=50" and found["valid toystories"] == "50%"
+    folder = tmp_path / "out" / "bigram+stories=50-toystories-1"
+    result = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == result["max_iters"] == 101
+    assert found["bits per byte"].startswith(f"{lines[-1]['bpb']:.2f}")
+    assert result["broken"] == {"not of the grammar": 1}
+    assert result["bpb_100"] < result["bpb_misspelled"] < 8
+    monkeypatch.setattr(compare.subprocess, "run", None)
+    compare.main([*words, "--table"])
+    compare.main(words)
+    assert capsys.readouterr().out == 2 * out
+    with pytest.raises(ValueError, match="has runs of 0.01 s: choose another --out_dir"):
+        compare.main([*words, "--seconds=1"])
+    with pytest.raises(ValueError, match="there is no model trigram: there are bpe4096, patches"):
+        compare.main(["--only=trigram+ngram=2"])
+
+
+def test_compare_misspells_a_share_of_the_letters():
+    from experiments.compare import misspell
+
+    text = "Once upon a time, 12 dogs ran.\n" * 1000
+    changed = misspell(text, random.Random(0))
+    different = [(a, b) for a, b in zip(text, changed, strict=True) if a != b]
+    assert all(a.isalpha() and b.isalpha() for a, b in different)
+    assert 0.045 < len(different) / sum(map(str.isalpha, text)) < 0.055
