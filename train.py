@@ -41,6 +41,7 @@ class TrainConfig:
     # -- everyday
     dataset: str = "tinystories"  # a folder under data_dir; prepared by prepare.py, or automatically
     architecture: str = "gpt"  # gpt (model.py), or NAME for experiments/NAME.py with its own settings
+    objective: str = ""  # empty = predict the next token; or NAME for experiments/NAME.py, as above
     tokenizer: str = "bpe4096"  # gpt2 | byte | bpeN (a vocabulary of N ids)
     stories: int = 0  # train on the first N training stories of the dataset; 0 = all
     out_dir: str = ""  # run directory; empty = out/RECIPE, then out/RECIPE-2, ...
@@ -99,8 +100,7 @@ class TrainConfig:
             if self.compile == "True":
                 raise ValueError("leave out dropout_schedule: compile=True would compile for each dropout")
         self.model.validate()
-        if self.architecture != "gpt":
-            experiments.check(self)
+        experiments.check(self)
         self.stages()
 
     def stages(self) -> list[tuple[int, int]]:
@@ -168,16 +168,20 @@ def configure(argv: list[str]) -> Plan:
     configuration. Prepares the data if necessary. ValueError with one clear line if something does not fit.
     """
     about = "Train a model."
-    kind = settings.peek(argv, "architecture")
-    cls = settings.with_model(TrainConfig, experiments.architecture(kind or "gpt")[0])
+    kind, goal = (settings.peek(argv, name) for name in ("architecture", "objective"))
+    cls = settings.with_parts(TrainConfig, model=experiments.architecture(kind or "gpt")[0])
+    if goal:
+        cls = settings.with_parts(cls, objective_config=experiments.objective(goal)[0])
     path, recipe, given, flags = settings.command_line(cls, argv, FLAGS, about, RESOLVED)
     name = Path(path).stem or "run"
     defaults = {s.name: s.default for s in settings.settings_of(cls).values()}
     extended = not given.keys().isdisjoint(("max_iters", "patience"))
     values = defaults | recipe | given
     folder, state = runs.find(values, name, flags, extended)
-    if state and not (path or kind) and state["architecture"] != "gpt":
-        return configure([*argv, f"--architecture={state['architecture']}"])
+    if state and not (path or kind or goal):  # settings that decide which others there are
+        own = {"architecture": state["architecture"], "objective": state["recipe"].get("objective", "")}
+        if own != {"architecture": "gpt", "objective": ""}:
+            return configure([*argv, *(f"--{name}={value}" for name, value in own.items())])
     if state is not None:
         before = defaults | state["recipe"]
         recipe = recipe if path else state["recipe"]
@@ -192,6 +196,7 @@ def configure(argv: list[str]) -> Plan:
         c = replace(c, warmup_iters=c.max_iters // 2)
 
     compiles = c.compile if getattr(c.model, "compiles", True) and not c.dropout_schedule else "False"
+    compiles = "False" if c.objective else compiles
     chosen = machine.choose(c.device, c.dtype, compiles, c.max_iters, state["machine"] if state else "")
     if state and c.compile == "auto":  # a run continues the way it began
         chosen = chosen._replace(compile=state["compiled"])
@@ -310,7 +315,11 @@ class Trainer:
         self.windows = machine.WindowReader(data.train, self.machine)
         self.model = model.to(self.machine.device)
         self.forward = self.model  # compiled or not; the weights are always those of self.model
-        self.parallel: torch.nn.Module | None = None  # self.forward, with gradients averaged over processes
+        self.parallel: torch.nn.Module | None = None  # computes the loss, averages gradients over processes
+        self.objective: experiments.Objective | None = None
+        if c.objective:
+            self.objective = experiments.objective(c.objective)[1](c, self.model, data)
+            self.objective.prepare_model(self.model)
         self.optimizers = optim.build(self.model, c)
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.needs_scaler)
         self.dropout = optim.points("dropout_schedule", c.dropout_schedule) if c.dropout_schedule else None
@@ -342,34 +351,41 @@ class Trainer:
             optim.set_dropout(self.model, optim.interpolate(self.dropout, step))
         self.model.train()
         if self.parallel is None:
-            self.parallel = machine.data_parallel(self.forward)
-        total = torch.zeros((), device=self.machine.device)
+            forward, own = self.forward, self.objective
+            self.parallel = machine.data_parallel(experiments.Minimized(own, forward) if own else forward)
+        n, parts = self.batches.micro_batches, {}  # of the loss, over the micro-batches
         for micro, (idx, targets) in enumerate(self.micro_batches(step)):
             if c.model.dropout or self.dropout:  # dropout depends on the step only, so that a resume is exact
                 words = np.random.SeedSequence([c.seed, step, micro, self.machine.rank]).generate_state(2)
                 torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-            last = micro == self.batches.micro_batches - 1
+            last = micro == n - 1
             with self.machine.autocast(), machine.averaging(self.parallel, last):
-                _, loss = self.parallel(idx, targets)
-            loss = loss / self.batches.micro_batches  # of as many targets each: the mean of the means
+                found, loss = self.parallel(idx, targets, *([step] if self.objective else []))
+            loss = loss / n  # of as many targets each: the mean of the means
             self.scaler.scale(loss).backward()
-            total += loss.detach()
+            found = {key: x / n for key, x in found.items()} if self.objective else {"loss": loss}
+            parts = {key: parts.get(key, 0.0) + x.detach() for key, x in found.items()}
         machine.average_gradients(self.model)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
         self.read_outcome()
-        outcome = machine.agree(torch.stack((total, norm)), self.requests.ending)
+        parts = {"loss": parts.pop("loss"), "grad_norm": norm} | parts
+        outcome = machine.agree(torch.stack([*parts.values()]), self.requests.ending)
+        means = dict(zip(parts, outcome, strict=False))  # votes follow
         self.update(outcome[:2].isfinite().all())
-        self.unread = step, outcome
+        self.unread = step, torch.cat((outcome[:2], outcome[len(parts) :]))
         if self.machine.world_size == 1:
             self.stop = self.requests.ending
         self.progress.step = step + 1
         self.timed = [self.timed[0] + self.tokens_per_step, self.timed[1] + time.perf_counter() - began]
-        return {"loss": outcome[0], "lr": c.learning_rate * lr, "grad_norm": outcome[1]}
+        return {"loss": means.pop("loss"), "lr": c.learning_rate * lr} | means
 
     def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process' micro-batches of `step`: idx and targets, int64 (rows, length), on the device."""
+        if self.objective and (own := self.objective.batch(step)) is not None:
+            yield from own
+            return
         starts, length = self.batches.windows(step)
         for rows in starts:
             tokens = self.windows(rows, length + 1)
@@ -517,15 +533,21 @@ class Trainer:
         self.requests.save = False
         if not self.directory or self.machine.rank:
             return
-        state = self.inference_state(step) | {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-            "progress": asdict(replace(self.progress, step=step, elapsed=self.elapsed, joules=self.joules)),
-            "data": self.fingerprint,
-            "recipe": self.recipe,
-            "compiled": self.forward is not self.model,
-            "machine": self.machine.description,
-        }
+        state = (
+            self.inference_state(step)
+            | {
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(),
+                "progress": asdict(
+                    replace(self.progress, step=step, elapsed=self.elapsed, joules=self.joules)
+                ),
+                "data": self.fingerprint,
+                "recipe": self.recipe,
+                "compiled": self.forward is not self.model,
+                "machine": self.machine.description,
+            }
+            | ({"objective": self.objective.state_dict()} if self.objective else {})
+        )
         self.directory.save("latest.pt", state, previous="previous.pt")
 
     def load_checkpoint(self, state: dict) -> int:
@@ -540,6 +562,8 @@ class Trainer:
             optim.load_states(self.optimizers, state["optimizers"], checkpoint.fit)
             if state["scaler"]:  # empty if the run used no GradScaler
                 self.scaler.load_state_dict(state["scaler"])
+            if self.objective:
+                self.objective.load_state_dict(state["objective"])
         except (RuntimeError, ValueError, KeyError) as error:  # shapes and parameter groups cannot change
             raise ValueError(f"the checkpoint does not fit these settings: {error}") from error
         self.progress = runs.Progress(**state["progress"])

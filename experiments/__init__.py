@@ -7,20 +7,68 @@ experiments/NAME.py, which has
 
 README.md shows a minimal one. Config may also have estimate() and memory(), as in GPTConfig; the model may
 have new_cache(rows) for generation without recomputing the text.
+
+`objective = "NAME"` selects a file with
+
+    Config          a dataclass of settings, with validate()
+    Objective(config, model, data)   a subclass of the one here: what training minimizes
 """
 
 import functools
 import importlib
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import GPT, GPTConfig
 
 FOLDER = Path(__file__).parent
+
+
+class Objective:
+    """What training minimizes. Its own settings are `self.config`, all of them `self.train_config`."""
+
+    special: tuple[str, ...] = ()  # texts of ids that the tokenizer gets, after end-of-text
+
+    def __init__(self, config, model: nn.Module, data):
+        self.config, self.train_config, self.model, self.data = config.objective_config, config, model, data
+
+    def __call__(self, model, idx: Tensor, targets: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """
+        What to minimize in this micro-batch; and its parts for metrics.jsonl, among them "loss", the mean
+        cross-entropy in nats. `model` computes the loss of the weights that are trained.
+        """
+        raise NotImplementedError
+
+    def batch(self, step: int) -> Iterable[tuple[Tensor, Tensor]] | None:
+        """This process' micro-batches of a step, (idx, targets) each; None: those of the data."""
+        return None
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Change the modules of the model, before the optimizers are built."""
+
+    def state_dict(self) -> dict:
+        """Tensors and plain data that an exact resume needs."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class Minimized(nn.Module):
+    """The model as train_step calls it with an objective: one forward pass, for DistributedDataParallel."""
+
+    def __init__(self, objective: Objective, model: nn.Module):
+        super().__init__()
+        self.objective, self.model = objective, model
+
+    def forward(self, idx: Tensor, targets: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        loss, parts = self.objective(self.model, idx, targets, step)
+        return parts, loss
 
 
 class Defaults:
@@ -50,9 +98,19 @@ class Defaults:
 
 def architectures() -> list[str]:
     """The names of the architectures: gpt, and the files in experiments/ with a Config and a Model."""
-    both = re.compile(r"^class Config\b.*^class Model\b", re.M | re.S)
-    files = sorted(FOLDER.glob("*.py"))
-    return ["gpt", *(file.stem for file in files if both.search(file.read_text(encoding="utf-8")))]
+    return ["gpt", *files_with("Config", "Model")]
+
+
+def objectives() -> list[str]:
+    """The names of the objectives: the files in experiments/ with a Config and an Objective."""
+    return files_with("Config", "Objective")
+
+
+def files_with(*names: str) -> list[str]:
+    """The files in experiments/ that define all of these classes in this order, without their suffix."""
+    wanted = re.compile(".*".join(rf"^class {name}\b" for name in names), re.M | re.S)
+    files = (file for file in sorted(FOLDER.glob("*.py")) if file.stem != "__init__")
+    return [file.stem for file in files if wanted.search(file.read_text(encoding="utf-8"))]
 
 
 @functools.cache
@@ -67,6 +125,14 @@ def architecture(name: str) -> tuple[type, type[nn.Module]]:
     return type("Config", bases, {"__module__": module.__name__, "__doc__": module.__doc__}), module.Model
 
 
+def objective(name: str) -> tuple[type, type[Objective]]:
+    """The classes of configuration and objective. ValueError unless `name` is one of `objectives`."""
+    if name not in objectives():
+        raise ValueError(f"objective must be one of {', '.join(objectives())}; not {name!r:.60}")
+    module = importlib.import_module(f"experiments.{name}")
+    return module.Config, module.Objective
+
+
 def name_of(x: object) -> str:
     """The name of the architecture of a model or a configuration."""
     package, _, name = type(x).__module__.rpartition(".")
@@ -74,7 +140,13 @@ def name_of(x: object) -> str:
 
 
 def check(c) -> None:
-    """ValueError if a TrainConfig asks an experiment for something that only GPT can do."""
+    """ValueError if a TrainConfig asks an experiment for something that only GPT or plain training can do."""
+    if c.objective:
+        c.objective_config.validate()
+        if c.compile == "True":
+            raise ValueError(f"leave out compile: objective={c.objective} is not made for it")
+    if c.architecture == "gpt":
+        return
     if c.compile == "True" and not getattr(c.model, "compiles", False):
         raise ValueError(f"leave out compile: architecture={c.architecture} is not made for it")
     if c.pair_tokens:

@@ -40,6 +40,7 @@ RESUME = {  # what a checkpoint of a run holds besides checkpoint.STATE
     "optimizers": [{"state": {"*": {"*": checkpoint.TENSOR}}, "param_groups": [{"params": [WHOLE]}]}],
     **{"scaler": {"*": FINITE}, "data": {"*": [WHOLE]}, "compiled": FLAG, "machine": TEXT},
     "provenance": {"*": TEXT},
+    "objective?": {},
 }
 
 
@@ -215,6 +216,7 @@ def last_state(folder: Path, values: dict) -> dict | None:
     files = [folder / name for name in ("latest.pt", "previous.pt") if (folder / name).exists()]
     known = {f"{name}?": TYPES[type(value)] for name, value in values.items()}  # all settings
     config = known | dict.fromkeys(CHANGING, COUNT) | {"patience": WHOLE, "model": {}, "*": NONE}
+    config["objective_config?"] = {}
     for file in files:
         try:
             state = {"architecture": "gpt"} | checkpoint.read(file) | {"file": file.name}

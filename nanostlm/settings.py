@@ -62,7 +62,7 @@ def settings_of(cls: type) -> dict[str, Setting]:
     for field in fields(cls):
         kind = types[field.name]
         if is_dataclass(kind):
-            group = f"the {field.name}"
+            group = f"the {field.name.removesuffix('_config')}"
             found = [
                 s._replace(group=s.group or group, nested=field.name) for s in settings_of(kind).values()
             ]
@@ -113,12 +113,15 @@ def update(config: Any, **values: Any) -> Any:
     return replace(config, **{f.name: values[f.name] for f in fields(config) if f.name in values})
 
 
-def with_model(cls: type, config: type) -> type:
-    """The configuration class `cls` with another class of its field `model`, and so with other settings."""
-    if typing.get_type_hints(cls)["model"] is config:
-        return cls
-    model = "model", config, dataclasses.field(default_factory=config)
-    return make_dataclass(cls.__name__, [model], bases=(cls,), frozen=True)
+def with_parts(cls: type, **parts: type) -> type:
+    """The configuration class `cls` with these classes of nested fields, and so with other settings."""
+    known = typing.get_type_hints(cls)
+    new = [
+        (name, part, dataclasses.field(default_factory=part))
+        for name, part in parts.items()
+        if known.get(name) is not part
+    ]
+    return make_dataclass(cls.__name__, new, bases=(cls,), frozen=True) if new else cls
 
 
 def closest(name: str, known: Iterable[str]) -> str:

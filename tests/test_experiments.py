@@ -422,7 +422,7 @@ def test_recipe_matches_its_comments(recipe):
     """It is valid, and states the number of parameters and the batch; the estimate is that of the model."""
     text, name = recipe.read_text(encoding="utf-8"), settings.peek([str(recipe)], "architecture")
     Config, Model = experiments.architecture(name)
-    cls = settings.with_model(train.TrainConfig, Config)
+    cls = settings.with_parts(train.TrainConfig, model=Config)
     c = settings.build(cls, settings.read_recipe(recipe, cls))
     c.validate()
     size = re.search(r"([\d.]+)M parameters", text)
