@@ -178,10 +178,12 @@ def configure(argv: list[str]) -> Plan:
     extended = not given.keys().isdisjoint(("max_iters", "patience"))
     values = defaults | recipe | given
     folder, state = runs.find(values, name, flags, extended)
-    if state and not (path or kind or goal):  # settings that decide which others there are
-        own = {"architecture": state["architecture"], "objective": state["recipe"].get("objective", "")}
-        if own != {"architecture": "gpt", "objective": ""}:
-            return configure([*argv, *(f"--{name}={value}" for name, value in own.items())])
+    if state:  # these decide which other settings there are
+        before = checkpoint.flat_settings(state)
+        own = {"architecture": (kind, state["architecture"]), "objective": (goal, before.get("objective"))}
+        more = [f"--{name}={old}" for name, (new, old) in own.items() if not new and old and old != "gpt"]
+        if more:
+            return configure([*argv, *more])
     if state is not None:
         before = defaults | state["recipe"]
         recipe = recipe if path else state["recipe"]
@@ -333,7 +335,7 @@ class Trainer:
         self.token_bytes = score.token_bytes(data.tokenizer)
         self.fingerprint = runs.fingerprint(data.train, data.val)
         self.architecture = experiments.name_of(model)
-        self.provenance = checkpoint.provenance(self.architecture)
+        self.provenance = checkpoint.provenance(self.architecture, c.objective)
         self.began, self.joules_before = time.perf_counter(), self.machine.joules()
         self.timed = [0, 0.0]  # tokens and seconds since the last logged step
 

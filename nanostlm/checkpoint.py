@@ -225,13 +225,21 @@ def newest_run(root: str | Path = "out") -> Path:
     return max(files, key=lambda file: file.stat().st_mtime).parent
 
 
-def code(name: str) -> tuple[str, ...]:
-    """The source files that affect the results of a run of this architecture."""
-    return CODE if name == "gpt" else (*CODE, f"experiments/{name}.py")
+def flat_settings(state: dict) -> dict:
+    """The settings in a checkpoint by name, those of model and objective among them."""
+    outer = state.get("train_config", {})
+    parts = [part for part in outer.values() if isinstance(part, dict)] + [state["model_config"]]
+    flat = {name: value for name, value in outer.items() if not isinstance(value, dict)}
+    return {name: value for part in (flat, *parts) for name, value in part.items()}
 
 
-def provenance(name: str = "gpt") -> dict[str, str]:
-    """Versions, git commit (with -dirty if modified) and hashes of the architecture's source files."""
+def code(*names: str) -> tuple[str, ...]:
+    """The source files that affect the results of a run with these experiments."""
+    return (*CODE, *(f"experiments/{name}.py" for name in names if name not in ("", "gpt")))
+
+
+def provenance(*names: str) -> dict[str, str]:
+    """Versions, git commit (with -dirty if modified) and hashes of the source files, those of `code`."""
     here = Path(__file__).resolve().parent.parent
     made = {
         "python": platform.python_version(),
@@ -248,7 +256,7 @@ def provenance(name: str = "gpt") -> dict[str, str]:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         made["commit"] = "unknown"
-    for file in code(name):
+    for file in code(*names):
         if (here / file).exists():
             made[file] = hashlib.sha256((here / file).read_bytes()).hexdigest()[:16]
     return made

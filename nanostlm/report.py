@@ -176,8 +176,8 @@ def comparison(rows: list[tuple[Path, dict, float]]) -> str:
     A table of (checkpoint file, its dictionary, bits per byte): one line per run, with the settings in which
     the runs differ.
     """
-    flat = [state.get("train_config", {}) | state["model_config"] for _, state, _ in rows]
-    names = [n for n in dict.fromkeys(k for c in flat for k in c) if n not in ("out_dir", "model")]
+    flat = [checkpoint.flat_settings(state) for _, state, _ in rows]
+    names = [n for n in dict.fromkeys(k for c in flat for k in c) if n != "out_dir"]
     differ = [n for n in names if len({repr(c.get(n)) for c in flat}) > 1]
     table = [["run", *differ, "parameters", "tokens", "seconds", "bits per byte"]]
     for (path, state, bpb), c in zip(rows, flat, strict=True):

@@ -269,8 +269,7 @@ def resumed_settings(
     (`given`) and what was edited in the recipe since (both complete, including defaults). ValueError
     names changes that would make it a different run, unless `override`.
     """
-    before = state["train_config"] | state["model_config"]
-    del before["model"]
+    before = checkpoint.flat_settings(state)
     wanted = before | {k: v for k, v in recipe.items() if v != recipe_before[k]} | given
     changes = {k: f"{k}: {before.get(k)!r} -> {v!r}" for k, v in wanted.items() if v != before.get(k)}
     other = [change for name, change in changes.items() if name not in may_change]
@@ -283,8 +282,9 @@ def resumed_settings(
         )
     for change in changes.values():
         print0(f"changed for the rest of the run: {change}")
-    saved, now = state["provenance"], checkpoint.provenance(state["architecture"])
-    for file in checkpoint.code(state["architecture"]):
+    experiments = state["architecture"], before.get("objective", "")
+    saved, now = state["provenance"], checkpoint.provenance(*experiments)
+    for file in checkpoint.code(*experiments):
         if saved.get(file) != now.get(file):
             print0(f"{file} has changed since the checkpoint: results may differ")
     return wanted

@@ -270,6 +270,10 @@ class Copies(NamedTuple):
         generated = F.log_softmax(logits.to(score.dtype), -1) + self.sentinel - log_z
         return torch.logaddexp(generated, copied)
 
+    def slice(self, start: int, stop: int) -> "Copies":
+        """Those at the positions from start to before stop."""
+        return self._replace(score=self.score[:, start:stop])
+
     def mixed_with(self, head: nn.Module) -> "Mixture":
         return Mixture(head, self)
 
