@@ -409,3 +409,18 @@ def test_curve_without_nanogpt(bench, tmp_path):
     ((_, curve),) = curves.items()
     assert len(curve) == 3 and curve[0][0] < curve[-1][0], "at the start, in the middle, at the end"
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_latents_repeats_no_run(bench, tmp_path):
+    recipe = tmp_path / "small.py"
+    recipe.write_text("architecture = 'thoughts'\nn_head = 1\nn_embd = 8\nlocal_embd = 8\nblock_size = 32\n")
+    argv = f"--updates 2 --latents 1 --widths 2 4 --eval_tokens 64 --recipe {recipe}".split()
+    argv += ["--out_dir", tmp_path / "runs", "--out", tmp_path / "latents.png"]
+    first = bench("latents", *argv)[1]["bpb"]
+    assert list(first) == ["none", "1 x 2", "1 x 4"] and first["1 x 2"] != first["1 x 4"]
+    assert (tmp_path / "latents.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        json.loads((tmp_path / "runs/1x4/config.json").read_text())["settings"]["model"]["latent_width"] == 4
+    )
+    (tmp_path / "runs" / "none" / "latest.pt").unlink()
+    assert bench("latents", *argv)[1]["bpb"] == first and not (tmp_path / "runs/none/latest.pt").exists()
