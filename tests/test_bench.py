@@ -8,9 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+
+import prepare
+from nanostlm import tasks
+from nanostlm.data import load_data
 
 sys.path.insert(0, str(ROOT / "bench"))
 import common  # noqa: E402
@@ -424,3 +429,36 @@ def test_latents_repeats_no_run(bench, tmp_path):
     )
     (tmp_path / "runs" / "none" / "latest.pt").unlink()
     assert bench("latents", *argv)[1]["bpb"] == first and not (tmp_path / "runs/none/latest.pt").exists()
+
+
+def test_references_are_told_by_earlier_sentences_only():
+    from references import references
+
+    text = 'Tom met Mia. "Hi!" said Mia. Then she ran.\nQuickly, Tom hid. Then he saw Tom. Sue sat.'
+    assert references(text) == {
+        "names": (text[: text.index("Tom hid")], "Tom", "hid"),
+        "pronouns": (text[: text.index("she ran")], "she", "ran"),
+    }
+    assert references("Then he saw Tom. Sue sat. Tom sat.") == {}
+
+
+def test_references_counts_wrong_names(bench, tmp_path, monkeypatch):
+    import references
+    from test_objectives import random_model, saved
+
+    prepare.prepare("toystories", "byte", stories=200, data_dir=tmp_path)
+    run, data = (
+        saved(tmp_path / "model.pt", random_model(0, block_size=512)),
+        tmp_path / "toystories" / "byte",
+    )
+    found = bench("references", run, "--data", data, "--stories", 3, data=False)[1]["wrong"]
+    assert list(found) == [f"{run}: wrong names", f"{run}: wrong pronouns"]
+
+    def knows(model, pairs, progress):
+        stories = tasks.validation_texts(load_data(data))
+        texts = [bytes(before[1:] + after).decode() for before, after in pairs]
+        return np.array([float(any(t in story for story in stories)) for t in texts]), None
+
+    monkeypatch.setattr(references.score, "loglikelihoods", knows)
+    right = bench("references", run, "--data", data, "--stories", 3, data=False)[1]["wrong"]
+    assert [*right.values()] == [0, 0]
