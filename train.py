@@ -178,10 +178,12 @@ def configure(argv: list[str]) -> Plan:
     extended = not given.keys().isdisjoint(("max_iters", "patience"))
     values = defaults | recipe | given
     folder, state = runs.find(values, name, flags, extended)
-    if state and not (path or kind or goal):  # settings that decide which others there are
-        own = {"architecture": state["architecture"], "objective": state["recipe"].get("objective", "")}
-        if own != {"architecture": "gpt", "objective": ""}:
-            return configure([*argv, *(f"--{name}={value}" for name, value in own.items())])
+    if state:  # settings that decide which others there are
+        own = state["architecture"], state["train_config"].get("objective", "")
+        known = ("architecture", kind, own[0]), ("objective", goal, own[1])
+        words = [f"--{name}={x}" for name, asked, x in known if not asked and x not in ("gpt", "")]
+        if words:
+            return configure([*argv, *words])
     if state is not None:
         before = defaults | state["recipe"]
         recipe = recipe if path else state["recipe"]
