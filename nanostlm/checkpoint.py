@@ -34,7 +34,7 @@ STATE = {  # of every checkpoint
     "model": {"*": TENSOR},
     "architecture?": NAME,
     "model_config": {},
-    "tokenizer": {"name": tokenizers.NAME, "ranks": TEXT},
+    "tokenizer": tokenizers.STATE,
     "step?": WHOLE,
     "train_config?": {"data_dir": TEXT, "dataset": NAME, "tokenizer": NAME},
 }
