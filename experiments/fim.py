@@ -1,6 +1,5 @@
 """
-Fill in the middle: a model that also writes what is missing in a text (Bavarian et al. 2022, arXiv
-2207.14255).
+Fill in the middle: the model also writes what is missing in a text (arXiv 2207.14255, Bavarian et al. 2022).
 
     python train.py config/tiny.py --objective=fim
     python sample.py out/tiny --prefix "One day, a" --suffix " sang a song."
@@ -77,6 +76,7 @@ def rearrange(rows: Tensor, eot: int, special: list[int], rate: float, seed: tup
     chosen = (coin % 2**31 < rate * 2**31) & (n > 0)
     a, b = torch.stack((a, b)).remainder(n + 1).sort(dim=0).values  # prefix: up to a; suffix: from b on
 
+    # i: the place of a token in its story; moved: its place once the story is rearranged
     start, i = start + 3 * ((begins & chosen).cumsum(dim=1) - chosen.long()), at - start
     moved = torch.where(i < b, i + n - b + 2 + (i >= a), torch.where(i < n, i - b + 1, n + 3))
     out = rows.new_zeros(len(rows), T + 1)  # the last column takes what does not fit
@@ -115,18 +115,18 @@ def measure(run: str, limit: int, data_dir: str = "") -> list[tuple[str, stats.F
     alone; on toystories, how many are valid once a part is written anew, at temperature 1.
     """
     model, tokenizer, state = checkpoint.build(checkpoint.find(run), machine.choose_device("auto"))
-    trained, rng, eot = state["train_config"], random.Random(0), tokenizer.eot
+    trained, rng, eot, encode = state["train_config"], random.Random(0), tokenizer.eot, tokenizer.encode
     folder = Path(data_dir or trained["data_dir"], trained["dataset"], trained["tokenizer"])
-    texts, encode = tasks.validation_texts(load_data(folder, tokenizer=tokenizer)), tokenizer.encode
+    texts = tasks.validation_texts(load_data(folder, tokenizer=tokenizer))
     texts = [text for text in texts if 0 < len(encode(text)) <= model.config.block_size - 4][:limit]
     filled, continued = [], []
     for ids in map(encode, texts):
         a, b = sorted(rng.sample(range(len(ids) + 1), 2))
         filled.append(([eot, *tokenizer.fill_prompt(ids[:a], ids[b:])], ids[a:b]))
         continued.append(([eot, *ids[:a]], ids[a:b]))
-    size = [len(middle) for _, middle in filled]
     fim, plain = (-score.loglikelihoods(model, pairs)[0] for pairs in (filled, continued))
     nats = {"after prefix and suffix": fim, "after the prefix": plain, "difference": plain - fim}
+    size = [len(middle) for _, middle in filled]
     figures = [("middle", stats.ratio(f"nats per token, {name}", x, size)) for name, x in nats.items()]
     check = sources.corpus(trained["dataset"]).check
     for kind, pattern in patterns().items() if check else ():
@@ -145,8 +145,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", help="a run of objective=fim, or a checkpoint")
     parser.add_argument("--limit", type=int, default=300, help="stories of the validation file")
     parser.add_argument("--data_dir", default="", help="as in train.py; default: that of the run")
-    options = parser.parse_args(argv)
-    print(stats.table({options.run: measure(options.run, options.limit, options.data_dir)}))
+    options = vars(parser.parse_args(argv))
+    print(stats.table({options["run"]: measure(**options)}))
 
 
 if __name__ == "__main__":
