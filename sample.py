@@ -5,6 +5,7 @@ Generate text from a checkpoint: continue a prompt.
     python sample.py out/tiny --prompt "One day" --num_samples 16    # 16 stories in one batch
     python sample.py --interactive                                   # one prompt per line, and /help
     python sample.py hf:gpt2 --prompt "One day"                      # a model of transformers, or hf:FOLDER
+    python sample.py out/fim --prefix "One day, a" --suffix " sang." # the middle, with objective=fim
 
 The model is given end-of-text and the prompt in one forward pass, then one token at a time, with a KV cache.
 Generation stops at end-of-text. The prompt and its continuation go to stdout, all other output to stderr.
@@ -59,6 +60,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="beginning of the text; FILE:PATH reads it from a file, - from stdin "
         "(without one final line break)",
     )
+    add("--prefix", help="write what follows this text, without a space at its end, and precedes --suffix")
+    add("--suffix", help="write what precedes this text (of models trained with objective=fim)")
     add("--num_samples", type=int, default=1, help="number of texts, generated in one batch")
     add("--max_new_tokens", type=int, default=500, help="maximum length of the continuation in tokens")
     add("--temperature", type=float, default=DEFAULTS["temperature"], help="0: the most likely token")
@@ -93,6 +96,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, most in (("num_samples", 100_000), ("max_new_tokens", 1_000_000)):
         n = getattr(options, name)
         check_range(name, n, 1 <= n <= most, f"between 1 and {most:,}")
+    options.fill = options.prefix is not None or options.suffix is not None
+    if options.fill and (options.prompt or options.interactive):
+        parser.error("--prefix and --suffix write a middle: leave out --prompt and --interactive")
     options.sampling = {name: getattr(options, name) for name in SAMPLERS}
     chain(**options.sampling)  # rejects invalid values before the model is loaded
     if options.interactive and (options.prompt or options.num_samples > 1):
@@ -179,10 +185,12 @@ def converse(writer: Callable, seed: int) -> None:
 @script
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    prompt = read_prompt(options.prompt)
+    prompt = read_prompt(options.prompt or options.prefix or "")
+    suffix = read_prompt(options.suffix or "") if options.fill else None
     path = options.out_dir if options.run is None else options.run
     theirs = str(path).startswith("hf:")
     refused = ["--compile"] * options.compile + ["--dtype int8"] * (options.dtype == "int8")
+    refused += ["--suffix"] * options.fill
     if theirs and refused:
         raise ValueError(f"{' and '.join(refused)}: for models of this project only, not for {path}")
     path = path if theirs else checkpoint.find(path)
@@ -216,8 +224,8 @@ def main(argv: list[str]) -> None:
         print(f"compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     elif dtype != torch.int8:
         column_major(model)
-    arguments = dict(max_new_tokens=options.max_new_tokens, stop=options.stop, step=step, **options.sampling)
-    writer = partial(write, model, tokenizer, **arguments)
+    arguments = dict(max_new_tokens=options.max_new_tokens, stop=options.stop, step=step, suffix=suffix)
+    writer = partial(write, model, tokenizer, **arguments, **options.sampling)
     if options.interactive:
         converse(writer, options.seed)
     else:

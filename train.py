@@ -214,6 +214,8 @@ def configure(argv: list[str]) -> Plan:
     elif c.init_from:
         tokenizer = from_state(state["tokenizer"])
     c, data = find_data(c, tokenizer)
+    special = experiments.objective(c.objective)[1].special if c.objective else ()
+    data = data._replace(tokenizer=(tokenizer or data.tokenizer).with_special(special))
     vocab_size, eot = data.tokenizer.vocab_size, data.tokenizer.eot
     separator = -1 if c.cross_stories else eot
     c = replace(c, model=settings.update(c.model, vocab_size=vocab_size, separator=separator))
@@ -239,6 +241,8 @@ def find_data(c: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TrainConfig,
     """
     from prepare import prepare_missing
 
+    if tokenizer is not None:  # the files have no special tokens
+        tokenizer = Tokenizer(tokenizer.name, tokenizer.tokens[: tokenizer.eot])
     asked = c.dataset, c.tokenizer, c.source, c.stories, c.data_dir
     dataset = machine.from_rank0(lambda: prepare_missing(*asked, tokenizer, c.fallback))
     check({"dataset": dataset, "tokenizer": c.tokenizer}, {"dataset": NAME, "tokenizer": NAME})
@@ -259,7 +263,13 @@ def build_model(plan: Plan) -> nn.Module:
     torch.manual_seed(c.seed)
     model = experiments.architecture(c.architecture)[1](c.model)
     if plan.weights is not None:
-        model.load_state_dict(plan.weights.state_dict())
+        known, new = plan.weights.config.vocab_size, model.state_dict()
+        for name, value in plan.weights.state_dict().items():
+            if value.shape == new[name].shape:
+                new[name] = value
+            else:  # the rows of ids; those that the objective adds keep their initial weights
+                new[name] = torch.cat((value[:known], new[name][known:]))
+        model.load_state_dict(new)
     elif c.pair_tokens and plan.state is None:
         from nanostlm.variants import bigram_init
 

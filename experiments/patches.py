@@ -70,7 +70,8 @@ class Config:
         for part in self.parts():
             replace(part, n_layer=max(1, part.n_layer)).validate()
         if self.vocab_size != EOT + 1:
-            raise ValueError(f"patches consist of bytes, not of {self.vocab_size} ids: set tokenizer=byte")
+            found = f"patches consist of bytes, not of {self.vocab_size} ids"
+            raise ValueError(f"{found}: set tokenizer=byte, and leave out objective=fim, which adds ids")
 
     def estimate(self) -> dict[str, int]:
         """As in GPTConfig, per byte."""

@@ -68,7 +68,8 @@ class Config:
         for part in self.parts():
             part.validate()
         if self.vocab_size != EOT + 1:
-            raise ValueError(f"sentences consist of bytes, not of {self.vocab_size} ids: set tokenizer=byte")
+            found = f"sentences consist of bytes, not of {self.vocab_size} ids"
+            raise ValueError(f"{found}: set tokenizer=byte, and leave out objective=fim, which adds ids")
 
     def estimate(self) -> dict[str, int]:
         """As in GPTConfig, per byte, with a sentence for every 45 bytes, as in TinyStories."""

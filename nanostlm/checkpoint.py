@@ -26,6 +26,7 @@ from experiments import architecture, name_of
 from nanostlm import machine, settings
 from nanostlm import tokenizer as tokenizers
 from nanostlm.schema import COUNT, NAME, NONE, TEXT, TYPES, WHOLE, check, naming
+from nanostlm.variants import merge_lora
 
 FORMAT = 2  # of the dictionary inside; newer formats are rejected
 TENSOR = "a tensor", lambda x: getattr(x, "is_cpu", 0) and x.layout == torch.strided and x.is_contiguous()
@@ -33,7 +34,7 @@ STATE = {  # of every checkpoint
     "model": {"*": TENSOR},
     "architecture?": NAME,
     "model_config": {},
-    "tokenizer": {"name": tokenizers.NAME, "ranks": TEXT},
+    "tokenizer": tokenizers.STATE,
     "step?": WHOLE,
     "train_config?": {"data_dir": TEXT, "dataset": NAME, "tokenizer": NAME},
 }
@@ -172,8 +173,9 @@ def build(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, "t
         model, tokenizer = Model(config), tokenizers.from_state(state["tokenizer"])
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"model_config.vocab_size must be the tokenizer's {tokenizer.vocab_size}")
-        fit(state["model"], model.state_dict())
-    model.load_state_dict(state["model"])
+        weights = merge_lora(state["model"], model.state_dict())
+        fit(weights, model.state_dict())
+    model.load_state_dict(weights)
     return model.to(device).eval(), tokenizer, state
 
 

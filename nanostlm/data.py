@@ -131,8 +131,8 @@ class Data(NamedTuple):
 def load_data(folder: str | Path, stories: int = 0, tokenizer: Tokenizer | None = None) -> Data:
     """
     Open and check prepared data; `train` has the first `stories` of the training split, or all if it is 0.
-    If `tokenizer` is given, the data must have been prepared with it. ValueError names the damaged file and
-    the command to prepare it again.
+    If `tokenizer` is given, the data must have been prepared with it, except for its special tokens.
+    ValueError names the damaged file and the command to prepare it again.
     """
     folder, given = Path(folder), tokenizer
     try:
@@ -141,11 +141,11 @@ def load_data(folder: str | Path, stories: int = 0, tokenizer: Tokenizer | None 
         if given is None:
             trained = folder / "tokenizer.json" if tokenizers.bpe_size(name) else None
             tokenizer = tokenizers.load(trained, name) if trained else tokenizers.get(name)
-            if (tokenizer.sha256, tokenizer.vocab_size) != (sha256, size):
+            if (tokenizer.sha256, tokenizer.eot + 1) != (sha256, size):
                 raise ValueError(f"{folder} was prepared with a different {name} vocabulary")
     except ValueError as error:
         raise ValueError(f"{error}; {remedy(folder)}") from None
-    if (tokenizer.sha256, tokenizer.vocab_size) != (sha256, size):
+    if (tokenizer.sha256, tokenizer.eot + 1) != (sha256, size):
         raise ValueError(f"{folder} was prepared with another tokenizer ({name}) than the model's")
     if 0 < stories < meta["train"]["stories"]:
         train = first_stories(train, tokenizer.eot, stories)

@@ -353,20 +353,28 @@ def write(
     stop: Sequence[str] = (),
     seed: int = 1337,
     step: Callable | None = None,
+    suffix: str | None = None,
     **sampling: float,
 ) -> Iterator[tuple[int, str]]:
     """
     Continue each prompt; yield pairs (prompt's index, piece of text) token by token, then a last piece for
-    each prompt. `sampling` are settings of `chain`; for `step` see `stream`.
+    each prompt. With a suffix, write the text between prompt and suffix, which ends the last piece; the model
+    was trained with objective=fim. `sampling` are settings of `chain`; for `step` see `stream`.
     """
     samplers, stops = chain(**sampling), [stop_string(tokenizer, text) for text in stop]
     ids, texts = [tokenizer.encode(prompt) for prompt in prompts], [Story(tokenizer, stop) for _ in prompts]
+    if suffix is not None:
+        ids = [tokenizer.fill_prompt(prefix, tokenizer.encode(suffix)) for prefix in ids]
+        longest, context = 1 + max(map(len, ids), default=0), model.config.block_size
+        if longest > context:
+            raise ValueError(f"prefix and suffix take {longest} tokens, and the context has {context}")
+        max_new_tokens = min(max_new_tokens, context - longest + 1)  # a window that slides loses the suffix
 
     def pieces():  # an inner generator, so that invalid arguments raise at the call
         options = dict(eot=tokenizer.eot, seed=seed, stops=stops, step=step)
         for new in stream(model, ids, max_new_tokens, samplers, **options):
             yield from ((i, texts[i].add(token)) for i, token in new)
-        yield from ((i, text.end()) for i, text in enumerate(texts))
+        yield from ((i, text.end() + (suffix or "")) for i, text in enumerate(texts))
 
     return pieces()
 

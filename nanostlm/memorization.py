@@ -52,7 +52,7 @@ def vocabulary(data: Data) -> tuple[set[str], set[str]]:
     The words of the training text, in lower case, and its names: capitalized words that follow "named",
     "called" or "name is" at least twice and occur less often in lower case. Spot is a name, Sky is not.
     """
-    tokens, counts, named = [*data.tokenizer.tokens[:-1], b"\n"], Counter(), Counter()
+    tokens, counts, named = [*data.tokenizer.tokens[: data.tokenizer.eot], b"\n"], Counter(), Counter()
     for block in blocks(data, BLOCK, "words of the training text"):
         text = b"".join(map(tokens.__getitem__, block.tolist())).decode("utf-8", errors="replace")
         counts.update(WORD.findall(text))

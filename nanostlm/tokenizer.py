@@ -10,7 +10,8 @@
     tok.save("tokenizer.json")                   # Hugging Face's `tokenizers` reads it and gives equal ids
 
 A vocabulary is a list of byte strings; a token's id is its index, and end-of-text is the id after the last.
-Text is never encoded as end-of-text, not even `<|endoftext|>`. User errors raise ValueError.
+Special tokens, which an objective of training adds, follow end-of-text. Text is never encoded as one of these
+ids, not even `<|endoftext|>`. User errors raise ValueError.
 """
 
 import base64
@@ -20,6 +21,7 @@ import re
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import numpy as np
 from nanostlm.schema import TEXT, WHOLE, check, naming, read_json
 
 EOT = "<|endoftext|>"
+FIM = "<|suffix|>", "<|prefix|>", "<|middle|>"  # the special tokens of experiments/fim.py
 # GPT-2's split into words, as tiktoken writes it: possessive quantifiers give the same pieces, much faster.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 BLANKS = 900_000  # tiktoken's regular expressions overflow at a million blanks before a word
@@ -36,6 +39,7 @@ LONG_BLANKS = re.compile(rf"(?<!{BLANK})({BLANK}{{{BLANKS},}})(?={BLANK}(?!{BLAN
 LONG_WORD = 256  # bytes; training counts pairs in parts of this length, since its time is quadratic in words
 MAX_IDS = 1_000_000  # of a BPE
 NAME = "gpt2, byte or bpeN", lambda x: type(x) is str and re.fullmatch("gpt2|byte|bpe[1-9][0-9]{2,9}", x)
+STATE = {"name": NAME, "ranks": TEXT, "special?": [TEXT]}  # what state() returns
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
@@ -48,15 +52,20 @@ class Unreachable(OSError):
 
 
 class Tokenizer:
-    """tokens: the byte strings of ids 0, 1, ..., in the order of their merges, including all 256 bytes."""
+    """
+    tokens: the byte strings of ids 0, 1, ..., in the order of their merges, including all 256 bytes.
+    special: the texts of the ids after end-of-text; only decode() knows them.
+    """
 
-    def __init__(self, name: str, tokens: list[bytes]):
+    def __init__(self, name: str, tokens: list[bytes], special: Sequence[str] = ()):
         if len({token for token in tokens if len(token) == 1}) != 256 or len(set(tokens)) != len(tokens):
             raise ValueError("a vocabulary contains each of the 256 bytes, and no token twice")
-        self.name = name
-        self.tokens = [*tokens, EOT.encode()]
+        self.name, self.special = name, [*special]
+        self.tokens = [*tokens, *(text.encode() for text in (EOT, *special))]
+        if special and len({b"", *self.tokens}) <= len(self.tokens):
+            raise ValueError("special tokens are not empty, and differ from each other and from all tokens")
         self.eot = len(tokens)
-        self.vocab_size = len(tokens) + 1
+        self.vocab_size = len(self.tokens)
         self.ranks = "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
         self.sha256 = hashlib.sha256(self.ranks.encode()).hexdigest()
 
@@ -64,7 +73,7 @@ class Tokenizer:
     def tiktoken(self):  # created by the first encode(): a run that only reads ids does not need it
         import tiktoken
 
-        ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
+        ranks = {token: i for i, token in enumerate(self.tokens[: self.eot])}
         special = {EOT: self.eot}
         return tiktoken.Encoding(self.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
@@ -94,19 +103,36 @@ class Tokenizer:
 
     def decode_bytes(self, ids) -> bytes:
         """May begin or end inside a character. ValueError for an invalid id."""
-        ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) <= self.eot:
-            bad = next(i for i in ids if not 0 <= i <= self.eot)
-            raise ValueError(f"{bad} is not a valid id of tokenizer {self.name} (0 to {self.eot})")
+        ids, last = [int(i) for i in ids], self.vocab_size - 1
+        if ids and not 0 <= min(ids) <= max(ids) <= last:
+            bad = next(i for i in ids if not 0 <= i <= last)
+            raise ValueError(f"{bad} is not a valid id of tokenizer {self.name} (0 to {last})")
         return b"".join([self.tokens[i] for i in ids])
 
     def decode(self, ids) -> str:
         """Invalid UTF-8, which a model can generate, becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def with_special(self, special: Sequence[str]) -> "Tokenizer":
+        """This tokenizer, with these special tokens after those that it has."""
+        new = [text for text in special if text not in self.special]
+        return Tokenizer(self.name, self.tokens[: self.eot], self.special + new) if new else self
+
+    def fim_ids(self) -> list[int]:
+        """The ids of FIM. ValueError if this tokenizer lacks them."""
+        if not {*FIM} <= {*self.special}:
+            raise ValueError("this model cannot fill in text: that takes a run with --objective=fim")
+        return [self.eot + 1 + self.special.index(text) for text in FIM]
+
+    def fill_prompt(self, prefix: Sequence[int], suffix: Sequence[int]) -> list[int]:
+        """The ids after which a model that was trained with objective=fim writes what is between the two."""
+        suffix_id, prefix_id, middle_id = self.fim_ids()
+        return [suffix_id, *suffix, prefix_id, *prefix, middle_id]
+
     def state(self) -> dict:
         """Plain data for a checkpoint, for from_state(); `ranks` is the text of a .tiktoken file."""
-        return {"name": self.name, "ranks": self.ranks}
+        special = {"special": self.special} if self.special else {}
+        return {"name": self.name, "ranks": self.ranks} | special
 
     def save(self, path) -> None:
         """Write tokenizer.json in Hugging Face's format, which gives equal ids there.
@@ -122,7 +148,7 @@ class Tokenizer:
         from tokenizers import decoders, models, pre_tokenizers
 
         chars = byte_chars()
-        ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
+        ranks = {token: i for i, token in enumerate(self.tokens[: self.eot])}
         spelling = {token: "".join(chars[b] for b in token) for token in ranks}
         pairs = [last_pair(token, ranks) for token in ranks if len(token) > 1]
         bpe = HuggingFace(
@@ -134,7 +160,7 @@ class Tokenizer:
         )
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
-        bpe.add_special_tokens([EOT])
+        bpe.add_special_tokens([EOT, *self.special])
         Path(path).write_text(bpe.to_str(pretty=True), encoding="utf-8")  # Tokenizer.save hides the OSError
 
 
@@ -236,14 +262,14 @@ def within(seconds: float, call):
 def from_state(state: dict) -> Tokenizer:
     """The tokenizer with this state(). ValueError if the state is invalid."""
     with naming("the state of the tokenizer"):
-        check(state, {"name": NAME, "ranks": TEXT})
+        check(state, STATE)
         lines = [line.split() for line in state["ranks"].splitlines()]
         if any(line[1:] != [str(i)] for i, line in enumerate(lines)):
             raise ValueError("ranks must list all ids in order")
         tokens = [base64.b64decode(line[0], validate=True) for line in lines]
         if state["name"] == "byte" and tokens != [bytes([b]) for b in range(256)]:
             raise ValueError("ranks must list the bytes in order")
-        return Tokenizer(state["name"], tokens)
+        return Tokenizer(state["name"], tokens, state.get("special") or ())
 
 
 def load(path, name: str | None = None) -> Tokenizer:

@@ -10,7 +10,7 @@ bigram_init(model, ids) sets embedding and head of a new model to a bigram model
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -123,8 +123,7 @@ def flex_attention(c: GPTConfig, starts: Tensor) -> Callable[..., Tensor]:
 
 
 class LoRA(nn.Module):
-    """base(x) + up(down(x)): all blocks share the linear layer `base`; the low-rank part is each block's own
-    (arXiv 2106.09685)."""
+    """base(x) + up(down(x)), a linear layer and a low-rank part (Hu et al. 2021, arXiv 2106.09685)."""
 
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
@@ -134,6 +133,19 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
+
+
+def merge_lora(state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """A state_dict in which base + up @ down replaces each LoRA of `state` that is one layer in `wanted`."""
+    state = dict(state)
+    for name in wanted:
+        layer, _, leaf = name.rpartition(".")
+        if name not in state and f"{layer}.base.{leaf}" in state:
+            state[name] = state.pop(f"{layer}.base.{leaf}")
+            if leaf == "weight":
+                up, down = (state.pop(f"{layer}.{part}.weight") for part in ("up", "down"))
+                state[name] = state[name] + up @ down
+    return state
 
 
 def share_mlp(blocks: nn.ModuleList, c: GPTConfig) -> nn.ModuleList:

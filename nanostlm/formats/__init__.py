@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from model import GATES, GPT, MLPS, GPTConfig
-from nanostlm.variants import LoRA, sinusoids
+from nanostlm.variants import merge_lora, sinusoids
 
 # The settings of GPTConfig that matter to other programs, with the values that they support.
 ANY = None  # every value
@@ -46,13 +46,9 @@ def plain(model: GPT, **changes) -> GPT:
     that `model` lacks have no effect: norm weights are 1 and biases 0; learned positions are the sinusoids if
     its position is "sinusoidal", and 0 if it is "none".
     """
-    c, state = model.config, model.state_dict()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRA):
-            state = {key: value for key, value in state.items() if not key.startswith(name + ".")}
-            state |= {f"{name}.{key}": value for key, value in module.base.state_dict().items()}
-            state[f"{name}.weight"] = (module.base.weight + module.up.weight @ module.down.weight).detach()
+    c = model.config
     equal = GPT(replace(c, share="none", n_kv_head=c.kv_heads, mlp_hidden=c.hidden, **changes)).eval()
+    state = merge_lora(model.state_dict(), equal.state_dict())
     if equal.config.position != c.position:
         table = sinusoids(torch.arange(c.block_size), c.n_embd, c.rope_theta)
         state["embedder.positions.weight"] = table * (c.position == "sinusoidal")

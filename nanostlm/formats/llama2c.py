@@ -25,7 +25,7 @@ def to_llama2c(model: GPT, tokenizer: Tokenizer, path: str | Path) -> Path:
     Write the model file, and tokenizer.bin beside it. Return the path of the latter.
 
     Ids are permuted, because run.c uses id 1 as BOS and EOS and id 3 + b for byte b. Ids 0 and 2 are unused
-    by run.c and become the last two tokens.
+    by run.c and become the last two tokens of text.
     """
     path, eot = Path(path), tokenizer.eot
     refuse(unsupported(model.config, RUN_C), "llama2.c's run.c")
@@ -33,7 +33,7 @@ def to_llama2c(model: GPT, tokenizer: Tokenizer, path: str | Path) -> Path:
     c, blocks = model.config, model.core.blocks
     single = [tokenizer.tokens.index(bytes([b])) for b in range(256)]
     *rest, zero, two = single + sorted(set(range(eot)) - set(single))
-    order = [zero, eot, two, *rest]  # run.c's id -> our id
+    order = [zero, eot, two, *rest, *range(eot + 1, tokenizer.vocab_size)]  # run.c's id -> our id
     qkv = [block.attn.qkv.weight.split((c.n_embd, *2 * [c.kv_heads * c.head_dim])) for block in blocks]
     gate_up = [block.mlp.fc.weight.split(c.hidden) for block in blocks]
     tensors = [
@@ -61,7 +61,7 @@ def to_llama2c(model: GPT, tokenizer: Tokenizer, path: str | Path) -> Path:
     with open(path.with_name("tokenizer.bin"), "wb") as file:
         file.write(struct.pack("<i", max(map(len, tokenizer.tokens))))
         for i in order:  # the pair with the highest score merges; one with -1e30 never does
-            score, token = -1e30 if i == eot else -i, tokenizer.tokens[i]
+            score, token = -1e30 if i >= eot else -i, tokenizer.tokens[i]
             file.write(struct.pack("<fi", score, len(token)) + token)
     return path.with_name("tokenizer.bin")
 
