@@ -270,6 +270,7 @@ def resumed_settings(
     names changes that would make it a different run, unless `override`.
     """
     before = state["train_config"] | state["model_config"]
+    before |= before.pop("objective_config", {})
     del before["model"]
     wanted = before | {k: v for k, v in recipe.items() if v != recipe_before[k]} | given
     changes = {k: f"{k}: {before.get(k)!r} -> {v!r}" for k, v in wanted.items() if v != before.get(k)}
