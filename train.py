@@ -179,7 +179,7 @@ def configure(argv: list[str]) -> Plan:
     values = defaults | recipe | given
     folder, state = runs.find(values, name, flags, extended)
     if state and not (path or kind or goal):  # settings that decide which others there are
-        own = {"architecture": state["architecture"], "objective": state["recipe"].get("objective", "")}
+        own = {"architecture": state["architecture"], "objective": state["train_config"].get("objective", "")}
         if own != {"architecture": "gpt", "objective": ""}:
             return configure([*argv, *(f"--{name}={value}" for name, value in own.items())])
     if state is not None:
