@@ -32,18 +32,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script here imports from the repository
 from nanostlm.entry import script
 
-import experiments
 import train
 from nanostlm import checkpoint, generate, machine, runs, settings, sources, stats, tasks
 from nanostlm.corruptions import sentences
-from nanostlm.data import load_data
 
 ARMS = ("spin", "invalid", "unlikelihood", "plain")
 ROWS = 64  # texts that are generated in one batch
 MOST = 20  # generated texts per pair, before it gives up
 BATCH = 8  # pairs per update
 EVAL_TOKENS = 65_536
-MAY_CHANGE = ("out_dir", "rounds", "device")  # options, when a command continues
+MAY_CHANGE = ("out_dir", "rounds")  # options, when a command continues
 
 
 def write(file: Path, text: str) -> None:
@@ -53,19 +51,20 @@ def write(file: Path, text: str) -> None:
     os.replace(temporary, file)
 
 
-def beginnings(data, block_size: int, seed: list[int]) -> Iterator[list[tuple[str, str]]]:
+def beginnings(plan: train.Plan, seed: list[int]) -> Iterator[list[tuple[str, str]]]:
     """
     Batches of training stories in random order, each cut at the end of a random sentence: its beginning and
-    the rest. Stories of one sentence, and those that do not fit into block_size, are left out.
+    the rest. Stories of one sentence, and those that do not fit into the context, are left out.
     """
-    ends = np.flatnonzero(data.train == data.tokenizer.eot)
-    starts, rng = np.append(0, ends[:-1] + 1), np.random.default_rng(seed)
-    order = rng.permutation(np.flatnonzero(ends - starts < block_size))
+    ids, tokenizer, rng = plan.data.train, plan.data.tokenizer, np.random.default_rng(seed)
+    ends = np.flatnonzero(ids == tokenizer.eot)
+    starts = np.append(0, ends[:-1] + 1)
+    order = rng.permutation(np.flatnonzero(ends - starts < plan.config.model.block_size))
     for first in range(0, len(order), ROWS):
-        texts = [data.tokenizer.decode(data.train[starts[i] : ends[i]]) for i in order[first : first + ROWS]]
-        parts = [found for text in texts if len(found := sentences(text)) > 1]
-        cuts = [int(rng.integers(1, len(found))) for found in parts]
-        yield [("".join(found[:n]), "".join(found[n:])) for found, n in zip(parts, cuts, strict=True)]
+        texts = [tokenizer.decode(ids[starts[i] : ends[i]]) for i in order[first : first + ROWS]]
+        stories = [parts for text in texts if len(parts := sentences(text)) > 1]
+        cuts = [rng.integers(1, len(parts)) for parts in stories]
+        yield [("".join(parts[:n]), "".join(parts[n:])) for parts, n in zip(stories, cuts, strict=True)]
 
 
 def continue_batch(model, tokenizer, begun: list[tuple[str, str]], seed: int, arm: str, check) -> dict:
@@ -75,7 +74,7 @@ def continue_batch(model, tokenizer, begun: list[tuple[str, str]], seed: int, ar
     most = T - min(map(len, prompts), default=0)
     written = generate.generate(model, prompts, most, eot=tokenizer.eot, seed=seed)  # without samplers: T=1
     for (prompt, chosen), before, ids in zip(begun, prompts, written, strict=True):
-        rejected, wrong, reason = tokenizer.decode(ids), None, ""
+        rejected, wrong, reason = tokenizer.decode(ids), None, None
         if len(before) + len(ids) >= T:  # the context also has end-of-text
             reason = "unfinished"
         elif tokenizer.encode(rejected) != ids:  # prefer.py would score other tokens than these
@@ -84,18 +83,19 @@ def continue_batch(model, tokenizer, begun: list[tuple[str, str]], seed: int, ar
             reason = "equal to the real one"
         elif arm != "spin":
             verdict = check(prompt + rejected)
-            wrong = None if verdict.at is None else verdict.at - len(prompt)
-            reason = "valid" if verdict.ok else ""
-            if arm == "unlikelihood" and wrong is None and not reason:
-                reason = "wrong in line breaks only"
-        if reason:
-            dropped[reason] += 1
-        else:
+            if verdict.ok:
+                reason = "valid"
+            elif (verdict.at or 0) >= len(prompt):  # else the line breaks are wrong
+                wrong = verdict.at - len(prompt)
+            elif arm == "unlikelihood":
+                reason = "without a wrong character"
+        dropped.update([reason] if reason else [])
+        if not reason:
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "wrong": wrong})
     return {"seconds": time.perf_counter() - began, "dropped": dropped, "pairs": pairs}
 
 
-def make_pairs(folder: Path, previous: Path, data, check, options, number: int) -> dict:
+def make_pairs(folder: Path, previous: Path, plan: train.Plan, check, options, number: int) -> dict:
     """
     Write prefer.jsonl of a round. -> counts and seconds. What a killed process finished is kept: each batch
     is a line of generated.jsonl, and depends only on its number, the round, the seed and the model.
@@ -105,55 +105,58 @@ def make_pairs(folder: Path, previous: Path, data, check, options, number: int) 
     lines = log.read_bytes().split(b"\n")[:-1]  # without the rest of a line that a kill has torn
     os.truncate(log, sum(len(line) + 1 for line in lines))
     batches = [json.loads(line) for line in lines]
-    block_size = checkpoint.read(previous)["model_config"]["block_size"]
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of progress
-    bar = tqdm(total=options.pairs, desc=f"round {number}", unit="pair", mininterval=every)
+    bar = tqdm(total=options.pairs, desc=f"round {number}", unit="pair")
     with bar, open(log, "a", encoding="utf-8") as file:
-        for n, begun in enumerate(beginnings(data, block_size, [options.seed, number])):
+        for n, begun in enumerate(beginnings(plan, [options.seed, number])):
             if len(pairs) >= options.pairs or n * ROWS >= MOST * options.pairs:
                 break
             if n == len(batches):
-                model = model or checkpoint.load(previous, machine.choose_device(options.device))[0]
+                model = model or checkpoint.load(previous, plan.machine.device)[0]
                 seed = int(np.random.SeedSequence([options.seed, number, n]).generate_state(1)[0])
-                batches.append(continue_batch(model, data.tokenizer, begun, seed, options.arm, check))
+                batches.append(continue_batch(model, plan.data.tokenizer, begun, seed, options.arm, check))
                 file.write(json.dumps(batches[n]) + "\n")
                 file.flush()
-            before, found = len(pairs), {(x["prompt"], x["rejected"]): x for x in batches[n]["pairs"]}
-            pairs |= found
-            dropped += Counter(batches[n]["dropped"], repeated=len(batches[n]["pairs"]) + before - len(pairs))
+            before, found = len(pairs), batches[n]["pairs"]
+            pairs |= {(pair["prompt"], pair["rejected"]): pair for pair in found}
+            dropped += Counter(batches[n]["dropped"], repeated=len(found) + before - len(pairs))
             bar.update(len(pairs) - before)
-    texts, reasons = len(pairs) + dropped.total(), ", ".join(f"{n:,} {why}" for why, n in dropped.items())
+    texts, seconds = len(pairs) + dropped.total(), sum(batch["seconds"] for batch in batches)
+    note = f"round {number}: {len(pairs):,} pairs from {texts:,} texts in {seconds:.0f} s; dropped: "
+    note += ", ".join(f"{n:,} {why}" for why, n in dropped.items()) or "none"
     if len(pairs) < options.pairs:
-        found = f"{texts:,} texts of {previous} make {len(pairs):,} pairs only (dropped: {reasons or 'none'})"
-        raise ValueError(f"{found}: lower --pairs")
-    chosen = list(pairs.values())[: options.pairs]
-    write(folder / "prefer.jsonl", "".join(json.dumps(pair) + "\n" for pair in chosen))
-    seconds = sum(batch["seconds"] for batch in batches)
-    note = f"round {number}: {texts:,} texts in {seconds:.0f} s; dropped: {reasons or 'none'}"
+        raise ValueError(f"{note}; lower --pairs={options.pairs}")
     print(note, file=sys.stderr)
+    lines = [json.dumps(pair) + "\n" for pair in pairs.values()]
+    write(folder / "prefer.jsonl", "".join(lines[: options.pairs]))
     return {"texts": texts, "dropped": dropped, "writing_s": seconds}
 
 
-def settings_of_round(options, state: dict, meta: dict, previous: Path, folder: Path, number: int) -> dict:
-    """What train.py is given. `state` is the checkpoint of init_from, `meta` that of the data."""
+def arguments(options, state: dict, previous: Path, folder: Path, number=0, counts=None) -> list[str]:
+    """
+    Of train.py, for a round. `state` is the checkpoint of init_from, `counts` those of the training data. For
+    round 0, which is not trained, they only say whether train.py accepts the settings.
+    """
     trained, T = state["train_config"], state["model_config"]["block_size"]
     rows = settings.convert("batch_size", int, options.settings.get("batch_size", BATCH))
     values = {
         **{key: trained[key] for key in ("dataset", "stories", "cross_stories") if key in trained},
         **{"architecture": state.get("architecture", "gpt"), "block_size": T, "data_dir": options.data_dir},
-        **{"init_from": previous, "out_dir": folder, "seed": options.seed + number, "device": options.device},
+        **{"init_from": previous, "out_dir": folder, "seed": options.seed + number},
         **{"optimizer": "adamw", "learning_rate": trained["learning_rate"] / 100, "schedule": "linear"},
-        **{"weight_decay": 0.0, "batch_size": rows, "max_iters": max(1, options.pairs // rows)},
+        **{"weight_decay": 0.0, "batch_size": rows, "max_iters": max(1, options.pairs // max(1, rows))},
         **{"eval_interval": 10**9, "eval_tokens": EVAL_TOKENS, "save_interval": 100},
     }
-    if options.arm == "plain":  # two rows of a mean story for each pair
-        tokens = 2 * options.pairs * meta["train"]["tokens"] / meta["train"]["stories"]
+    if options.arm != "plain":
+        kind = "unlikelihood" if options.arm == "unlikelihood" else "dpo"
+        pairs = folder / "prefer.jsonl" if number else __file__
+        values |= {"objective": "prefer", "pairs": pairs, "preference": kind}
+    elif counts:  # two rows of a mean story for each pair
+        tokens = 2 * options.pairs * counts["tokens"] / counts["stories"]
         values["max_iters"] = max(1, round(tokens / rows / T))
         values["story_windows"] = trained.get("story_windows", False)
-    else:
-        kind = "unlikelihood" if options.arm == "unlikelihood" else "dpo"
-        values |= {"objective": "prefer", "pairs": folder / "prefer.jsonl", "preference": kind}
-    return {"warmup_iters": min(10, values["max_iters"] // 2)} | values | options.settings
+    values = {"warmup_iters": min(10, values["max_iters"] // 2)} | values | options.settings
+    resume = ["--resume"] if (folder / "metrics.jsonl").exists() else []
+    return [f"--{key}={value}" for key, value in values.items()] + resume
 
 
 def learn(argv: list[str]) -> int:
@@ -171,63 +174,48 @@ def learn(argv: list[str]) -> int:
     return trainer.stop
 
 
-def measure(path: Path, data, check, options) -> dict:
+def measure(path: Path, plan: train.Plan, check, judged: int) -> dict:
     """Bits per byte of the validation file, and how many of the model's stories are valid."""
-    model, tokenizer = checkpoint.load(path, machine.choose_device(options.device))
-    found, valid = {"bpb": tasks.validation_loss(model, data, limit=EVAL_TOKENS)[1]}, 0
-    for first in range(0, options.judged if check else 0, 100):
-        n = min(100, options.judged - first)
+    model, tokenizer = checkpoint.load(path, plan.machine.device)
+    found, valid = {"bpb": tasks.validation_loss(model, plan.data, limit=EVAL_TOKENS)[1]}, 0
+    for first in range(0, judged if check else 0, 100):
+        n = min(100, judged - first)
         texts = generate.stories(model, tokenizer, "", n, seed=first, temperature=1, top_p=1)
         valid += sum(check(text).ok for text in texts)
-    return found | ({"valid": valid, "judged": options.judged} if check else {})
+    return found | ({"valid": valid, "judged": judged} if check else {})
 
 
 def table(results: list[dict]) -> str:
     """Markdown, from the results of the rounds."""
     rows = [["round", "bits per byte", "valid stories", "writing, s", "training, s"], ["---"] * 5]
     for number, x in enumerate(results):
-        valid = stats.proportion("", x.get("valid", 0), x.get("judged", 0))
-        shown = f"{stats.digits(valid.value, True)} ({stats.interval(valid)}; {valid.n:,})"
+        valid = stats.proportion("valid", x.get("valid", 0), x.get("judged", 0))
+        shown = f"{valid.value:.1%} ({stats.interval(valid)}; {valid.n:,})" if valid.n else "-"
         seconds = (f"{x[key]:.0f}" if key in x else "-" for key in ("writing_s", "training_s"))
-        rows.append([str(number), f"{x['bpb']:.4f}", shown if valid.n else "-", *seconds])
+        rows.append([str(number), f"{x['bpb']:.4f}", shown, *seconds])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def parse(argv: list[str]):
     parser = settings.Parser(description="Train a model to prefer real continuations of stories to its own.")
-    parser.add_argument("--out_dir", required=True, help="where the rounds are; rerun to continue")
-    parser.add_argument("--init_from", required=True, help="the model to start from: a run or a checkpoint")
-    parser.add_argument("--rounds", type=int, default=3, help="each with the texts of the one before")
-    parser.add_argument("--arm", choices=ARMS, default="spin", help="which texts are rejected, and how")
-    parser.add_argument("--pairs", type=int, default=2000, help="per round")
-    parser.add_argument("--data_dir", help="as in train.py; default: where the data of the model were")
-    parser.add_argument("--judged", type=int, default=200, help="stories per round of which validity is told")
-    parser.add_argument("--device", default="auto", help="as in train.py")
-    parser.add_argument("--seed", type=int, default=0, help="of beginnings, texts and training")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of train.py")
+    add = parser.add_argument
+    add("--out_dir", required=True, help="where the rounds are; the same command continues them")
+    add("--init_from", required=True, help="the model to start from: a run or a checkpoint")
+    add("--rounds", type=int, default=3, help="each with texts of the model of the one before (%(default)s)")
+    add("--arm", choices=ARMS, default="spin", help="which texts are rejected, and how (%(default)s)")
+    add("--pairs", type=int, default=2000, help="of continuations, in each round (%(default)s)")
+    add("--data_dir", help="as in train.py (where the data of init_from were)")
+    add("--judged", type=int, default=200, help="stories whose validity is checked per round (%(default)s)")
+    add("--seed", type=int, default=0, help="of beginnings, texts and training (%(default)s)")
+    add("settings", nargs="*", metavar="KEY=VALUE", help="settings of train.py for every round")
     options = parser.parse_args(argv)
-    for name, least in (("rounds", 0), ("pairs", BATCH), ("judged", 0), ("seed", 0)):
+    for name, least in {"rounds": 0, "pairs": 1, "judged": 0, "seed": 0}.items():
         if not least <= getattr(options, name) <= 10**9:
             parser.error(f"--{name} must be between {least} and 10**9, not {getattr(options, name)}")
-    pairs = [word.partition("=") for word in options.settings]
-    if wrong := [key for key, sign, _ in pairs if not sign]:
-        parser.error(f"settings of train.py are written KEY=VALUE, not {wrong[0]!r:.60}")
-    options.settings = {key: value for key, _, value in pairs}
+    if wrong := [word for word in options.settings if "=" not in word]:
+        parser.error(f"a setting of train.py is written KEY=VALUE, not {wrong[0]!r:.60}")
+    options.settings = dict(word.split("=", 1) for word in options.settings)
     return options
-
-
-def check_settings(values: dict) -> None:
-    """ValueError now rather than after the texts are written, if train.py does not accept the settings."""
-    parts = {"model": experiments.architecture(values["architecture"])[0]}
-    if "objective" in values:
-        parts["objective_config"] = experiments.objective("prefer")[0]
-    cls = settings.with_parts(train.TrainConfig, **parts)
-    _, _, given, _ = settings.command_line(cls, words(values), {}, "", train.RESOLVED)
-    settings.build(cls, given | ({"pairs": __file__} if "objective" in values else {})).validate()
-
-
-def words(values: dict) -> list[str]:
-    return [f"--{key}={value}" for key, value in values.items()]
 
 
 @script
@@ -239,12 +227,11 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"{path} was not trained with train.py")
     if machine.world_size() > 1:
         raise ValueError("self-play is for one process: start it without torchrun")
-    options.data_dir = options.data_dir or trained["data_dir"]
-    data = load_data(Path(options.data_dir, trained["dataset"], trained["tokenizer"]), trained["stories"])
     check = sources.corpus(trained["dataset"]).check
+    options.data_dir = options.data_dir or trained["data_dir"]
     if options.arm in ("invalid", "unlikelihood") and not check:
         raise ValueError(f"--arm {options.arm} needs a corpus with a checker: toystories")
-    check_settings(settings_of_round(options, state, data.meta, path, folders[0], 0))
+    plan = train.configure(arguments(options, state, path, folders[0]))  # refuses wrong settings now
     known, mine = out / "options.json", {k: v for k, v in vars(options).items() if k not in MAY_CHANGE}
     before = json.loads(known.read_text()) if known.exists() else mine
     if changed := [f"{key}={before.get(key)}" for key in mine if mine[key] != before.get(key)]:
@@ -258,15 +245,13 @@ def main(argv: list[str]) -> int:
         if number and not result.exists():
             folder.mkdir(exist_ok=True)
             if options.arm != "plain":
-                found = make_pairs(folder, previous, data, check, options, number)
-            values = settings_of_round(options, state, data.meta, previous, folder, number)
-            resume = ["--resume"] if (folder / "metrics.jsonl").exists() else []
-            if stop := learn([*words(values), *resume]):
+                found = make_pairs(folder, previous, plan, check, options, number)
+            if stop := learn(arguments(options, state, previous, folder, number, plan.data.meta["train"])):
                 print("the work is saved: the same command continues", file=sys.stderr)
                 return 128 + stop
             found["training_s"] = runs.read_metrics(folder)[-1]["elapsed_s"]
         if not result.exists():
-            write(result, json.dumps(found | measure(path, data, check, options), indent=1))
+            write(result, json.dumps(found | measure(path, plan, check, options.judged), indent=1))
         results.append(json.loads(result.read_text()))
     print(table(results))
     return 0

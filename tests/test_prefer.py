@@ -1,0 +1,330 @@
+"""experiments/prefer.py and experiments/self_play.py: losses, batches, resuming; pairs that a model writes."""
+
+import copy
+import json
+import math
+import random
+import signal
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import MICRO, bit_equal, metrics, random_data, run_state
+
+import experiments
+import prepare
+import train
+from experiments import self_play
+from experiments.prefer import encode
+from model import GPT
+from nanostlm import checkpoint, generate, report, settings, tokenizer, toystories
+
+BYTE = tokenizer.get("byte")
+PAIRS = [
+    {"prompt": "Tom", "chosen": " ran to Mia.", "rejected": " sat.", "wrong": 2},
+    {"prompt": "", "chosen": "é!", "rejected": "犬 ate", "wrong": 5},
+    {"prompt": "A dog had a", "chosen": "", "rejected": " 犬!", "wrong": 1},
+    {"prompt": "Mia", "chosen": " ran.", "rejected": " ran and ran", "wrong": 0},
+    {"prompt": "Ben sat", "chosen": " on a log.", "rejected": " up", "wrong": 3},
+]
+WRONG_BYTE = [2, 7, 1, 0, 3]  # of each rejected text; the number of its bytes stands for end-of-text
+
+
+def write_pairs(pairs=PAIRS, name: str = "prefer.jsonl") -> str:
+    Path(name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return name
+
+
+def objective(pairs=PAIRS, dtype=torch.float64, **changes):
+    """The objective of a micro model with random weights."""
+    cls = settings.with_parts(train.TrainConfig, objective_config=experiments.objective("prefer")[0])
+    own = dict(vocab_size=257, objective="prefer", init_from="first", pairs=write_pairs(pairs), block_size=32)
+    c = settings.build(cls, MICRO | own | changes)
+    c.validate()
+    torch.manual_seed(0)
+    model = GPT(c.model).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    return experiments.objective("prefer")[1](c, model, random_data())
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def logprobs(model, prompt: str, text: str) -> list[torch.Tensor]:
+    """The log-probability of each byte of the text and of end-of-text, one forward pass for each."""
+    ids, found = [256, *prompt.encode()], []
+    for new in [*text.encode(), 256]:
+        x = model(torch.tensor([ids]))[0][0, -1]
+        found.append(x[new] - x.max() - (x - x.max()).exp().sum().log())
+        ids.append(new)
+    return found
+
+
+@pytest.mark.parametrize("pointer", [False, True])
+@pytest.mark.parametrize("preference", ["dpo", "unlikelihood"])
+def test_loss_and_gradient_are_those_of_the_formula(preference, pointer):
+    goal = objective(preference=preference, pointer=pointer, beta=0.7, likelihood=0.3, batch_size=3)
+    model, ref = goal.model, copy.deepcopy(goal.model)
+    [(idx, targets)] = goal.batch(2)
+    goal(model, idx, targets, 0)  # the model is the reference
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    total, parts = goal(model, idx, targets, 2)
+    found = torch.autograd.grad(total, list(model.parameters()))
+    terms, margins, chosen = [], [], []
+    for i in targets.pairs.tolist():
+        prompt, y, other = (PAIRS[i][key] for key in ("prompt", "chosen", "rejected"))
+        logp = logprobs(model, prompt, y)
+        chosen += logp
+        if preference == "dpo":
+            gain = [sum(logprobs(model, prompt, x)) - sum(logprobs(ref, prompt, x)) for x in (y, other)]
+            margins.append(gain[0] - gain[1])
+            terms.append((1 + (-0.7 * margins[-1]).exp()).log())
+        else:
+            terms.append(-(1 - logprobs(model, prompt, other)[WRONG_BYTE[i]].exp()).log())
+    loss, term = -sum(chosen) / len(chosen), sum(terms) / 3
+    expected = torch.autograd.grad(term + 0.3 * loss, list(model.parameters()))
+    assert total.item() == pytest.approx((term + 0.3 * loss).item(), abs=1e-10)
+    assert parts["loss"].item() == pytest.approx(loss.item(), abs=1e-10)
+    assert parts["preference"].item() == pytest.approx(term.item(), abs=1e-10)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(found, expected, strict=True))
+    if preference == "dpo":
+        assert parts["margin"].item() == pytest.approx(sum(margins).item() / 3, abs=1e-9)
+        assert parts["accuracy"].item() == pytest.approx(sum(margin > 0 for margin in margins).item() / 3)
+    else:
+        assert parts.keys() == {"loss", "preference"}
+
+
+@pytest.mark.parametrize("likelihood", [0.0, 1.0])
+@pytest.mark.parametrize("preference", ["dpo", "unlikelihood"])
+def test_a_small_step_down_the_gradient_moves_the_pairs_apart(preference, likelihood):
+    goal = objective(preference=preference, likelihood=likelihood, batch_size=5)
+    [(idx, targets)] = goal.batch(0)
+    total, before = goal(goal.model, idx, targets, 0)
+    total.backward()
+    with torch.no_grad():
+        for p in goal.model.parameters():
+            p.sub_(p.grad, alpha=1e-3)
+    after = goal(goal.model, idx, targets, 1)[1]
+    assert after["preference"] < before["preference"]
+    assert not likelihood or after["loss"] < before["loss"]
+    if preference == "dpo":
+        assert before["margin"].abs() < 1e-10 and before["preference"].item() == pytest.approx(math.log(2))
+        assert after["margin"] > 1e-4
+
+
+def test_unlikelihood_of_a_certain_token_is_finite():
+    from experiments.prefer import unlikelihood
+
+    logits = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 200.0, 0.0]]], requires_grad=True)
+    [found] = unlikelihood(logits, torch.tensor([[-1, 1]]))
+    found.backward()
+    assert found.item() == pytest.approx(200 - math.log(2))
+    assert logits.grad[0].tolist() == [[0, 0, 0], [-0.5, 1, -0.5]]
+
+
+@pytest.mark.parametrize("preference", ["dpo", "unlikelihood"])
+def test_padding_changes_nothing_and_prompts_have_no_targets(preference):
+    goal = objective(preference=preference, batch_size=5)
+    [(idx, targets)] = goal.batch(0)
+    goal(goal.model, idx, targets, 0)
+    with torch.no_grad():
+        goal.model.head.linear.weight.mul_(1.1)  # no longer the reference
+    first = goal(goal.model, idx, targets, 0)
+    changed = torch.nn.functional.pad(idx, (0, 3), value=65)
+    wider = torch.nn.functional.pad(targets, (0, 3), value=-1)
+    wider.pairs = targets.pairs
+    for row, i in enumerate([*targets.pairs.tolist()] * 2):
+        key = "chosen" if row < 5 else "rejected"
+        pair = PAIRS[i]
+        prompt, text = [256, *pair["prompt"].encode()], [*pair[key].encode(), 256]
+        scored = range(len(text))
+        if preference == "unlikelihood" and key == "rejected":
+            text = text[: WRONG_BYTE[i] + 1]
+            scored = [WRONG_BYTE[i]]
+        length = len(prompt) + len(text) - 1
+        assert idx[row, :length].tolist() == [*prompt, *text][:-1]
+        expected = [text[k] if k in scored else -1 for k in range(len(text))]
+        assert targets[row].tolist() == [-1] * (len(prompt) - 1) + expected + [-1] * (idx.shape[1] - length)
+        changed[row, length:] = torch.randint(0, 256, (changed.shape[1] - length,))
+    again = goal(goal.model, changed, wider, 0)
+    assert first[0].item() == pytest.approx(again[0].item(), abs=1e-12)
+    assert all(first[1][key].item() == pytest.approx(x.item(), abs=1e-12) for key, x in again[1].items())
+
+
+def test_first_wrong_token_holds_the_wrong_character():
+    tok = tokenizer.train_bpe(["Tom sat on the 犬 mat. The 犬 sat on Tom."] * 30, 290)
+    text = " on the 犬 mat. Tom 🐶"
+    ids = tok.encode(text)
+    assert len(ids) < len(text.encode()) - 8, "tokens of several bytes"
+    for wrong in range(len(text) + 1):
+        idx, targets = encode(tok, "Tom sat", text, wrong).tolist()
+        [at] = [i for i, target in enumerate(targets) if target >= 0]
+        assert at == len(targets) - 1 == len(idx) - 1 and idx[0] == tok.eot
+        [*before, token] = [*idx[1 + len(tok.encode("Tom sat")) :], targets[at]]
+        assert [*before, token] == [*ids, tok.eot][: len(before) + 1]
+        start = len(tok.decode_bytes(before))
+        assert start <= len(text[:wrong].encode())
+        if token != tok.eot:
+            assert len(text[:wrong].encode()) < start + len(tok.decode_bytes([token]))
+        else:
+            assert wrong == len(text)
+
+
+def test_reference_does_not_block_the_gradients_of_an_autocast_forward_pass():
+    goal = objective(dtype=torch.float32)
+    [(idx, targets)] = goal.batch(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        goal(goal.model, idx, targets, 0)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in goal.model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pairs and batches
+
+
+def test_batch_depends_on_seed_and_step_and_an_epoch_has_each_pair_once():
+    goal, other = (objective(batch_size=2, seed=seed) for seed in (1, 2))
+    drawn = [[targets.pairs.tolist() for _, targets in goal.batch(step)] for step in range(10)]
+    assert drawn[3] == [targets.pairs.tolist() for _, targets in goal.batch(3)]
+    seen = [i for [pairs] in drawn for i in pairs]
+    assert all(sorted(seen[i : i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 20, 5))
+    assert seen[:5] != seen[5:10] or seen[:5] != seen[10:15]
+    assert drawn != [[targets.pairs.tolist() for _, targets in other.batch(step)] for step in range(10)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ranks_partition_the_batch(accumulation, monkeypatch):
+    shape = dict(batch_size=2, gradient_accumulation_steps=accumulation)
+
+    def rows(goal) -> list[tuple]:
+        found = []
+        for idx, targets in goal.batch(1):
+            n = len(targets.pairs)
+            assert idx.shape == targets.shape == (2 * n, idx.shape[1])
+            strip = [tuple(row[row >= 0].tolist()) for row in targets]
+            found += zip(targets.pairs.tolist(), strip[:n], strip[n:], strict=True)
+        return found
+
+    whole = rows(objective(**shape))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        parts.append(rows(objective(**shape)))
+    assert len(parts[0]) == len(parts[1]) == accumulation and sorted(parts[0] + parts[1]) == sorted(whole)
+
+
+def test_pairs_that_do_not_fit_are_dropped_with_a_note(capsys):
+    """The longest row, with end-of-text before it, is that of "Ben sat on a log."."""
+    objective(block_size=1 + len("Ben sat on a log."))
+    assert "5 of 5 pairs are used; 0 are longer than block_size=18" in capsys.readouterr().err
+    goal = objective(block_size=17, batch_size=4)
+    assert "4 of 5 pairs are used; 1 are longer than block_size=17" in capsys.readouterr().err
+    [(idx, targets)] = goal.batch(0)
+    assert idx.shape == (8, 17) and sorted(targets.pairs.tolist()) == [0, 1, 2, 3]
+    objective([PAIRS[0], PAIRS[1] | {"wrong": None}, *PAIRS[2:]], preference="unlikelihood", block_size=17)
+    assert "3 of 5 pairs are used; 1 have no wrong character, 1 are longer" in capsys.readouterr().err
+
+
+LINE = json.dumps(PAIRS[0]) + "\n"
+
+
+@pytest.mark.parametrize(
+    "text, changes, message",
+    [
+        (LINE + "{'a'}\n", (), "prefer.jsonl, line 2: Expecting"),
+        (LINE + "\n[1]", (), "prefer.jsonl, line 3: the content must be an object, not [1]"),
+        ('{"prompt": "a", "chosen": "b"}', (), "prefer.jsonl, line 1: rejected is missing"),
+        ('{"prompt": "a", "chosen": "b", "rejected": 3}', (), "line 1: rejected must be text, not 3"),
+        (
+            LINE.replace('"wrong": 2', '"wrong": 6'),
+            (),
+            "line 1: wrong=6 is past the end of the rejected text",
+        ),
+        (LINE.replace('"wrong": 2', '"wrong": -1'), (), "line 1: wrong must be a whole number from 0"),
+        (LINE + LINE.replace("Tom", "\udcff"), (), "prefer.jsonl, line 2: 'utf-8' codec can't decode"),
+        ("", (), "prefer.jsonl: 0 of 0 pairs are used"),
+        (LINE, ("block_size", 4), "0 of 1 pairs are used; 1 are longer than block_size=4"),
+        (LINE, ("pairs", "none.jsonl"), "there is no file none.jsonl: experiments/self_play.py makes one"),
+        (LINE, ("pairs", ""), "pairs must be a file, and '' is empty"),
+        (LINE, ("pairs", "."), "pairs must be a file, and '.' is a folder"),
+        (LINE, ("init_from", ""), "objective=prefer starts from a trained model: add --init_from=RUN"),
+        (LINE, ("context_schedule", "0:0.5, 0.5:1"), "leave out context_schedule: objective=prefer"),
+        (LINE, ("beta", 0), "beta must be between 1e-06 and 1,000"),
+        (LINE, ("likelihood", -1), "likelihood must be between 0 and"),
+        (LINE, ("preference", "spin"), "preference must be one of dpo, unlikelihood; not 'spin'"),
+        (LINE, ("compile", "True"), "leave out compile: objective=prefer is not made for it"),
+    ],
+    ids=range(18),
+)
+def test_user_error_is_one_line_that_names_it(text, changes, message, main):
+    Path("prefer.jsonl").write_text(text, errors="surrogateescape")
+    assert main("first", max_iters=1) == 0
+    own = dict(objective="prefer", pairs="prefer.jsonl", init_from="first", max_iters=1)
+    assert main("run", **own | dict([changes] if changes else [])) == 2
+    assert message in main.stderr.splitlines()[-1] and "Traceback" not in main.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("preference", ["dpo", "unlikelihood"])
+def test_run_starts_at_the_reference_and_resumes_bitwise(preference, main):
+    """Without the model of init_from, which the reference must not be recomputed from."""
+    assert main("first", block_size=32) == 0
+    own = dict(objective="prefer", pairs=write_pairs(), preference=preference, init_from="first/latest.pt")
+    own |= dict(block_size=32, max_iters=8, log_interval=1, gradient_accumulation_steps=2)
+    assert main("whole", **own) == 0
+    assert main("half", stop_after=4, **own) == 143
+    Path("first").rename("moved")
+    assert main("half", "--resume", micro=False) == 0, main.stderr
+    assert metrics("half") == metrics("whole") and bit_equal(run_state("half"), run_state("whole"))
+    lines = metrics("whole", "train")
+    common = {"step", "split", "loss", "lr", "grad_norm", "tokens", "preference"}
+    if preference == "dpo":
+        assert all(line.keys() == common | {"margin", "accuracy"} for line in lines)
+        assert lines[0]["margin"] == pytest.approx(0, abs=1e-4) and lines[-1]["margin"] > 0.1
+        assert lines[0]["preference"] == pytest.approx(math.log(2), abs=1e-5)
+        saved = checkpoint.read("half/latest.pt")["objective"]["reference"]
+        model, _ = checkpoint.load("moved/latest.pt")
+        for pair, nats in zip(PAIRS, saved.tolist(), strict=True):
+            with torch.no_grad():
+                sums = [-sum(logprobs(model, pair["prompt"], pair[key])) for key in ("chosen", "rejected")]
+            assert nats == pytest.approx([x.item() for x in sums], rel=1e-5)
+    else:
+        assert all(line.keys() == common for line in lines)
+    write_pairs(PAIRS[1:])
+    assert main("half", "--resume", micro=False, max_iters=12) == 2
+    assert "prefer.jsonl has changed since the run began" in main.stderr
+
+
+def test_run_that_ends_before_its_first_update_resumes(main, monkeypatch):
+    assert main("first", block_size=32) == 0
+    own = dict(objective="prefer", pairs=write_pairs(), init_from="first", block_size=32, max_iters=4)
+    assert main("whole", **own) == 0
+    validate = train.Trainer.val_step
+
+    def stop(self):
+        self.stop = signal.SIGTERM
+        return validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "val_step", stop)
+        assert main("half", **own) == 143
+    state = checkpoint.read("half/latest.pt")
+    assert state["step"] == 0 and "reference" not in state["objective"]
+    assert main("half", "--resume", micro=False) == 0, main.stderr
+    assert bit_equal(run_state("half"), run_state("whole"))
