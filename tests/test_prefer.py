@@ -328,3 +328,175 @@ def test_run_that_ends_before_its_first_update_resumes(main, monkeypatch):
     assert state["step"] == 0 and "reference" not in state["objective"]
     assert main("half", "--resume", micro=False) == 0, main.stderr
     assert bit_equal(run_state("half"), run_state("whole"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Self-play
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A folder with `data`, stories of two to four short sentences, and `first`, a model that writes some."""
+    folder, rng = tmp_path_factory.mktemp("self-play"), random.Random(0)
+    sentences = [
+        f"{name} {verb}." for name in ("Tom", "Mia", "Ben") for verb in ("ran", "sat", "hid", "fell")
+    ]
+    texts = {" ".join(rng.choices(sentences, k=rng.randint(2, 4))) for _ in range(300)}
+    (folder / "short.txt").write_text("\n\n".join(sorted(texts)))
+    prepare.prepare("short", "byte", source=str(folder / "short.txt"), data_dir=folder / "data")
+    changes = dict(dataset="short", data_dir=folder / "data", out_dir=folder / "first", block_size=48)
+    changes |= dict(max_iters=150, batch_size=8, save_interval=150, eval_interval=150)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "final", lambda *args: None)
+        assert train.main([f"--{key}={value}" for key, value in (MICRO | changes).items()]) == 0
+    return folder
+
+
+@pytest.fixture
+def play(start, monkeypatch, capsys):
+    """play(out_dir, ...) runs self_play.main with small settings; play.out and play.err: what it printed."""
+    monkeypatch.setattr(self_play, "ROWS", 8)
+
+    def run(out_dir: str, *words: str) -> int:
+        small = ["--rounds=2", "--pairs=12", "batch_size=4", "save_interval=1", "dtype=float32", "threads=1"]
+        status = self_play.main([f"--out_dir={out_dir}", f"--init_from={start / 'first'}", *small, *words])
+        run.out, run.err = capsys.readouterr()
+        return status
+
+    return run
+
+
+def pairs_of(folder) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "prefer.jsonl").read_text().splitlines()]
+
+
+def test_rounds_learn_from_pairs_of_the_model_before(play, start, monkeypatch):
+    assert play("run") == 0
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in play.out.splitlines()]
+    real = (start / "short.txt").read_text().split("\n\n")
+    results = [json.loads(Path("run", f"round-{n}", "result.json").read_text()) for n in range(3)]
+    assert [row[:2] for row in table[2:]] == [[str(n), f"{x['bpb']:.4f}"] for n, x in enumerate(results)]
+    for number, before in ((1, start / "first" / "best.pt"), (2, Path("run/round-1/latest.pt"))):
+        folder = Path("run", f"round-{number}")
+        pairs = pairs_of(folder)
+        assert len(pairs) == 12 == len({(pair["prompt"], pair["rejected"]) for pair in pairs})
+        for pair in pairs:
+            assert pair["prompt"] + pair["chosen"] in real and pair["rejected"] != pair["chosen"]
+            assert len(pair["prompt"] + pair["rejected"]) < 48
+            assert pair["prompt"].endswith(".") and pair["chosen"].startswith(" ")
+        state = checkpoint.read(folder / "latest.pt")
+        assert state["step"] == 3 and state["train_config"]["init_from"] == str(before)
+        assert metrics(folder, "train")[0]["margin"] == pytest.approx(0, abs=1e-4)
+        batches = (folder / "generated.jsonl").read_text().count("\n")
+        assert results[number]["texts"] == 8 * batches, "pairs and dropped texts"
+    prompts = [{pair["prompt"] + pair["chosen"] for pair in pairs_of(f"run/round-{n}")} for n in (1, 2)]
+    assert prompts[0] != prompts[1]
+
+    monkeypatch.setattr(self_play, "learn", None)  # a second call repeats nothing
+    monkeypatch.setattr(self_play, "make_pairs", None)
+    monkeypatch.setattr(self_play, "measure", None)
+    out = play.out
+    assert play("run") == 0 and play.out == out
+    assert play("run", "--seed=1") == 2
+    assert "run has rounds with seed=0: choose another --out_dir" in play.err
+
+
+def test_pairs_come_from_the_distribution_of_the_model(start):
+    """The rejected texts of a batch are what `generate` writes after the same prompts at temperature 1."""
+    model, tok = checkpoint.load(start / "first")
+    begun = [("Tom ran.", " Mia sat."), ("Mia hid. Ben ran.", " Tom fell."), ("Ben fell.", " Ben sat.")] * 40
+    found = self_play.continue_batch(model, tok, begun, 7, "spin", None)
+    samplers = generate.chain(temperature=1, top_p=1)
+    written = generate.generate(model, [tok.encode(x) for x, _ in begun], 48, samplers, eot=256, seed=7)
+    texts = [
+        (prompt, tok.decode(ids))
+        for (prompt, chosen), ids in zip(begun, written, strict=True)
+        if len(prompt) + len(ids) < 48 and tok.encode(tok.decode(ids)) == ids and tok.decode(ids) != chosen
+    ]
+    assert [(pair["prompt"], pair["rejected"]) for pair in found["pairs"]] == texts and len(texts) > 60
+    assert len(texts) + sum(found["dropped"].values()) == 120 and found["dropped"]["unfinished"] > 0
+
+
+@pytest.mark.parametrize("where", ["writing", "training", "between rounds"])
+def test_killed_self_play_continues(where, play, monkeypatch):
+    assert play("whole") == 0
+    calls = []
+
+    def interrupted(original):
+        def call(self, *args):
+            calls.append(args)
+            if len(calls) == 3 and where == "training":
+                self.requests.stop = signal.SIGTERM
+            elif len(calls) == 2 and where != "training":
+                raise KeyboardInterrupt
+            return original(self, *args)
+
+        return call
+
+    name = {"writing": "continue_batch", "between rounds": "measure"}.get(where)
+    with monkeypatch.context() as patch:
+        holder, name = (self_play, name) if name else (train.Trainer, "train_step")
+        patch.setattr(holder, name, interrupted(getattr(holder, name)))
+        assert play("run") == (143 if where == "training" else 130)
+    log = Path("run/round-1/generated.jsonl")
+    done = log.read_bytes()
+    if where == "writing":
+        assert done.count(b"\n") == 1
+        log.write_bytes(done + b'{"seconds": 1.2, "dro')
+    assert play("run") == 0
+    assert log.read_bytes().startswith(done)
+    for number in (1, 2):
+        a, b = (Path(run, f"round-{number}") for run in ("run", "whole"))
+        assert pairs_of(a) == pairs_of(b) and metrics(a) == metrics(b)
+        assert bit_equal(checkpoint.read(a / "latest.pt")["model"], checkpoint.read(b / "latest.pt")["model"])
+
+
+def test_plain_arm_trains_on_as_many_tokens_of_stories(play, start):
+    assert play("run", "--arm=plain", "--pairs=40", "--rounds=1") == 0
+    meta = json.loads((start / "data/short/byte/meta.json").read_text())["train"]
+    tokens = 2 * 40 * meta["tokens"] / meta["stories"]
+    last = metrics("run/round-1", "train")[-1]
+    assert last["tokens"] == pytest.approx(tokens, abs=2 * 48) and "preference" not in last
+    assert not Path("run/round-1/prefer.jsonl").exists()
+
+
+def toy(n: int) -> list[str]:
+    return [text for text, _ in islice(toystories.stories(seed=3), n)]
+
+
+def test_wrong_character_of_a_toystory_is_the_first_that_no_story_has():
+    assert "§" not in toystories.TEXT
+    rng = random.Random(0)
+    for text in toy(8):
+        assert toystories.check(text).at is None and toystories.check(text).ok
+        for _ in range(6):
+            i = rng.randrange(len(text))
+            assert toystories.check(text[:i] + "§" + text[i:]).at == i
+            assert toystories.check(text[:i].rstrip()).at == len(text[:i].rstrip()), "end-of-text is wrong"
+            before = "\n " + text[:i].replace(" ", "  ")
+            assert toystories.check(before + "§ and " + text[i:]).at == len(before)
+        assert toystories.check(text.replace("\n", " ")).at is None
+        assert toystories.check(text + " And then.").at == len(text)
+
+
+def test_wrong_name_is_found_in_its_token():
+    text = next(text for text in toy(50) if text.count("Tom") > 2)
+    last = text.rindex("Tom")
+    assert toystories.check(text[:last] + "Tqm" + text[last + 3 :]).at == last + 1
+
+
+@pytest.mark.parametrize("arm", ["invalid", "unlikelihood"])
+def test_arms_with_a_checker_reject_invalid_texts_only(arm, monkeypatch):
+    stories = toy(4)
+    begun = [(text[:i], text[i:]) for text in stories if (i := text.index(".") + 1)]
+    i, broken = len(begun[1][1]) // 2, begun[1][1]
+    flat = begun[3][1].replace("\n", " ")
+    texts = [begun[0][1], broken[:i] + "§" + broken[i:], begun[2][1] + "\ufffd", flat]
+    monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: [[*x.encode()] for x in texts])
+    model = objective(block_size=2000).model
+    begun[0] = begun[0][0], "another real one"
+    found = self_play.continue_batch(model, BYTE, begun, 0, arm, toystories.check)
+    wrong = {pair["rejected"]: pair["wrong"] for pair in found["pairs"]}
+    expected = {texts[1]: i, texts[2]: len(begun[2][1])} | ({flat: None} if arm == "invalid" else {})
+    assert wrong == expected and found["dropped"]["valid"] == 1
+    assert found["dropped"].get("without a wrong character", 0) == (arm == "unlikelihood")
