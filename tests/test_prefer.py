@@ -1,4 +1,4 @@
-"""experiments/prefer.py and experiments/self_play.py: losses, batches, resuming; pairs that a model writes."""
+"""experiments/prefer.py and self_play.py: losses, batches, resuming; pairs that a model writes."""
 
 import copy
 import json
@@ -8,7 +8,6 @@ import signal
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import MICRO, bit_equal, metrics, random_data, run_state
@@ -352,14 +351,29 @@ def start(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def play(start, monkeypatch, capsys):
-    """play(out_dir, ...) runs self_play.main with small settings; play.out and play.err: what it printed."""
-    monkeypatch.setattr(self_play, "ROWS", 8)
+def self_play_run(start, out_dir, *words: str) -> int:
+    """self_play.main with small settings."""
+    small = ["batch_size=4", "save_interval=1", "dtype=float32", "threads=1"]
+    argv = [f"--out_dir={out_dir}", f"--init_from={start / 'first'}", "--rounds=2", "--pairs=12"]
+    argv += sorted([*small, *words], key=lambda word: word[0] != "-")  # the settings are together
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_play, "ROWS", 8)
+        return self_play.main(argv)
 
-    def run(out_dir: str, *words: str) -> int:
-        small = ["--rounds=2", "--pairs=12", "batch_size=4", "save_interval=1", "dtype=float32", "threads=1"]
-        status = self_play.main([f"--out_dir={out_dir}", f"--init_from={start / 'first'}", *small, *words])
+
+@pytest.fixture(scope="module")
+def whole(start) -> Path:
+    """The folder of a run of two rounds."""
+    assert self_play_run(start, start / "whole") == 0
+    return start / "whole"
+
+
+@pytest.fixture
+def play(start, capsys):
+    """play(out_dir, ...) runs self_play.main with small settings; play.out and play.err: what it printed."""
+
+    def run(out_dir, *words: str) -> int:
+        status = self_play_run(start, out_dir, *words)
         run.out, run.err = capsys.readouterr()
         return status
 
@@ -370,35 +384,35 @@ def pairs_of(folder) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "prefer.jsonl").read_text().splitlines()]
 
 
-def test_rounds_learn_from_pairs_of_the_model_before(play, start, monkeypatch):
-    assert play("run") == 0
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in play.out.splitlines()]
+def test_rounds_learn_from_pairs_of_the_model_before(whole, start):
     real = (start / "short.txt").read_text().split("\n\n")
-    results = [json.loads(Path("run", f"round-{n}", "result.json").read_text()) for n in range(3)]
-    assert [row[:2] for row in table[2:]] == [[str(n), f"{x['bpb']:.4f}"] for n, x in enumerate(results)]
-    for number, before in ((1, start / "first" / "best.pt"), (2, Path("run/round-1/latest.pt"))):
-        folder = Path("run", f"round-{number}")
-        pairs = pairs_of(folder)
+    for number, before in ((1, start / "first" / "best.pt"), (2, whole / "round-1" / "latest.pt")):
+        folder = whole / f"round-{number}"
+        pairs, result = pairs_of(folder), json.loads((folder / "result.json").read_text())
         assert len(pairs) == 12 == len({(pair["prompt"], pair["rejected"]) for pair in pairs})
         for pair in pairs:
             assert pair["prompt"] + pair["chosen"] in real and pair["rejected"] != pair["chosen"]
             assert len(pair["prompt"] + pair["rejected"]) < 48
             assert pair["prompt"].endswith(".") and pair["chosen"].startswith(" ")
+        batches = (folder / "generated.jsonl").read_text().count("\n")
+        assert result["texts"] == 8 * batches, "pairs and dropped texts"
         state = checkpoint.read(folder / "latest.pt")
         assert state["step"] == 3 and state["train_config"]["init_from"] == str(before)
         assert metrics(folder, "train")[0]["margin"] == pytest.approx(0, abs=1e-4)
-        batches = (folder / "generated.jsonl").read_text().count("\n")
-        assert results[number]["texts"] == 8 * batches, "pairs and dropped texts"
-    prompts = [{pair["prompt"] + pair["chosen"] for pair in pairs_of(f"run/round-{n}")} for n in (1, 2)]
+        assert metrics(folder, "val")[-1]["bpb"] == pytest.approx(result["bpb"], abs=1e-4)
+    prompts = [{pair["prompt"] + pair["chosen"] for pair in pairs_of(whole / f"round-{n}")} for n in (1, 2)]
     assert prompts[0] != prompts[1]
 
-    monkeypatch.setattr(self_play, "learn", None)  # a second call repeats nothing
-    monkeypatch.setattr(self_play, "make_pairs", None)
-    monkeypatch.setattr(self_play, "measure", None)
-    out = play.out
-    assert play("run") == 0 and play.out == out
-    assert play("run", "--seed=1") == 2
-    assert "run has rounds with seed=0: choose another --out_dir" in play.err
+
+def test_repeated_command_only_prints_the_table(whole, play, monkeypatch):
+    for name in ("learn", "make_pairs", "measure"):
+        monkeypatch.setattr(self_play, name, None)
+    results = [json.loads((whole / f"round-{n}" / "result.json").read_text()) for n in range(3)]
+    assert play(whole) == 0
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in play.out.splitlines()]
+    assert [row[:3] for row in table[2:]] == [[str(n), f"{x['bpb']:.4f}", "-"] for n, x in enumerate(results)]
+    assert play(whole, "--seed=1") == 2
+    assert "whole has rounds with seed=0: choose another --out_dir" in play.err
 
 
 def test_pairs_come_from_the_distribution_of_the_model(start):
@@ -418,8 +432,7 @@ def test_pairs_come_from_the_distribution_of_the_model(start):
 
 
 @pytest.mark.parametrize("where", ["writing", "training", "between rounds"])
-def test_killed_self_play_continues(where, play, monkeypatch):
-    assert play("whole") == 0
+def test_killed_self_play_continues(where, whole, play, monkeypatch):
     calls = []
 
     def interrupted(original):
@@ -446,7 +459,7 @@ def test_killed_self_play_continues(where, play, monkeypatch):
     assert play("run") == 0
     assert log.read_bytes().startswith(done)
     for number in (1, 2):
-        a, b = (Path(run, f"round-{number}") for run in ("run", "whole"))
+        a, b = (Path(run, f"round-{number}") for run in ("run", whole))
         assert pairs_of(a) == pairs_of(b) and metrics(a) == metrics(b)
         assert bit_equal(checkpoint.read(a / "latest.pt")["model"], checkpoint.read(b / "latest.pt")["model"])
 
@@ -500,3 +513,35 @@ def test_arms_with_a_checker_reject_invalid_texts_only(arm, monkeypatch):
     expected = {texts[1]: i, texts[2]: len(begun[2][1])} | ({flat: None} if arm == "invalid" else {})
     assert wrong == expected and found["dropped"]["valid"] == 1
     assert found["dropped"].get("without a wrong character", 0) == (arm == "unlikelihood")
+
+
+def test_repeated_texts_are_pairs_once_and_too_few_are_an_error(play, monkeypatch):
+    def same(model, tok, begun, *args):
+        pair = {"prompt": "Tom ran.", "chosen": " Mia sat.", "rejected": " Mia ran.", "wrong": None}
+        return {"seconds": 0, "dropped": {"unfinished": 1}, "pairs": [pair] * (len(begun) - 1)}
+
+    monkeypatch.setattr(self_play, "continue_batch", same)
+    assert play("run", "--pairs=2", "--rounds=1") == 2
+    assert "1 pairs from 40 texts in 0 s; dropped: 5 unfinished, 34 repeated; lower --pairs=2" in play.err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--rounds=-1"], "--rounds must be between 0 and"),
+        (["--pairs=0"], "--pairs must be between 1 and"),
+        (["--arm=dpo"], "argument --arm: invalid choice: 'dpo'"),
+        (["--arm=invalid"], "--arm invalid needs a corpus with a checker: toystories"),
+        (["beta"], "a setting of train.py is written KEY=VALUE, not 'beta'"),
+        (["bta=1"], "there is no option '--bta'; did you mean '--beta'?"),
+        (["beta=-1"], "beta must be between"),
+        (["batch_size=x"], "batch_size must be a whole number, not 'x'"),
+        (["--arm=plain", "beta=1"], "there is no option '--beta'"),
+        (["--init_from=nowhere.pt"], "there is no checkpoint at nowhere.pt"),
+        (["--data_dir=nowhere"], "dataset 'short' not found"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_mistake_is_reported_before_any_work(words, message, play):
+    assert play("run", *words) == 2
+    assert message in play.err.splitlines()[-1] and not Path("run").exists()
