@@ -181,7 +181,6 @@ class Objective(experiments.Objective):
             nll = cross_entropy(model(idx)[0], targets, reduction="none").view_as(targets)
             found.append(nll.sum(1).view(2, len(pairs)).T)
         model.train(training)
-        torch.clear_autocast_cache()  # its copies of the weights were made without gradients
         return torch.cat(found)
 
     def state_dict(self) -> dict:

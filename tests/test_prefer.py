@@ -183,10 +183,12 @@ def test_first_wrong_token_holds_the_wrong_character():
 
 def test_reference_does_not_block_the_gradients_of_an_autocast_forward_pass():
     goal = objective(dtype=torch.float32)
+    goal.model.train()
     [(idx, targets)] = goal.batch(0)
     with torch.autocast("cpu", torch.bfloat16):
         goal(goal.model, idx, targets, 0)[0].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in goal.model.parameters())
+    assert goal.model.training
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -401,7 +403,7 @@ def test_rounds_learn_from_pairs_of_the_model_before(whole, start):
         assert metrics(folder, "train")[0]["margin"] == pytest.approx(0, abs=1e-4)
         assert metrics(folder, "val")[-1]["bpb"] == pytest.approx(result["bpb"], abs=1e-4)
     prompts = [{pair["prompt"] + pair["chosen"] for pair in pairs_of(whole / f"round-{n}")} for n in (1, 2)]
-    assert prompts[0] != prompts[1]
+    assert len(prompts[0] & prompts[1]) < 2, "other stories in each round"
 
 
 def test_repeated_command_only_prints_the_table(whole, play, monkeypatch):
@@ -419,9 +421,12 @@ def test_pairs_come_from_the_distribution_of_the_model(start):
     """The rejected texts of a batch are what `generate` writes after the same prompts at temperature 1."""
     model, tok = checkpoint.load(start / "first")
     begun = [("Tom ran.", " Mia sat."), ("Mia hid. Ben ran.", " Tom fell."), ("Ben fell.", " Ben sat.")] * 40
-    found = self_play.continue_batch(model, tok, begun, 7, "spin", None)
     samplers = generate.chain(temperature=1, top_p=1)
     written = generate.generate(model, [tok.encode(x) for x, _ in begun], 48, samplers, eot=256, seed=7)
+    shortest = min(range(120), key=lambda i: len(written[i]))
+    begun[shortest] = begun[shortest][0], tok.decode(written[shortest])
+    found = self_play.continue_batch(model, tok, begun, 7, "spin", None)
+    assert found["dropped"]["equal to the real one"] > 0
     texts = [
         (prompt, tok.decode(ids))
         for (prompt, chosen), ids in zip(begun, written, strict=True)
@@ -457,7 +462,7 @@ def test_killed_self_play_continues(where, whole, play, monkeypatch):
         assert done.count(b"\n") == 1
         log.write_bytes(done + b'{"seconds": 1.2, "dro')
     assert play("run") == 0
-    assert log.read_bytes().startswith(done)
+    assert log.read_bytes().startswith(done) and all(map(json.loads, log.read_text().splitlines()))
     for number in (1, 2):
         a, b = (Path(run, f"round-{number}") for run in ("run", whole))
         assert pairs_of(a) == pairs_of(b) and metrics(a) == metrics(b)
