@@ -380,6 +380,13 @@ class GPT(nn.Module):
         of the last position only, (B, 1, vocab_size). reduction="none": the loss of each target, (B * T,), 0
         where it is -1; without gradients. With a pointer, logits are log-probabilities.
         """
+        x, head = self.states(idx, cache, segments)
+        if targets is not None:
+            return head.loss(x, targets, *(() if reduction == "mean" else (reduction,)))
+        return head(x[:, -1:] if last else x), None
+
+    def states(self, idx, cache=None, segments=None) -> tuple[Tensor, nn.Module]:
+        """The states (B, T, n_embd) after the core, and the head for them, with what the pointer copies."""
         if cache is None:
             positions, attn = attn_inputs(self.config, idx, segments)
         else:
@@ -389,9 +396,7 @@ class GPT(nn.Module):
             head = self.pointer(x, idx, attn, cache).mixed_with(head)
         if cache is not None:
             cache.advance(idx.shape[1])
-        if targets is not None:
-            return head.loss(x, targets, *(() if reduction == "mean" else (reduction,)))
-        return head(x[:, -1:] if last else x), None
+        return x, head
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k: int | None = None) -> Tensor:
