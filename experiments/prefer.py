@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import experiments
-from model import check_settings, cross_entropy
+from model import GPT, check_settings, cross_entropy
 from nanostlm import machine, settings
 from nanostlm.data import Batches
 from nanostlm.schema import TEXT, WHOLE, check, naming
@@ -86,13 +86,17 @@ def encode(tokenizer, prompt: str, text: str, wrong: int | None = None) -> Tenso
     return torch.tensor([[*before, *ids[:-1]], targets])
 
 
-def unlikelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log(1 - p) of the only target of each row of targets (B, T); logits (B, T, vocab_size). -> (B,)"""
-    at = (targets >= 0).int().argmax(1, keepdim=True)  # (B, 1)
-    wrong, logits = targets.gather(1, at), logits.take_along_dim(at[..., None], 1)[:, 0]  # (B, vocab_size)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    others = logits.scatter(1, wrong, -torch.inf)
-    return logits.logsumexp(1) - others.logsumexp(1)  # finite even if p rounds to 1
+def token_nll(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
+    """-log p of targets (B, T), 0 where they are -1: (B, T), float32, with gradients."""
+    if not isinstance(model, GPT):
+        return cross_entropy(model(idx)[0], targets, reduction="none").view_as(targets)
+    x, head = model.states(idx)
+    copies = getattr(head, "copies", None)  # mixing whole distributions would take three times as long
+    nll = cross_entropy((head if copies is None else head.head)(x), targets, reduction="none")
+    if copies is not None:
+        generate, copied, _ = copies.probs(targets)
+        nll = -torch.logaddexp(generate - nll, copied) * (targets.flatten() >= 0)
+    return nll.view_as(targets)
 
 
 class Objective(experiments.Objective):
@@ -157,8 +161,7 @@ class Objective(experiments.Objective):
         c, n = self.config, len(idx) // 2
         if self.dpo and self.reference is None:
             self.reference = self.score(model)
-        logits = model(idx)[0]
-        nll = cross_entropy(logits, targets, reduction="none").view_as(targets)
+        nll = token_nll(model, idx, targets)
         loss, parts = nll[:n].sum() / (targets[:n] >= 0).sum(), {}
         if self.dpo:
             gain = self.reference[targets.pairs].T - nll.sum(1).view(2, n)  # log pi - log ref
@@ -166,7 +169,8 @@ class Objective(experiments.Objective):
             preference = -F.logsigmoid(c.beta * margin).mean()
             parts = {"margin": margin.mean(), "accuracy": (margin > 0).to(margin.dtype).mean()}
         else:
-            preference = unlikelihood(logits[n:], targets[n:]).mean()
+            wrong = nll[n:].sum(1).clamp(min=1e-6)  # its only target; the loss of a certain token is infinite
+            preference = -torch.log(-torch.expm1(-wrong)).mean()
         return preference + c.likelihood * loss, {"loss": loss, "preference": preference} | parts
 
     @torch.no_grad()
@@ -177,9 +181,7 @@ class Objective(experiments.Objective):
         n = len(self.rows)
         batches = np.array_split(np.arange(n), math.ceil(n / self.train_config.batch_size))
         for pairs in tqdm(batches, desc="reference", unit="batch", disable=None):
-            idx, targets = self.collate(pairs)
-            nll = cross_entropy(model(idx)[0], targets, reduction="none").view_as(targets)
-            found.append(nll.sum(1).view(2, len(pairs)).T)
+            found.append(token_nll(model, *self.collate(pairs)).sum(1).view(2, len(pairs)).T)
         model.train(training)
         return torch.cat(found)
 

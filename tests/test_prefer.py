@@ -17,7 +17,6 @@ import prepare
 import train
 from experiments import self_play
 from experiments.prefer import encode
-from model import GPT
 from nanostlm import checkpoint, generate, report, settings, tokenizer, toystories
 
 BYTE = tokenizer.get("byte")
@@ -38,12 +37,15 @@ def write_pairs(pairs=PAIRS, name: str = "prefer.jsonl") -> str:
 
 def objective(pairs=PAIRS, dtype=torch.float64, **changes):
     """The objective of a micro model with random weights."""
-    cls = settings.with_parts(train.TrainConfig, objective_config=experiments.objective("prefer")[0])
+    Config, Model = experiments.architecture(changes.get("architecture", "gpt"))
+    parts = dict(model=Config, objective_config=experiments.objective("prefer")[0])
+    cls = settings.with_parts(train.TrainConfig, **parts)
     own = dict(vocab_size=257, objective="prefer", init_from="first", pairs=write_pairs(pairs), block_size=32)
-    c = settings.build(cls, MICRO | own | changes)
+    values = MICRO | own | changes
+    c = settings.build(cls, {key: x for key, x in values.items() if key in settings.settings_of(cls)})
     c.validate()
     torch.manual_seed(0)
-    model = GPT(c.model).to(dtype)
+    model = Model(c.model).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)
@@ -123,14 +125,23 @@ def test_a_small_step_down_the_gradient_moves_the_pairs_apart(preference, likeli
         assert after["margin"] > 1e-4
 
 
-def test_unlikelihood_of_a_certain_token_is_finite():
-    from experiments.prefer import unlikelihood
-
-    logits = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 200.0, 0.0]]], requires_grad=True)
-    [found] = unlikelihood(logits, torch.tensor([[-1, 1]]))
-    found.backward()
-    assert found.item() == pytest.approx(200 - math.log(2))
-    assert logits.grad[0].tolist() == [[0, 0, 0], [-0.5, 1, -0.5]]
+@pytest.mark.parametrize("architecture", ["gpt", "bigram"])
+def test_loss_of_any_architecture_is_finite_when_the_wrong_token_is_certain(architecture):
+    goal = objective([PAIRS[0]], torch.float32, architecture=architecture, preference="unlikelihood")
+    [(idx, targets)] = goal.batch(0)
+    with torch.no_grad():
+        for p in goal.model.parameters():
+            p.zero_()
+    place = targets[-1].argmax()  # the only target
+    total, parts = goal(goal.model, idx, targets, 0)
+    assert parts["preference"].item() == pytest.approx(-math.log(1 - 1 / 257), rel=1e-4)
+    if architecture == "bigram":
+        with torch.no_grad():
+            goal.model.table.weight[idx[-1, place], targets[-1, place]] = 200
+        total, parts = goal(goal.model, idx, targets, 0)
+        assert parts["preference"].item() == pytest.approx(-math.log(1e-6), rel=1e-2)
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in goal.model.parameters())
 
 
 @pytest.mark.parametrize("preference", ["dpo", "unlikelihood"])
