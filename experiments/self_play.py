@@ -41,7 +41,6 @@ ROWS = 64  # texts that are generated in one batch
 MOST = 20  # generated texts per pair, before it gives up
 BATCH = 8  # pairs per update
 EVAL_TOKENS = 65_536
-MAY_CHANGE = ("out_dir", "rounds")  # options, when a command continues
 
 
 def write(file: Path, text: str) -> None:
@@ -132,10 +131,7 @@ def make_pairs(folder: Path, previous: Path, plan: train.Plan, check, options, n
 
 
 def arguments(options, state: dict, previous: Path, folder: Path, number=0, counts=None) -> list[str]:
-    """
-    Of train.py, for a round. `state` is the checkpoint of init_from, `counts` those of the training data. For
-    round 0, which is not trained, they only say whether train.py accepts the settings.
-    """
+    """Those of train.py. `state` is the checkpoint of init_from, `counts` are those of the training data."""
     trained, T = state["train_config"], state["model_config"]["block_size"]
     rows = settings.convert("batch_size", int, options.settings.get("batch_size", BATCH))
     values = {
@@ -231,8 +227,11 @@ def main(argv: list[str]) -> int:
     options.data_dir = options.data_dir or trained["data_dir"]
     if options.arm in ("invalid", "unlikelihood") and not check:
         raise ValueError(f"--arm {options.arm} needs a corpus with a checker: toystories")
-    plan = train.configure(arguments(options, state, path, folders[0]))  # refuses wrong settings now
-    known, mine = out / "options.json", {k: v for k, v in vars(options).items() if k not in MAY_CHANGE}
+    plan = train.configure(arguments(options, state, path, folders[0]))  # refuses wrong settings before work
+    known, mine = (
+        out / "options.json",
+        {k: v for k, v in vars(options).items() if k not in ("out_dir", "rounds")},
+    )
     before = json.loads(known.read_text()) if known.exists() else mine
     if changed := [f"{key}={before.get(key)}" for key in mine if mine[key] != before.get(key)]:
         raise ValueError(f"{out} has rounds with {', '.join(changed)}: choose another --out_dir")
