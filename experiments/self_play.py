@@ -228,10 +228,8 @@ def main(argv: list[str]) -> int:
     if options.arm in ("invalid", "unlikelihood") and not check:
         raise ValueError(f"--arm {options.arm} needs a corpus with a checker: toystories")
     plan = train.configure(arguments(options, state, path, folders[0]))  # refuses wrong settings before work
-    known, mine = (
-        out / "options.json",
-        {k: v for k, v in vars(options).items() if k not in ("out_dir", "rounds")},
-    )
+    known = out / "options.json"
+    mine = {key: value for key, value in vars(options).items() if key not in ("out_dir", "rounds")}
     before = json.loads(known.read_text()) if known.exists() else mine
     if changed := [f"{key}={before.get(key)}" for key in mine if mine[key] != before.get(key)]:
         raise ValueError(f"{out} has rounds with {', '.join(changed)}: choose another --out_dir")
