@@ -9,7 +9,7 @@ the grammar that the text breaks. The grammar is data, in toystories.txt, which 
     python -m nanostlm.toystories --check FILE           # a verdict on each story of a file ("-" is stdin)
 
     for text, logprob in stories(seed=0): ...   # endless; story i depends only on (seed, i)
-    check(text)                                 # Verdict(ok, logprob, rule, detail)
+    check(text)                                 # Verdict(ok, logprob, rule, detail, at)
 """
 
 import functools
@@ -263,6 +263,7 @@ class Verdict(NamedTuple):
     logprob: float | None  # of the derivation, in nats; None if not ok
     rule: str | None  # the first broken rule; None if ok
     detail: str  # the position of the error, the text found there, and the text expected
+    at: int | None = None  # the first character that no story has here; None if ok, or if line breaks differ
 
 
 class Miss(NamedTuple):
@@ -279,13 +280,14 @@ class Miss(NamedTuple):
 
 def check(text: str) -> Verdict:
     """Whether the grammar generates this story: its log-probability, or the first rule that it breaks."""
-    text = text.strip()
-    for logprobs in derivations(text):
+    for logprobs in derivations(text.strip()):
         return Verdict(True, math.fsum(logprobs), None, "")
-    text = " ".join(text.split())
-    rule, miss = _diagnose(text)
+    at = [match.start() for match in re.finditer(r"\S|(?<=\S)\s+(?=\S)", text)]  # of the characters left
+    at, text = [*at, len(text), None], " ".join(text.split())
+    rule, miss, furthest = _diagnose(text)
     found = text[miss.start : max(miss.reach, miss.start + len(miss.expected)) + 10]
-    return Verdict(False, None, rule, f"at {miss.start}: {found!r}, expected {miss.expected!r}")
+    detail = f"at {miss.start}: {found!r}, expected {miss.expected!r}"
+    return Verdict(False, None, rule, detail, at[furthest])
 
 
 def derivations(text: str) -> Iterator[list[float]]:
@@ -393,17 +395,17 @@ def _substitutes(ref, spaces):
 
 
 def _diagnose(text):
-    """The first broken rule, and the miss that shows it.
+    """The first broken rule, the miss that shows it, and the furthest position that any derivation reaches.
 
-    Near the furthest position that any derivation reaches, skip one wrong word, or one of the REQUIRED rules:
-    if the text then parses well beyond this position, that was the error.
+    Near this position, skip one wrong word, or one of the REQUIRED rules: if the text then parses well beyond
+    it, that was the error. If only line breaks differ, the position is -1: they are compared as spaces.
     """
     misses = []
     for _ in _parse(text, [_initial_thread()], misses):
-        return "not of the grammar", Miss(0, 0, "other line breaks")
+        return "not of the grammar", Miss(0, 0, "other line breaks"), -1
     furthest = max(misses, key=lambda miss: miss.reach)
     if furthest.reach == len(text):
-        return "unfinished", furthest
+        return "unfinished", furthest, furthest.reach
     best, error = (0,), None
     for miss in misses:
         if miss.thread and miss.start >= furthest.reach - 60:
@@ -413,7 +415,8 @@ def _diagnose(text):
             merit = reach, miss.known, miss.start
             if merit > best and (complete or reach >= max(miss.end, furthest.reach) + 20):
                 best, error = merit, miss
-    return (error.rule, error) if error else ("not of the grammar", furthest)
+    rule, shown = (error.rule, error) if error else ("not of the grammar", furthest)
+    return rule, shown, furthest.reach
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -429,7 +432,7 @@ def check_file(path: str) -> int:
     separator = r"^(?:<\|endoftext\|>|-{3,})\s*$"
     texts = re.split(separator if re.search(separator, text, re.M) else r"\n\s*\n", text, flags=re.M)
     verdicts = [check(text) for text in texts if text.strip()]
-    for number, (ok, logprob, rule, detail) in enumerate(verdicts, 1):
+    for number, (ok, logprob, rule, detail, _) in enumerate(verdicts, 1):
         print(f"{number}: ok, {-logprob / math.log(2):.1f} bits" if ok else f"{number}: {rule}, {detail}")
     valid = sum(verdict.ok for verdict in verdicts)
     print(f"{valid} of {len(verdicts)} stories are valid", file=sys.stderr)
