@@ -545,21 +545,17 @@ class Trainer:
         self.requests.save = False
         if not self.directory or self.machine.rank:
             return
-        state = (
-            self.inference_state(step)
-            | {
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict(),
-                "progress": asdict(
-                    replace(self.progress, step=step, elapsed=self.elapsed, joules=self.joules)
-                ),
-                "data": self.fingerprint,
-                "recipe": self.recipe,
-                "compiled": self.forward is not self.model,
-                "machine": self.machine.description,
-            }
-            | ({"objective": self.objective.state_dict()} if self.objective else {})
-        )
+        state = self.inference_state(step) | {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(replace(self.progress, step=step, elapsed=self.elapsed, joules=self.joules)),
+            "data": self.fingerprint,
+            "recipe": self.recipe,
+            "compiled": self.forward is not self.model,
+            "machine": self.machine.description,
+        }
+        if self.objective:
+            state["objective"] = self.objective.state_dict()
         self.directory.save("latest.pt", state, previous="previous.pt")
 
     def load_checkpoint(self, state: dict) -> int:
