@@ -1,0 +1,261 @@
+"""
+The page that `export.py --to html` writes: its engine, in Node, equals PyTorch with the same int8 weights,
+and its tokenizer gives equal ids. The page itself is tested in Debian's Chromium, driven by playwright.
+"""
+
+import base64
+import json
+import random
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_export import GPT2, NANOCHAT, STORIES, TEXTS, random_model, trained, vocabularies  # noqa: F401
+
+from nanostlm import tokenizer as tokenizers
+from nanostlm import toystories
+from nanostlm.formats import html
+from nanostlm.generate import generate, greedy, temperature, top_p
+
+FORMATS = Path(html.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return tokenizers.train_bpe(STORIES * 3, 300)
+
+
+def engine_file(model, tokenizer) -> dict:
+    """What the engine's `load` takes."""
+    return html.describe(model, tokenizer) | {"weights": base64.b64encode(html.pack(model)[1]).decode()}
+
+
+def node(body: str, **inputs):
+    """Run JavaScript in Node, with the engine as E and the inputs as I; return the JSON of what it returns."""
+    if not shutil.which("node"):
+        pytest.skip("needs Node.js")
+    code = f"""const E = require({json.dumps(str(FORMATS / "engine.js"))});
+        const I = JSON.parse(require("fs").readFileSync(0));
+        const run = () => {{ {body} }};
+        process.stdout.write(JSON.stringify(run()));"""
+    result = subprocess.run(["node", "-e", code], input=json.dumps(inputs), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def floats(text: str) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").copy())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The engine
+
+TINY = dict(qk_norm=True, norm_weight=False, embed_norm=True, tied=False, pointer=True)  # as config/tiny.py
+CASES = [
+    dict(),
+    TINY | dict(separator=299),
+    TINY | dict(window=7, n_kv_head=2, position="alibi", norm="layernorm"),
+    GPT2,
+    GPT2 | dict(tied=False, pointer=True, embed_norm=True),
+    NANOCHAT | dict(softcap=5.0, n_kv_head=2),
+    dict(mlp="geglu", bias=True, norm_eps=1e-3, rope_theta=100.0, window=7, separator=299),
+    dict(mlp="gelu", mlp_hidden=37, norm="none", n_kv_head=1),
+    dict(mlp="relu", position="none", norm="layernorm", separator=299),
+    dict(mlp="silu", position="sinusoidal", embed_norm=True, separator=299),
+    dict(mlp="tanh", position="shaw", shaw_clip=5, window=12, n_kv_head=2),
+    dict(mlp="leaky_relu", position="shaw", shaw_values=True, bias=True, n_kv_head=2, separator=299),
+    dict(mlp="relu2", position="alibi", n_head=3, n_embd=48, n_kv_head=1, separator=299, window=20),
+    dict(share="mlp", pointer=True, softcap=3.0, window=9, separator=299),
+    dict(share="layers", qk_norm=True),
+    dict(share="lora", lora_rank=3, bias=True, n_kv_head=2),
+    dict(position="sinusoidal", n_head=3, n_embd=33, mlp_ratio=2.5),
+    dict(position="learned", separator=299, block_size=47),
+]
+
+CONTINUE = """
+    const bytes = (x) => Buffer.from(x.buffer).toString("base64");
+    const { model, tokenizer } = E.load(I.file);
+    const forced = new E.Sequence(model), logits = [];
+    I.idx.forEach((_, n) => logits.push(...forced.logits(I.idx.slice(0, n + 1))));
+    const ids = [tokenizer.eot, ...I.prompt], sequence = new E.Sequence(model), steps = [];
+    for (let n = 0; n < 200; n++) {
+        const next = sequence.logits(ids);
+        next[tokenizer.eot] = -Infinity;
+        steps.push(...next);
+        ids.push(E.draw(E.probabilities(next, { temperature: 0 }), 0));
+    }
+    return [bytes(new Float32Array(logits)), bytes(new Float32Array(steps)), ids.slice(-200)];
+"""
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_engine_equals_pytorch_with_the_same_int8_weights(settings, bpe):
+    """
+    Logits of a text that contains separators, and 200 greedy tokens, which continue past the context, with
+    the logits of each step.
+    """
+    model = random_model(bpe, **settings)
+    file = engine_file(model, bpe)
+    html.dequantize(model)
+    rng, V, seen = random.Random(0), bpe.vocab_size, []
+    idx = [bpe.eot if rng.random() < 0.1 else rng.randrange(V) for _ in range(model.config.block_size)]
+    prompt = bpe.encode("Once upon a time")
+
+    def record(logits, history):
+        logits[:, bpe.eot] = -torch.inf  # a story that does not end
+        seen.append(logits[0].clone())
+        return logits
+
+    tokens = generate(model, [prompt], 200, [record, greedy], eot=bpe.eot)[0]
+    with torch.no_grad():
+        expected = model(torch.tensor([idx]))[0][0]
+    logits, steps, actual = node(CONTINUE, file=file, idx=idx, prompt=prompt)
+    assert expected.std() > 0.3
+    torch.testing.assert_close(floats(logits).view(-1, V), expected, rtol=0, atol=1e-3)
+    assert actual == tokens and len(tokens) == 200
+    torch.testing.assert_close(floats(steps).view(-1, V), torch.stack(seen), rtol=0, atol=1e-3)
+
+
+def test_a_sequence_continues_from_any_token(bpe):
+    """Branching and undo give what a new sequence gives, within the context and past it, for each position."""
+    for settings in (TINY, TINY | dict(window=5), GPT2):
+        model = random_model(bpe, **settings)
+        rng = random.Random(1)
+        ids = [rng.randrange(299) for _ in range(70)]
+        histories = [ids[:30], ids[:20], ids[:20] + ids[40:45], ids[:21], ids[:21], ids, ids[:60], ids[:10]]
+        again, new = node(
+            """
+            const { model } = E.load(I.file), copy = (logits) => [...logits];
+            const one = new E.Sequence(model), again = I.histories.map((ids) => copy(one.logits(ids)));
+            return [again, I.histories.map((ids) => copy(new E.Sequence(model).logits(ids)))];""",
+            file=engine_file(model, bpe),
+            histories=histories,
+        )
+        assert again == new
+
+
+def test_samplers_equal_pytorch():
+    rng = np.random.default_rng(0)
+    flat, tied = rng.normal(size=400) * 0.1, np.repeat([2.0, 1.0, 0.0], 5)  # tied tokens stay or go together
+    rows = [*(rng.normal(size=(6, 300)) * [[0.5], [1], [2], [3], [5], [9]]), flat, tied]
+    cases = [(row, t, p) for row in rows for t in (0, 0.3, 1, 2) for p in (0, 0.1, 0.5, 0.9, 0.999, 1)]
+    actual = node(
+        "return I.cases.map(([logits, temperature, top_p]) => [...E.probabilities(logits, { temperature, top_p })]);",
+        cases=[(row.tolist(), t, p) for row, t, p in cases],
+    )
+    for (row, t, p), probs in zip(cases, actual, strict=True):
+        logits = top_p(p)(temperature(t)(torch.tensor(row)[None], None), None)
+        torch.testing.assert_close(torch.tensor(probs), logits[0].softmax(-1), rtol=0, atol=1e-9)
+
+
+def test_draws_follow_the_probabilities_and_repeat_with_the_seed():
+    probs = [0.1, 0, 0.6, 0.3]
+    draws, again, other, edges = node(
+        """
+        const many = (seed) => Array.from({ length: 20000 }, (_, n) => E.draw(I.probs, E.uniform(seed, n)));
+        return [many(1), many(1), many(2), [0, 0.0999, 0.1, 0.6999, 0.7001, 0.999999].map((u) => E.draw(I.probs, u))];""",
+        probs=probs,
+    )
+    assert draws == again != other
+    assert edges == [0, 0, 2, 2, 3, 3]
+    for row in (draws, other):
+        counts = np.bincount(row, minlength=4) / len(row)
+        assert np.abs(counts - probs).max() < 0.015 and counts[1] == 0
+    pairs = np.bincount([4 * a + b for a, b in zip(draws, draws[1:], strict=False)], minlength=16) / len(draws)
+    assert np.abs(pairs - np.outer(probs, probs).flatten()).max() < 0.015  # successive draws are independent
+
+
+def test_copies_equal_the_pointer(bpe):
+    """The share of each token's probability that is copied, and the position that it is copied from."""
+    model = random_model(bpe, **TINY)
+    file = engine_file(model, bpe)
+    html.dequantize(model)
+    with torch.no_grad():
+        model.pointer.sentinel.fill_(3.0)  # so that some tokens are generated, others copied
+        file = engine_file(model, bpe)
+        ids = [bpe.eot, *bpe.encode("the dog and the cat and the dog")]
+        idx = torch.tensor([ids])
+        x, head = model.states(idx)
+        score, logits = head.copies.score[0, -1], head(x)[0, -1]
+    total = torch.logaddexp(score.logsumexp(-1), head.copies.sentinel)
+    tokens = node(
+        """
+        const { model } = E.load(I.file), logits = new E.Sequence(model).logits(I.ids);
+        return I.all.map((id) => E.describe(model, logits, E.probabilities(logits, {}), id));""",
+        file=file,
+        ids=ids,
+        all=list(range(bpe.vocab_size)),
+    )
+    likeliest = logits.topk(10)
+    assert [entry["id"] for entry in tokens[0]["alternatives"]] == likeliest.indices.tolist()
+    shares = []
+    for i, token in enumerate(tokens):
+        places = [s for s in range(len(ids) - 1) if ids[s + 1] == i]
+        share = (score[places].logsumexp(-1) - total - logits[i]).exp().item() if places else 0
+        assert abs(token["copied"] - share) < 1e-4
+        assert token["from"] == (max(places, key=lambda s: score[s]) + 1 if places else -1)
+        assert abs(token["bits"] + logits[i].item() / np.log(2)) < 1e-3
+        assert abs(token["raw"] - logits[i].exp().item()) < 1e-5
+        shares += [share] if places else []
+    assert min(shares) < 0.9 and max(shares) > 0.1
+
+
+def test_tied_and_shared_weights_are_stored_once(bpe):
+    for settings in (dict(share="layers"), dict(share="mlp"), dict(share="lora"), dict(tied=True)):
+        model = random_model(bpe, **settings)
+        tensors, data = html.pack(model)
+        own = [p for p in model.parameters()]
+        assert len({at for at, _, _ in tensors.values()}) == len(own)
+        assert len(data) < 1.4 * sum(p.numel() * (1 if p.ndim == 2 else 4) for p in own)
+
+
+def test_unsupported_settings_are_named(bpe, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="^causal=False has no equivalent in the page's engine$"):
+        html.to_html(random_model(bpe, causal=False), bpe, tmp_path / "x.html", {}, "x")
+    monkeypatch.setitem(html.SUPPORTED, "mlp", ["relu"])  # as if model.py had a new component
+    with pytest.raises(ValueError, match="^mlp=swiglu has no equivalent in the page's engine$"):
+        html.to_html(random_model(bpe), bpe, tmp_path / "x.html", {}, "x")
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+ODD = [
+    *TEXTS,
+    "e\u0301 क्षि नमस्ते 你好，世界 שלום עולם مرحبا بالعالم สวัสดี 👩‍👩‍👧‍👦🏳️‍🌈 🇩🇪",
+    "a\u0085b\u00a0c\ufeffd\u2028e\u200bf \u3000 g\u1680h \x1c\x1f\x0b\x0c i",  # blanks, and what is not
+    "\n\n\n  x   \r\n y \t\t\n", "   ", "\n", "x ", " 'S 's 'll 'LL 're'veit'd don''t", "½ ² ١٢٣ Ⅷ 12ab34",
+    "\ufffd\ufffe\U0010ffff \ue000 \x7f\x00", "aaaaaaaaaaaaaaaaaaaaaaaaa" * 20, "<|endoftext|>", "𝒜𝓑 𐍈 ꙮ",
+]  # fmt: off
+
+
+def encoded(tokenizer, texts: list[str]) -> list[list[int]]:
+    tokens = html.describe(random_model(tokenizer, n_embd=8, n_layer=1), tokenizer)["tokens"]
+    return node("const t = new E.Tokenizer(I.tokens); return I.texts.map((x) => t.encode(x));", tokens=tokens, texts=texts)
+
+
+def test_tokenizer_ids_match(bpe):
+    stories = [text for (text, _), _ in zip(toystories.stories(0), range(100), strict=False)]
+    rng = random.Random(0)
+    letters = "ab' \n1é你🙂\u0085\u00a0.s"
+    texts = ODD + stories + ["".join(rng.choices(letters, k=rng.randint(0, 30))) for _ in range(1000)]
+    for tokenizer in (*vocabularies(bpe), tokenizers.train_bpe(stories, 2000)):
+        assert encoded(tokenizer, texts) == [tokenizer.encode(text) for text in texts], tokenizer.name
+
+
+def test_lone_surrogates_become_replacement_characters(bpe):
+    assert encoded(bpe, ["a\ud800b"]) == [bpe.encode("a\ufffdb")]
+
+
+def test_tokenizer_ids_match_on_real_stories(tinystories):
+    from nanostlm import sources
+
+    texts = [text for text, _ in zip(sources.read_files(sorted(map(str, tinystories.rglob("*.parquet")))), range(700), strict=False)]
+    tokenizer = tokenizers.train_bpe(texts[500:], 2000)
+    assert encoded(tokenizer, texts[:500]) == [tokenizer.encode(text) for text in texts[:500]]
