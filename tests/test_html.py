@@ -149,7 +149,9 @@ def test_samplers_equal_pytorch():
     )
     for (row, t, p), probs in zip(cases, actual, strict=True):
         logits = top_p(p)(temperature(t)(torch.tensor(row)[None], None), None)
-        torch.testing.assert_close(torch.tensor(probs), logits[0].softmax(-1), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            torch.tensor(probs, dtype=torch.float64), logits[0].softmax(-1), rtol=0, atol=1e-9
+        )
 
 
 def test_draws_follow_the_probabilities_and_repeat_with_the_seed():
@@ -165,7 +167,9 @@ def test_draws_follow_the_probabilities_and_repeat_with_the_seed():
     for row in (draws, other):
         counts = np.bincount(row, minlength=4) / len(row)
         assert np.abs(counts - probs).max() < 0.015 and counts[1] == 0
-    pairs = np.bincount([4 * a + b for a, b in zip(draws, draws[1:], strict=False)], minlength=16) / len(draws)
+    pairs = np.bincount([4 * a + b for a, b in zip(draws, draws[1:], strict=False)], minlength=16) / len(
+        draws
+    )
     assert np.abs(pairs - np.outer(probs, probs).flatten()).max() < 0.015  # successive draws are independent
 
 
@@ -237,7 +241,11 @@ ODD = [
 
 def encoded(tokenizer, texts: list[str]) -> list[list[int]]:
     tokens = html.describe(random_model(tokenizer, n_embd=8, n_layer=1), tokenizer)["tokens"]
-    return node("const t = new E.Tokenizer(I.tokens); return I.texts.map((x) => t.encode(x));", tokens=tokens, texts=texts)
+    return node(
+        "const t = new E.Tokenizer(I.tokens); return I.texts.map((x) => t.encode(x));",
+        tokens=tokens,
+        texts=texts,
+    )
 
 
 def test_tokenizer_ids_match(bpe):
@@ -256,6 +264,11 @@ def test_lone_surrogates_become_replacement_characters(bpe):
 def test_tokenizer_ids_match_on_real_stories(tinystories):
     from nanostlm import sources
 
-    texts = [text for text, _ in zip(sources.read_files(sorted(map(str, tinystories.rglob("*.parquet")))), range(700), strict=False)]
+    texts = [
+        text
+        for text, _ in zip(
+            sources.read_files(sorted(map(str, tinystories.rglob("*.parquet")))), range(700), strict=False
+        )
+    ]
     tokenizer = tokenizers.train_bpe(texts[500:], 2000)
     assert encoded(tokenizer, texts[:500]) == [tokenizer.encode(text) for text in texts[:500]]

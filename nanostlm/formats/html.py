@@ -1,7 +1,8 @@
 """
 One HTML file that writes stories in any current browser, offline: weights, tokenizer, engine and page.
 
-    html.to_html(model, tokenizer, "story.html", card={"Data": "toystories"}, title="tiny")
+    source = checkpoint.find("out/tiny")
+    html.export(*checkpoint.build(source), source, "story.html")
 
 The engine (engine.js) and the page (page.html, page.css, page.js) are files of their own in this folder; they
 are put into the HTML file as they are, and the model beside them as data. Matrices are stored in int8 with a
@@ -9,17 +10,24 @@ scale for each row (generate.quantize_rows), vectors in float32.
 """
 
 import base64
+import copy
+import datetime
 import json
 import re
+import shlex
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from model import GPT
-from nanostlm.formats import ANY, refuse, unsupported
-from nanostlm.generate import quantize_rows
+from nanostlm import tasks
+from nanostlm.data import Data, load_data
+from nanostlm.formats import refuse, unsupported
+from nanostlm.generate import DEFAULTS, quantize_rows
+from nanostlm.schema import TEXT, read_json
 from nanostlm.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent
@@ -29,8 +37,8 @@ SUPPORTED = dict(  # a component that is new in model.py is refused until the en
     position=["rope", "learned", "sinusoidal", "shaw", "alibi", "none"],
     mlp=["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh", "leaky_relu"],
     share=["none", "mlp", "layers", "lora"],
-    pointer=ANY,
 )
+EVAL_TOKENS = 65_536  # of the validation file, for the bits per byte of the card
 TRAINING = ("dropout", "init", "z_loss", "label_smoothing", "pointer_loss", "loss_chunk")
 
 
@@ -39,22 +47,61 @@ def to_html(model: GPT, tokenizer: Tokenizer, path: str | Path, card: dict[str, 
     Write the page and return its size in bytes. `card` is shown below the story: label -> text. ValueError
     if the engine does not support a setting.
     """
-    page = (FOLDER / "page.html").read_text(encoding="utf-8")
-    parts = {name: (FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "engine.js")}
+    about = (
+        f"A story model of {card['Parameters'].split(' (')[0]} parameters that runs in this page, offline."
+    )
+    data = describe(model, tokenizer) | {"card": card, "about": about, "sampling": DEFAULTS}
+    parts = {
+        name: (FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "engine.js")
+    }
     parts |= {
-        "title": title.replace("&", "&amp;").replace("<", "&lt;"),
-        "model.json": embedded(describe(model, tokenizer) | {"card": card, "title": title}),
+        "title": escape(title),
+        "model.json": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),  # no </script> inside
         "weights": base64.b64encode(pack(model)[1]).decode(),
     }
+    page = (FOLDER / "page.html").read_text(encoding="utf-8")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(re.sub(r"{{(.+?)}}", lambda match: parts[match[1]], page), encoding="utf-8")
     return path.stat().st_size
 
 
-def embedded(data: dict) -> str:
-    """JSON for a script element, which ends at the first </script>."""
-    return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+def export(model: GPT, tokenizer: Tokenizer, state: dict, source: Path, dest: str | Path) -> str:
+    """
+    Write the page of a model with its card, from what checkpoint.build(source) returns. Return a line that
+    tells the size of the file and the bits per byte.
+    """
+    refuse(unsupported(model.config, SUPPORTED), "the page's engine")  # before the evaluation
+    c, trained = model.config, state.get("train_config", {})
+    rows = {
+        "Parameters": f"{c.estimate()['parameters'] / 1e6:.1f}M ({c.n_layer} layers, {c.n_head} heads, width "
+        f"{c.n_embd}, context of {c.block_size} tokens), in int8",
+        "Data": trained.get("dataset", "unknown"),
+        "Tokenizer": f"{tokenizer.name} ({tokenizer.vocab_size:,} tokens)",
+    }
+    note = "no validation stories here for bits per byte"
+    if (data := validation_data(trained, tokenizer)) is not None:
+        rows["Data"] += f", {data.meta['train']['stories']:,} stories"
+        exact = tasks.validation_loss(model, data, limit=EVAL_TOKENS)[1]
+        rounded = tasks.validation_loss(dequantize(copy.deepcopy(model)), data, limit=EVAL_TOKENS)[1]
+        note = f"bits per byte: {exact:.4f} in float32, {rounded:.4f} with the int8 weights"
+        rows["Bits per byte"] = f"{rounded:.4f} on validation stories ({exact:.4f} before rounding to int8)"
+    if "step" in state:
+        rows["Updates"] = f"{state['step']:,}"
+    rows["Date"] = datetime.date.fromtimestamp(source.stat().st_mtime).isoformat()
+    if (log := source.parent / "config.json").is_file():
+        command = read_json(log, {"command?": [TEXT]}).get("command")
+        rows |= {"Command": f"python {shlex.join(command)}"} if command else {}
+    size = to_html(model, tokenizer, dest, rows, source.parent.name or source.stem)
+    return f"{dest}: {size / 1e6:.1f} MB, opens in any browser; {note}"
+
+
+def validation_data(trained: dict, tokenizer: Tokenizer) -> Data | None:
+    """The data that a model was trained on, if it is still there."""
+    folder = Path(*(trained.get(name, "") for name in ("data_dir", "dataset", "tokenizer")))
+    if not trained or not (folder / "meta.json").is_file():
+        return None
+    return load_data(folder, trained.get("stories", 0), tokenizer)
 
 
 def describe(model: GPT, tokenizer: Tokenizer) -> dict:
@@ -90,9 +137,10 @@ def pack(model: GPT) -> tuple[dict[str, list[int]], bytes]:
 
 
 @torch.no_grad()
-def dequantize(model: nn.Module) -> None:
-    """Round the weights of `model`, in place, to those that the page computes with."""
+def dequantize(model: nn.Module) -> nn.Module:
+    """Round the weights of `model`, in place, to those that the page computes with; return it."""
     for p in model.parameters():
         if p.ndim == 2:
             weight, scale = quantize_rows(p)
             p.copy_(weight * scale.float()[:, None])
+    return model

@@ -1,0 +1,363 @@
+/*
+ * The page around the engine, which runs in a Worker. The story is a path in a tree of tokens: choosing an
+ * alternative adds a branch, and no branch is lost.
+ */
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const model = JSON.parse($("model").textContent);
+const tokens = model.tokens.split(" ").map((token) => Uint8Array.from(atob(token), (char) => char.charCodeAt(0)));
+const eot = tokens.length;
+const MAX_TOKENS = 500; // that one click writes
+const SURPRISE = 8; // bits, of the darkest shade
+
+let root, tip; // the tree's first token, end-of-text, and the last token of the story
+let undos = []; // earlier [root, tip]
+let running = false, active = null, pinned = false, dirty = false, hiding;
+
+// ---------------------------------------------------------------------------------------------------------
+// The tree
+
+/** Text that a token completes: a character may be split across tokens, so that bytes are left over. */
+function decode(before, bytes) {
+  const all = Uint8Array.from([...before, ...bytes]);
+  let left = 0;
+  for (let i = 1; i <= Math.min(3, all.length); i++) {
+    const byte = all[all.length - i];
+    if (byte >= 0xc0 && i < (byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : 2)) left = i;
+    if (byte < 0x80 || byte >= 0xc0) break;
+  }
+  return { text: new TextDecoder("utf-8", { ignoreBOM: true }).decode(all.slice(0, all.length - left)), rest: all.slice(all.length - left) };
+}
+
+/** A token alone, for the table of alternatives: spaces, line breaks and parts of characters are visible. */
+function label(id) {
+  if (id === eot) return "end of story";
+  const { text, rest } = decode([], tokens[id]);
+  if (rest.length || text.includes("\ufffd")) return [...tokens[id]].map((byte) => "‹" + byte.toString(16).padStart(2, "0") + "›").join("");
+  return text.replace(/^ (?=.)/, "\u2009").replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "‹00›";
+}
+
+function newRoot() {
+  return { id: eot, parent: null, children: [], last: null, rest: [], text: "" };
+}
+
+/** The child of `parent` for what the engine says of a token; an existing one is kept. */
+function addChild(parent, token) {
+  let node = parent.children.find((child) => child.id === token.id);
+  if (!node) {
+    node = { id: token.id, parent, children: [], last: null, token, span: document.createElement("span") };
+    if (node.id === eot) Object.assign(node, { text: "the end", rest: [] });
+    else Object.assign(node, decode(parent.rest, tokens[node.id]));
+    node.span.textContent = node.text;
+    node.span.node = node;
+    node.span.className = node.id === eot ? "end" : (token.given ? "given" : "") + (token.copied > 0.5 ? " copied" : "");
+    node.span.style.setProperty("--surprise", (0.5 * Math.min(1, token.bits / SURPRISE)).toFixed(3));
+    parent.children.push(node);
+    if (parent.children.length > 1) for (const child of parent.children) child.span.classList.add("fork");
+  }
+  parent.last = node;
+  return node;
+}
+
+function path(node) {
+  const nodes = [];
+  for (; node.parent; node = node.parent) nodes.push(node);
+  return nodes.reverse();
+}
+
+const ids = (node) => [eot, ...path(node).map((each) => each.id)];
+const leaves = (node) => (node.children.length ? node.children.flatMap(leaves) : [node]);
+
+/** The leaf that was last written below a token. */
+function leafBelow(node) {
+  while (node.last) node = node.last;
+  return node;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Rendering
+
+function render() {
+  $("story").replaceChildren(...path(tip).map((node) => node.span));
+  const all = leaves(root);
+  $("branches").replaceChildren(...(all.length < 2 ? [] : all.map((leaf, i) => {
+    const button = document.createElement("button");
+    let fork = leaf; // the token at which this branch leaves the others
+    while (fork.parent.children.length < 2) fork = fork.parent;
+    button.type = "button";
+    button.textContent = `${i + 1} ${path(leaf).slice(path(fork).length - 1).map((node) => node.text).join("").trim().slice(0, 24)}`;
+    button.setAttribute("aria-pressed", leaf === leafBelow(tip));
+    button.onclick = () => show(leaf);
+    return button;
+  })));
+  update();
+}
+
+/** Which buttons can be used. */
+function update() {
+  const ended = tip.id === eot && tip !== root;
+  $("go").disabled = $("another").disabled = running;
+  $("stop").disabled = !running;
+  $("step").disabled = $("continue").disabled = running || ended;
+  $("undo").disabled = running || !undos.length;
+  $("story").classList.toggle("writing", running);
+}
+
+function status(text) {
+  $("status").textContent = text;
+}
+
+/** Go to another token of the tree. */
+function show(node) {
+  hide();
+  remember();
+  tip = node;
+  render();
+  status(`${path(tip).length} tokens`);
+}
+
+function remember() {
+  undos.push([root, tip]);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Writing
+
+const blob = new Blob([$("engine").textContent], { type: "text/javascript" });
+const worker = new Worker(URL.createObjectURL(blob));
+worker.onerror = (event) => status(`This browser cannot run the model: ${event.message ?? "no Worker"}`);
+worker.postMessage({ file: { config: model.config, tensors: model.tensors, tokens: model.tokens, weights: $("weights").textContent } });
+$("weights").remove(); // the Worker has its own copy
+
+let job = 0, written = 0;
+
+/** Ask the engine to continue after `from`: with a prompt or given ids, then up to `count` tokens. */
+function write(from, request) {
+  if (!$("seed").reportValidity()) return;
+  hide();
+  remember();
+  tip = from;
+  running = true;
+  written = 0;
+  status("Writing …");
+  render();
+  const settings = { temperature: +$("temperature").value, top_p: +$("top_p").value, seed: +$("seed").value };
+  worker.postMessage({ job: ++job, history: ids(from), ...request, ...settings });
+}
+
+worker.onmessage = ({ data }) => {
+  if (data.ready) {
+    root = tip = newRoot();
+    status("Ready");
+    return update();
+  }
+  if (data.job !== job || !running) return; // stopped
+  for (const token of data.tokens ?? []) {
+    tip = addChild(tip, token);
+    $("story").append(tip.span);
+    written += !token.given;
+  }
+  if (data.error) status(`Error: ${data.error}`);
+  if (!data.done) return;
+  running = false;
+  render();
+  if (data.error) return;
+  const speed = written > 20 ? ` · ${Math.round(written / data.seconds)} tokens/s` : "";
+  status(`${path(tip).length} tokens${speed}${data.dropped ? ` · only the last ${data.given} tokens of the beginning fit` : ""}`);
+};
+
+function stop() {
+  if (!running) return;
+  worker.postMessage({ stop: true });
+  running = false;
+  render();
+  status(`Stopped after ${path(tip).length} tokens`);
+}
+
+function go() {
+  if (running) return;
+  remember();
+  root = newRoot();
+  tip = root;
+  write(root, { prompt: $("prompt").value, count: MAX_TOKENS });
+  undos.pop(); // write() remembers the empty tree
+}
+
+function step() {
+  if (tip === root) write(root, { prompt: $("prompt").value, count: 1 });
+  else write(tip, { count: 1 });
+}
+
+/** Continue the story with another token in place of `node`, or go to that branch if it exists. */
+function choose(node, id) {
+  const existing = node.parent.children.find((child) => child.id === id);
+  if (running) stop();
+  if (existing) show(leafBelow(existing));
+  else write(node.parent, { given: [id], count: MAX_TOKENS });
+  $("story").focus({ preventScroll: true });
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Alternatives
+
+const percent = (p) => (p >= 0.9995 ? "100%" : p >= 0.0005 ? (100 * p).toFixed(1) + "%" : p > 0 ? "<0.1%" : "0");
+
+function element(tag, text, className) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+function inspect(node, pin) {
+  hide();
+  [active, pinned] = [node, pin];
+  node.span.classList.add("active");
+  const { token } = node, details = $("details"), about = element("p"), table = element("table");
+  about.append(element("strong", label(node.id)), ` ${token.bits.toFixed(1)} bits of surprise`);
+  const source = token.from >= 0 ? path(tip)[token.from - 1] : null;
+  if (model.config.pointer) {
+    about.append(element("br"), source && token.copied >= 0.01 ? `${percent(token.copied)} of its probability is copied from the story` : "generated, not copied");
+  }
+  const head = element("tr");
+  for (const name of ["Alternatives", "raw", "final"]) head.append(Object.assign(element("th", name), { scope: "col" }));
+  table.append(head);
+  const rows = token.alternatives.some((entry) => entry.id === token.id) ? token.alternatives : [...token.alternatives, token];
+  for (const entry of rows) {
+    const row = element("tr"), button = element("button", label(entry.id)), cell = element("td");
+    button.type = "button";
+    button.style.setProperty("--p", `${(100 * entry.raw).toFixed(1)}%`);
+    button.onclick = () => (entry.id === node.id ? show(leafBelow(node)) : choose(node, entry.id));
+    if (entry.copied > 0.5) button.append(element("span", " copied", "mark"));
+    if (entry.id !== node.id && node.parent.children.some((child) => child.id === entry.id)) button.append(element("span", " branch", "mark"));
+    row.className = (entry.id === node.id ? "chosen" : "") + (entry.final ? "" : " cut");
+    cell.append(button);
+    row.append(cell, element("td", percent(entry.raw)), element("td", entry.final ? percent(entry.final) : "cut"));
+    table.append(row);
+  }
+  details.replaceChildren(about, table);
+  details.setAttribute("aria-label", `Alternatives to ${label(node.id)}`);
+  details.hidden = false;
+  place(node.span, source && token.copied > 0.01 ? source.span : null);
+}
+
+/** Put the alternatives below the token, or above it where there is more room, and draw the pointer's line. */
+function place(span, source) {
+  const page = $("page").getBoundingClientRect(), rects = span.getClientRects();
+  const rect = rects[rects.length - 1] ?? span.getBoundingClientRect(), details = $("details");
+  const above = innerHeight - rect.bottom < details.offsetHeight + 8 && rect.top > details.offsetHeight + 8;
+  const left = Math.max(0, Math.min(rect.left - page.left - 12, page.width - details.offsetWidth));
+  details.style.left = `${left}px`;
+  details.style.top = `${(above ? rect.top - details.offsetHeight - 2 : rect.bottom + 2) - page.top}px`;
+  if (!source) return;
+  source.classList.add("from");
+  const to = source.getClientRects()[0], x = rect.left + rect.width / 2 - page.left, y = rect.top - page.top;
+  const toX = to.left + to.width / 2 - page.left, toY = to.top - page.top;
+  const lift = 18 + Math.min(60, Math.abs(toX - x) / 6);
+  const [line, end] = $("line").children;
+  line.setAttribute("d", `M${x},${y} C${x},${y - lift} ${toX},${toY - lift} ${toX},${toY - 4}`);
+  end.setAttribute("cx", toX);
+  end.setAttribute("cy", toY - 4);
+  $("line").style.display = "block";
+}
+
+function hide() {
+  clearTimeout(hiding);
+  for (const span of document.querySelectorAll("#story .active, #story .from")) span.classList.remove("active", "from");
+  $("details").hidden = true;
+  $("line").style.display = "none";
+  [active, pinned] = [null, false];
+}
+
+/** Hide after a moment, in which the mouse can move from the token to its alternatives. */
+function hideSoon() {
+  clearTimeout(hiding);
+  if (!pinned) hiding = setTimeout(hide, 250);
+}
+
+$("story").addEventListener("pointerover", ({ target, pointerType }) => {
+  if (pointerType !== "mouse" || pinned || !target.node) return;
+  clearTimeout(hiding);
+  if (target.node !== active) inspect(target.node, false);
+});
+$("story").addEventListener("pointerleave", hideSoon);
+$("details").addEventListener("pointerenter", () => clearTimeout(hiding));
+$("details").addEventListener("pointerleave", hideSoon);
+document.addEventListener("click", ({ target }) => {
+  if (target.node) inspect(target.node, true);
+  else if (!$("details").contains(target)) hide();
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// Keyboard and settings
+
+$("story").addEventListener("keydown", (event) => {
+  const nodes = path(tip), at = nodes.indexOf(active);
+  const forward = getComputedStyle($("story")).direction === "rtl" ? "ArrowLeft" : "ArrowRight";
+  let next;
+  if (event.key === "Enter" && active) $("details").querySelector("button").focus();
+  else if (event.key === "Home") next = 0;
+  else if (event.key === "End") next = nodes.length - 1;
+  else if (/Arrow(Left|Right)/.test(event.key)) next = at < 0 ? nodes.length - 1 : at + (event.key === forward ? 1 : -1);
+  else return;
+  event.preventDefault();
+  if (!nodes[next]) return;
+  inspect(nodes[next], true);
+  nodes[next].span.scrollIntoView({ block: "nearest" });
+});
+
+$("details").addEventListener("keydown", (event) => {
+  const move = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  if (!move) return;
+  const buttons = [...$("details").querySelectorAll("button")];
+  buttons[(buttons.indexOf(document.activeElement) + move + buttons.length) % buttons.length].focus();
+  event.preventDefault();
+});
+
+document.addEventListener("keydown", ({ key }) => {
+  if (key !== "Escape") return;
+  if ($("details").contains(document.activeElement)) $("story").focus();
+  if (active) hide();
+  else stop();
+});
+
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("controls").requestSubmit();
+});
+
+$("controls").addEventListener("submit", (event) => {
+  event.preventDefault();
+  go();
+});
+$("stop").onclick = stop;
+$("step").onclick = step;
+$("continue").onclick = () => (tip === root ? go() : write(tip, { count: MAX_TOKENS }));
+$("another").onclick = () => {
+  $("seed").value = Math.floor(Math.random() * 1e6);
+  go();
+};
+$("undo").onclick = () => {
+  hide();
+  [root, tip] = undos.pop();
+  render();
+  status(`${path(tip).length} tokens`);
+};
+$("shade").onchange = () => {
+  $("story").classList.toggle("shaded", $("shade").checked);
+  document.body.classList.toggle("shaded-page", $("shade").checked);
+};
+for (const name of ["temperature", "top_p"]) {
+  const show = () => ($(name + "-value").value = (+$(name).value).toFixed(2));
+  $(name).value = model.sampling[name];
+  $(name).oninput = show;
+  show();
+}
+$("seed").value = 1337;
+addEventListener("resize", hide);
+
+$("about").textContent = model.about;
+$("copied-key").hidden = !model.config.pointer;
+for (const [name, text] of Object.entries(model.card)) $("card").append(element("dt", name), element("dd", text));
