@@ -5,21 +5,22 @@ and its tokenizer gives equal ids. The page itself is tested in Debian's Chromiu
 
 import base64
 import json
+import os
 import random
 import shutil
 import subprocess
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_export import GPT2, NANOCHAT, STORIES, TEXTS, random_model, trained, vocabularies  # noqa: F401
+from test_export import GPT2, NANOCHAT, STORIES, TEXTS, random_model, vocabularies
 
 from nanostlm import tokenizer as tokenizers
 from nanostlm import toystories
 from nanostlm.formats import html
-from nanostlm.generate import generate, greedy, temperature, top_p
+from nanostlm.generate import generate, greedy, stories, temperature, top_p
 
 FORMATS = Path(html.__file__).parent
 
@@ -35,7 +36,7 @@ def engine_file(model, tokenizer) -> dict:
 
 
 def node(body: str, **inputs):
-    """Run JavaScript in Node, with the engine as E and the inputs as I; return the JSON of what it returns."""
+    """Run JavaScript in Node, with the engine as E and the inputs as I; return what it returns."""
     if not shutil.which("node"):
         pytest.skip("needs Node.js")
     code = f"""const E = require({json.dumps(str(FORMATS / "engine.js"))});
@@ -121,7 +122,7 @@ def test_engine_equals_pytorch_with_the_same_int8_weights(settings, bpe):
 
 
 def test_a_sequence_continues_from_any_token(bpe):
-    """Branching and undo give what a new sequence gives, within the context and past it, for each position."""
+    """A history that shares its beginning with the one before gives what a new sequence gives."""
     for settings in (TINY, TINY | dict(window=5), GPT2):
         model = random_model(bpe, **settings)
         rng = random.Random(1)
@@ -144,7 +145,7 @@ def test_samplers_equal_pytorch():
     rows = [*(rng.normal(size=(6, 300)) * [[0.5], [1], [2], [3], [5], [9]]), flat, tied]
     cases = [(row, t, p) for row in rows for t in (0, 0.3, 1, 2) for p in (0, 0.1, 0.5, 0.9, 0.999, 1)]
     actual = node(
-        "return I.cases.map(([logits, temperature, top_p]) => [...E.probabilities(logits, { temperature, top_p })]);",
+        "return I.cases.map(([x, temperature, top_p]) => [...E.probabilities(x, { temperature, top_p })]);",
         cases=[(row.tolist(), t, p) for row, t, p in cases],
     )
     for (row, t, p), probs in zip(cases, actual, strict=True):
@@ -158,9 +159,11 @@ def test_draws_follow_the_probabilities_and_repeat_with_the_seed():
     probs = [0.1, 0, 0.6, 0.3]
     draws, again, other, edges = node(
         """
-        const many = (seed) => Array.from({ length: 20000 }, (_, n) => E.draw(I.probs, E.uniform(seed, n)));
-        return [many(1), many(1), many(2), [0, 0.0999, 0.1, 0.6999, 0.7001, 0.999999].map((u) => E.draw(I.probs, u))];""",
+        const at = (u) => E.draw(I.probs, u);
+        const many = (seed) => Array.from({ length: 20000 }, (_, n) => at(E.uniform(seed, n)));
+        return [many(1), many(1), many(2), I.edges.map(at)];""",
         probs=probs,
+        edges=[0, 0.0999, 0.1, 0.6999, 0.7001, 0.999999],
     )
     assert draws == again != other
     assert edges == [0, 0, 2, 2, 3, 3]
@@ -234,9 +237,17 @@ ODD = [
     *TEXTS,
     "e\u0301 क्षि नमस्ते 你好，世界 שלום עולם مرحبا بالعالم สวัสดี 👩‍👩‍👧‍👦🏳️‍🌈 🇩🇪",
     "a\u0085b\u00a0c\ufeffd\u2028e\u200bf \u3000 g\u1680h \x1c\x1f\x0b\x0c i",  # blanks, and what is not
-    "\n\n\n  x   \r\n y \t\t\n", "   ", "\n", "x ", " 'S 's 'll 'LL 're'veit'd don''t", "½ ² ١٢٣ Ⅷ 12ab34",
-    "\ufffd\ufffe\U0010ffff \ue000 \x7f\x00", "aaaaaaaaaaaaaaaaaaaaaaaaa" * 20, "<|endoftext|>", "𝒜𝓑 𐍈 ꙮ",
-]  # fmt: off
+    "\n\n\n  x   \r\n y \t\t\n",
+    "   ",
+    "\n",
+    "x ",
+    " 'S 's 'll 'LL 're'veit'd don''t",
+    "½ ² ١٢٣ Ⅷ 12ab34",
+    "\ufffd\ufffe\U0010ffff \ue000 \x7f\x00",
+    "aaaaaaaaaaaaaaaaaaaaaaaaa" * 20,
+    "<|endoftext|>",
+    "𝒜𝓑 𐍈 ꙮ",
+]
 
 
 def encoded(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -249,7 +260,7 @@ def encoded(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def test_tokenizer_ids_match(bpe):
-    stories = [text for (text, _), _ in zip(toystories.stories(0), range(100), strict=False)]
+    stories = [text for text, _ in islice(toystories.stories(0), 100)]
     rng = random.Random(0)
     letters = "ab' \n1é你🙂\u0085\u00a0.s"
     texts = ODD + stories + ["".join(rng.choices(letters, k=rng.randint(0, 30))) for _ in range(1000)]
@@ -272,3 +283,219 @@ def test_tokenizer_ids_match_on_real_stories(tinystories):
     ]
     tokenizer = tokenizers.train_bpe(texts[500:], 2000)
     assert encoded(tokenizer, texts[:500]) == [tokenizer.encode(text) for text in texts[:500]]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The page, in a browser
+
+
+@pytest.fixture(scope="module")
+def story_model(bpe):
+    """A random model whose stories do not end, with a pointer that copies, as slow as a real one."""
+    model = random_model(bpe, **TINY, n_embd=128, n_layer=4)
+    with torch.no_grad():
+        model.head.linear.weight *= 3
+        model.head.linear.weight[bpe.eot] = 0
+        model.pointer.sentinel.fill_(3.0)
+    return html.dequantize(model)
+
+
+@pytest.fixture(scope="module")
+def story_page(story_model, bpe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "story.html"
+    html.to_html(
+        story_model, bpe, path, {"Parameters": "1M", "Data": "</script> & <b>odd</b>"}, "A <tale> & more"
+    )
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, story_page):
+    """open_page(...) opens the page in a new window; a line in the console or a request fails the test."""
+    contexts, faults = [], []
+
+    def opened(address=story_page, **options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda message: faults.append(message.text))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda request: faults.extend([request.url] if local(request.url) else []))
+        page.goto(address)
+        page.wait_for_selector("#go:enabled")
+        return page
+
+    def local(url):
+        return url != story_page and not url.startswith(("blob:", "data:"))
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def written(page) -> str:
+    """The story, once it is complete."""
+    page.wait_for_selector("#stop:disabled")
+    return page.inner_text("#story")
+
+
+def test_page_writes_the_greedy_story_of_pytorch(open_page, story_model, bpe):
+    page = open_page()
+    page.fill("#prompt", "Tom had a red ball")
+    page.fill("#temperature", "0")
+    page.click("#go")
+    expected = stories(story_model, bpe, "Tom had a red ball", 1, 500, temperature=0, top_p=1)[0]
+    page.wait_for_selector("#status:has-text('tokens/s')")
+    assert page.text_content("#story") == expected and len(expected) > 500
+    assert page.text_content("h1") == "A <tale> & more" and "</script> & <b>odd</b>" in page.text_content(
+        "#card"
+    )
+
+
+def test_page_repeats_its_story_for_a_seed(open_page):
+    page, texts = open_page(), []
+    for seed in (5, 6, 5):
+        page.fill("#seed", str(seed))
+        page.click("#go")
+        texts.append(written(page))
+    assert texts[0] == texts[2] != texts[1]
+    page.click("#undo")
+    assert page.inner_text("#story") == texts[1]  # undo returns to the story before
+
+
+def test_page_stops_and_continues(open_page):
+    page = open_page()
+    whole = page.evaluate("""async () => {
+        const story = document.getElementById("story");
+        document.getElementById("go").click();
+        await new Promise((resolve) => {
+            const check = () => story.children.length > 9 && resolve();
+            new MutationObserver(check).observe(story, { childList: true });
+        });
+        document.getElementById("stop").click();
+        return story.children.length;
+    }""")
+    page.wait_for_timeout(200)
+    assert page.locator("#story > span").count() == whole < 400
+    assert page.inner_text("#status") == f"Stopped after {whole} tokens"
+    page.click("#step")
+    page.wait_for_selector("#stop:disabled")
+    assert page.locator("#story > span").count() == whole + 1
+    page.click("#continue")
+    assert len(written(page)) > 0 and page.locator("#story > span").count() == whole + 501
+
+
+def test_page_branches_at_an_alternative_and_goes_back(open_page):
+    page = open_page()
+    page.fill("#top_p", "0.5")
+    page.click("#go")
+    first = written(page)
+    texts = page.locator("#story > span").all_text_contents()
+    n = next(n for n in range(20, len(texts)) if texts[n].strip())  # a part of a character has no text
+    page.locator("#story > span").nth(n).hover()
+    rows = page.locator("#details tr").all_inner_texts()
+    assert len(rows) in (11, 12) and "raw" in rows[0]
+    raw = [float(row.split("\t")[1].strip("%<")) for row in rows[1:11]]
+    assert raw == sorted(raw, reverse=True) and 0 < sum(raw) < 100.1
+    assert any(row.endswith("cut") for row in rows)
+    other = page.locator("#details tr:not(.chosen) td button").first
+    other.click()
+    second = written(page)
+    spans = page.locator("#story > span").all_text_contents()
+    assert second != first and spans[:n] == texts[:n] and spans[n] != texts[n]
+    branches = page.locator("#branches button")
+    assert branches.count() == 2
+    branches.nth(0).click()
+    assert page.inner_text("#story") == first
+    branches.nth(1).click()
+    assert page.inner_text("#story") == second
+    page.click("#undo")
+    page.click("#undo")
+    page.click("#undo")
+    assert page.inner_text("#story") == first and page.locator("#branches button").count() == 2
+
+
+def test_page_shows_where_the_pointer_copies_from(open_page):
+    page = open_page()
+    page.click("#go")
+    written(page)
+    copied = page.locator("#story > .copied").nth(5)
+    copied.hover()
+    text = copied.text_content()
+    assert page.locator("#story > .from").all_text_contents() == [text]
+    assert "copied from the story" in page.inner_text("#details")
+    assert page.locator("#line").is_visible()
+
+
+def test_page_works_with_a_keyboard(open_page):
+    page = open_page()
+    page.focus("#prompt")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("The dog")
+    page.keyboard.press("Enter")
+    first = written(page)
+    assert first.startswith("The dog")
+    page.focus("#story")
+    page.keyboard.press("Home")
+    for _ in range(30):
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#story > span.active").count() == 1
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert written(page) != first and page.locator("#branches button").count() == 2
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#details").is_visible()
+    page.keyboard.press("Escape")
+    assert page.locator("#details").is_hidden()
+
+
+def test_page_layout_holds_still_on_any_screen_and_in_any_direction(open_page):
+    for size in ((360, 640), (1280, 800)):
+        page = open_page(viewport=dict(zip(("width", "height"), size, strict=True)))
+        boxes = [page.locator("#story").bounding_box()]
+        page.fill("#prompt", "مرحبا بالعالم")
+        page.click("#go")
+        written(page)
+        boxes.append(page.locator("#story").bounding_box())
+        assert [boxes[0][k] for k in ("x", "y", "width")] == [boxes[1][k] for k in ("x", "y", "width")]
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate("getComputedStyle(document.getElementById('story')).direction") == "rtl"
+
+
+def test_page_has_no_accessibility_violation(open_page):
+    """With axe-core, in light and dark, with the alternatives and branches open."""
+    axe = os.environ.get("AXE_CORE")
+    if not axe:
+        pytest.skip("needs AXE_CORE=path to axe.min.js of the npm package axe-core")
+    for options in (dict(), dict(color_scheme="dark"), dict(viewport={"width": 360, "height": 640})):
+        page = open_page(**options)
+        page.check("#shade")
+        page.fill("#prompt", STORIES[1])  # axe is slow on long stories
+        page.click("#step")
+        written(page)
+        page.evaluate(Path(axe).read_text())
+        for _ in range(2):
+            page.locator("#story > span").nth(7).click()
+            page.locator("#details button").nth(3).wait_for()
+            report = page.evaluate("axe.run()")
+            assert [(v["id"], v["nodes"][0]["html"]) for v in report["violations"]] == []
+            page.evaluate("""() => {
+                document.querySelector("#details tr:not(.chosen) button").click();
+                document.getElementById("stop").click();
+            }""")
+            page.click("#undo")

@@ -541,7 +541,8 @@ function load({ config, tensors, tokens, weights }) {
 if (typeof module !== "undefined") {
   module.exports = { load, Tokenizer, Model, Sequence, probabilities, draw, uniform, describe };
 } else {
-  let tokenizer, sequence, job = 0;
+  let tokenizer, sequence;
+  let job = 0; // the page's number of the story that is being written; 0: none
 
   /** Let messages arrive; a timeout would wait for at least 4 ms. */
   const pause = () => new Promise((resolve) => {
@@ -554,11 +555,13 @@ if (typeof module !== "undefined") {
    * Write up to `count` tokens after `history` (ids); given ids are described, not drawn. Results are sent
    * about once a frame; a newer message ends the loop.
    */
-  const write = async ({ history, prompt, given = [], count, seed, ...sampling }) => {
-    const mine = ++job;
+  const write = async ({ job: mine, history, prompt, given = [], count, seed, ...sampling }) => {
+    job = mine;
+    const encoded = prompt === undefined ? [] : tokenizer.encode(prompt);
     if (prompt !== undefined) {
-      given = tokenizer.encode(prompt).slice(-(sequence.model.config.block_size - 1));
+      given = encoded.slice(Math.max(0, encoded.length - sequence.model.config.block_size + 1));
     }
+    const dropped = Math.max(0, encoded.length - given.length); // of a prompt that is longer than the context
     const ids = [...history];
     let tokens = [], sent = performance.now(), began = sent, id = -1;
     for (let n = 0; n < given.length + count && id !== tokenizer.eot; n++) {
@@ -576,7 +579,7 @@ if (typeof module !== "undefined") {
         if (job !== mine) return;
       }
     }
-    postMessage({ job: mine, tokens, done: true, seconds: (performance.now() - began) / 1000 });
+    postMessage({ job: mine, tokens, done: true, dropped, seconds: (performance.now() - began) / 1000 });
   };
 
   onmessage = ({ data }) => {
@@ -585,7 +588,7 @@ if (typeof module !== "undefined") {
       tokenizer = loaded.tokenizer;
       sequence = new Sequence(loaded.model);
       postMessage({ ready: true });
-    } else if (data.stop) job++;
-    else write(data).catch((error) => postMessage({ job, error: error.message, done: true }));
+    } else if (data.stop) job = 0;
+    else write(data).catch((error) => postMessage({ job: data.job, error: error.message, done: true }));
   };
 }

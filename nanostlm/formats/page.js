@@ -15,6 +15,13 @@ let root, tip; // the tree's first token, end-of-text, and the last token of the
 let undos = []; // earlier [root, tip]
 let running = false, active = null, pinned = false, dirty = false, hiding;
 
+function element(tag, text, className) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // The tree
 
@@ -30,12 +37,15 @@ function decode(before, bytes) {
   return { text: new TextDecoder("utf-8", { ignoreBOM: true }).decode(all.slice(0, all.length - left)), rest: all.slice(all.length - left) };
 }
 
-/** A token alone, for the table of alternatives: spaces, line breaks and parts of characters are visible. */
+/** A token alone, for the table of alternatives: other spaces than the one before a word, line breaks and parts of characters are visible. */
 function label(id) {
   if (id === eot) return "end of story";
   const { text, rest } = decode([], tokens[id]);
-  if (rest.length || text.includes("\ufffd")) return [...tokens[id]].map((byte) => "‹" + byte.toString(16).padStart(2, "0") + "›").join("");
-  return text.replace(/^ (?=.)/, "\u2009").replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "‹00›";
+  if (rest.length || text.includes("\ufffd")) {
+    return [...tokens[id]].map((byte) => "‹" + byte.toString(16).padStart(2, "0") + "›").join("");
+  }
+  const marked = /^[\p{L}\p{N}]/u.test(text) ? "–" + text : text.replace(/^ (?=\S)/, ""); // "–ing" joins the word before
+  return marked.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
 
 function newRoot() {
@@ -49,7 +59,8 @@ function addChild(parent, token) {
     node = { id: token.id, parent, children: [], last: null, token, span: document.createElement("span") };
     if (node.id === eot) Object.assign(node, { text: "the end", rest: [] });
     else Object.assign(node, decode(parent.rest, tokens[node.id]));
-    node.span.textContent = node.text;
+    const [, space, word] = node.text.match(/^(\s*)([^]*)$/); // shades and underlines leave out the space
+    node.span.append(space, element("span", word));
     node.span.node = node;
     node.span.className = node.id === eot ? "end" : (token.given ? "given" : "") + (token.copied > 0.5 ? " copied" : "");
     node.span.style.setProperty("--surprise", (0.5 * Math.min(1, token.bits / SURPRISE)).toFixed(3));
@@ -164,7 +175,7 @@ worker.onmessage = ({ data }) => {
   render();
   if (data.error) return;
   const speed = written > 20 ? ` · ${Math.round(written / data.seconds)} tokens/s` : "";
-  status(`${path(tip).length} tokens${speed}${data.dropped ? ` · only the last ${data.given} tokens of the beginning fit` : ""}`);
+  status(`${path(tip).length} tokens${speed}${data.dropped ? ` · the first ${data.dropped} of the beginning did not fit` : ""}`);
 };
 
 function stop() {
@@ -203,13 +214,6 @@ function choose(node, id) {
 
 const percent = (p) => (p >= 0.9995 ? "100%" : p >= 0.0005 ? (100 * p).toFixed(1) + "%" : p > 0 ? "<0.1%" : "0");
 
-function element(tag, text, className) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  if (className) made.className = className;
-  return made;
-}
-
 function inspect(node, pin) {
   hide();
   [active, pinned] = [node, pin];
@@ -218,7 +222,7 @@ function inspect(node, pin) {
   about.append(element("strong", label(node.id)), ` ${token.bits.toFixed(1)} bits of surprise`);
   const source = token.from >= 0 ? path(tip)[token.from - 1] : null;
   if (model.config.pointer) {
-    about.append(element("br"), source && token.copied >= 0.01 ? `${percent(token.copied)} of its probability is copied from the story` : "generated, not copied");
+    about.append(element("br"), source && token.copied >= 0.01 ? `copied from the story: ${percent(token.copied)}` : "generated, not copied");
   }
   const head = element("tr");
   for (const name of ["Alternatives", "raw", "final"]) head.append(Object.assign(element("th", name), { scope: "col" }));
@@ -229,7 +233,7 @@ function inspect(node, pin) {
     button.type = "button";
     button.style.setProperty("--p", `${(100 * entry.raw).toFixed(1)}%`);
     button.onclick = () => (entry.id === node.id ? show(leafBelow(node)) : choose(node, entry.id));
-    if (entry.copied > 0.5) button.append(element("span", " copied", "mark"));
+    if (entry.copied > 0.5 && entry.raw > 0.0005) button.append(element("span", " copied", "mark"));
     if (entry.id !== node.id && node.parent.children.some((child) => child.id === entry.id)) button.append(element("span", " branch", "mark"));
     row.className = (entry.id === node.id ? "chosen" : "") + (entry.final ? "" : " cut");
     cell.append(button);
@@ -244,15 +248,18 @@ function inspect(node, pin) {
 
 /** Put the alternatives below the token, or above it where there is more room, and draw the pointer's line. */
 function place(span, source) {
-  const page = $("page").getBoundingClientRect(), rects = span.getClientRects();
-  const rect = rects[rects.length - 1] ?? span.getBoundingClientRect(), details = $("details");
+  const details = $("details"), word = (span) => span.lastChild.getClientRects()[0] ?? span.getBoundingClientRect();
+  if (getComputedStyle(details).position === "fixed") { // on a phone: keep the token above the sheet
+    scrollBy(0, Math.max(0, word(span).bottom + 24 - (innerHeight - details.offsetHeight)));
+  }
+  const page = $("page").getBoundingClientRect(), rect = word(span);
   const above = innerHeight - rect.bottom < details.offsetHeight + 8 && rect.top > details.offsetHeight + 8;
   const left = Math.max(0, Math.min(rect.left - page.left - 12, page.width - details.offsetWidth));
   details.style.left = `${left}px`;
   details.style.top = `${(above ? rect.top - details.offsetHeight - 2 : rect.bottom + 2) - page.top}px`;
   if (!source) return;
   source.classList.add("from");
-  const to = source.getClientRects()[0], x = rect.left + rect.width / 2 - page.left, y = rect.top - page.top;
+  const to = word(source), x = rect.left + rect.width / 2 - page.left, y = rect.top - page.top;
   const toX = to.left + to.width / 2 - page.left, toY = to.top - page.top;
   const lift = 18 + Math.min(60, Math.abs(toX - x) / 6);
   const [line, end] = $("line").children;
@@ -277,15 +284,17 @@ function hideSoon() {
 }
 
 $("story").addEventListener("pointerover", ({ target, pointerType }) => {
-  if (pointerType !== "mouse" || pinned || !target.node) return;
+  const { node } = target.closest("#story > span") ?? {};
+  if (pointerType !== "mouse" || pinned || !node) return;
   clearTimeout(hiding);
-  if (target.node !== active) inspect(target.node, false);
+  if (node !== active) inspect(node, false);
 });
 $("story").addEventListener("pointerleave", hideSoon);
 $("details").addEventListener("pointerenter", () => clearTimeout(hiding));
 $("details").addEventListener("pointerleave", hideSoon);
 document.addEventListener("click", ({ target }) => {
-  if (target.node) inspect(target.node, true);
+  const { node } = target.closest("#story > span") ?? {};
+  if (node) inspect(node, true);
   else if (!$("details").contains(target)) hide();
 });
 
