@@ -4,11 +4,13 @@ and its tokenizer gives equal ids. The page itself is tested in Debian's Chromiu
 """
 
 import base64
+import copy
 import json
 import os
 import random
 import shutil
 import subprocess
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +19,9 @@ import pytest
 import torch
 from test_export import GPT2, NANOCHAT, STORIES, TEXTS, random_model, vocabularies
 
+import export
+from nanostlm import checkpoint, score, toystories
 from nanostlm import tokenizer as tokenizers
-from nanostlm import toystories
 from nanostlm.formats import html
 from nanostlm.generate import generate, greedy, stories, temperature, top_p
 
@@ -229,6 +232,33 @@ def test_unsupported_settings_are_named(bpe, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_export_tells_bits_per_byte_of_float_and_int8_weights(corpus, tmp_path, monkeypatch, capsys):
+    """And the card names the data and the command. Without the data, there is a note instead."""
+    monkeypatch.chdir(tmp_path)
+    byte, run = tokenizers.get("byte"), tmp_path / "out" / "mini"
+    model = random_model(byte, **TINY)
+    trained = {"data_dir": str(corpus), "dataset": "mini", "tokenizer": "byte"}
+    state = {"model": model.state_dict(), "model_config": asdict(model.config), "tokenizer": byte.state()}
+    run.mkdir(parents=True)
+    checkpoint.save(run / "best.pt", state | {"train_config": trained, "step": 7})
+    (run / "config.json").write_text('{"command": ["train.py", "config/mini.py", "--prompt=a b"]}')
+    assert export.main(["--to", "html", "a.html"]) == 0
+    ids = np.fromfile(corpus / "mini" / "byte" / "val.bin", "<u2").astype(int)
+    expected = [score.total(m, [ids], byte.eot)[0] for m in (model, html.dequantize(copy.deepcopy(model)))]
+    exact, rounded = (f"{nats / np.log(2) / len(ids):.4f}" for nats in expected)
+    assert f"bits per byte: {exact} in float32, {rounded} with the int8 weights" in capsys.readouterr().out
+    page = Path("a.html").read_text()
+    for text in (f"{rounded} on validation", "mini, ", "config/mini.py '--prompt=a b'", "<title>mini "):
+        assert text in page
+    assert export.main(["--to", "html", "a.html"]) == 2 and "exists" in capsys.readouterr().err
+    shutil.move(corpus / "mini" / "byte", tmp_path / "moved")
+    try:
+        assert export.main(["--to", "html", "b.html"]) == 0
+        assert "no validation stories here" in capsys.readouterr().out
+    finally:
+        shutil.move(tmp_path / "moved", corpus / "mini" / "byte")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The tokenizer
 
@@ -283,6 +313,38 @@ def test_tokenizer_ids_match_on_real_stories(tinystories):
     ]
     tokenizer = tokenizers.train_bpe(texts[500:], 2000)
     assert encoded(tokenizer, texts[:500]) == [tokenizer.encode(text) for text in texts[:500]]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The checker of toystories
+
+
+def test_checker_equals_that_of_toystories():
+    """The verdict, and how far it can parse: stories, with a wrong word, and beginnings."""
+    rng, texts = random.Random(0), []
+    for text, _ in islice(toystories.stories(3), 150):
+        words = text.split(" ")
+        words[rng.randrange(len(words))] = rng.choice(text.split())
+        texts += [text, " ".join(words), text[: rng.randrange(len(text))].strip()]
+    actual = node(
+        f"""const {{ checkToystory }} = require({json.dumps(str(FORMATS / "toystories.js"))});
+        return I.texts.map((text) => checkToystory(I.grammar, text));""",
+        grammar=html.compact(toystories.GRAMMAR),
+        texts=texts,
+    )
+    for text, verdict in zip(texts, actual, strict=True):
+        misses = []
+        ok = any(True for _ in toystories.derivations(text))
+        assert verdict["ok"] == ok
+        if not ok:
+            list(toystories._parse(" ".join(text.split()), [toystories._initial_thread()], misses))
+            assert verdict["reach"] == max(miss.reach for miss in misses), text
+    assert sum(verdict["ok"] for verdict in actual) >= 150
+
+
+def test_checker_is_small():
+    size = len(json.dumps(html.compact(toystories.GRAMMAR), ensure_ascii=False).encode())
+    assert size + (FORMATS / "toystories.js").stat().st_size < 100_000
 
 
 # ----------------------------------------------------------------------------------------------------------

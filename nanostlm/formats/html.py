@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from model import GPT
-from nanostlm import tasks
+from nanostlm import tasks, toystories
 from nanostlm.data import Data, load_data
 from nanostlm.formats import refuse, unsupported
 from nanostlm.generate import DEFAULTS, quantize_rows
@@ -42,19 +42,21 @@ EVAL_TOKENS = 65_536  # of the validation file, for the bits per byte of the car
 TRAINING = ("dropout", "init", "z_loss", "label_smoothing", "pointer_loss", "loss_chunk")
 
 
-def to_html(model: GPT, tokenizer: Tokenizer, path: str | Path, card: dict[str, str], title: str) -> int:
+def to_html(
+    model: GPT, tokenizer: Tokenizer, path: str | Path, card: dict[str, str], title: str, toys: bool = False
+) -> int:
     """
-    Write the page and return its size in bytes. `card` is shown below the story: label -> text. ValueError
-    if the engine does not support a setting.
+    Write the page and return its size in bytes. `card` is shown below the story: label -> text. With `toys`,
+    it checks stories against the grammar of toystories. ValueError if the engine does not support a setting.
     """
-    about = (
-        f"A story model of {card['Parameters'].split(' (')[0]} parameters that runs in this page, offline."
-    )
+    about = f"A story model of {parameters(model)} parameters that runs in this page, offline."
     data = describe(model, tokenizer) | {"card": card, "about": about, "sampling": DEFAULTS}
+    data |= {"grammar": compact(toystories.GRAMMAR)} if toys else {}
     parts = {
         name: (FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "engine.js")
     }
     parts |= {
+        "toystories.js": (FOLDER / "toystories.js").read_text(encoding="utf-8") if toys else "",
         "title": escape(title),
         "model.json": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),  # no </script> inside
         "weights": base64.b64encode(pack(model)[1]).decode(),
@@ -74,7 +76,7 @@ def export(model: GPT, tokenizer: Tokenizer, state: dict, source: Path, dest: st
     refuse(unsupported(model.config, SUPPORTED), "the page's engine")  # before the evaluation
     c, trained = model.config, state.get("train_config", {})
     rows = {
-        "Parameters": f"{c.estimate()['parameters'] / 1e6:.1f}M ({c.n_layer} layers, {c.n_head} heads, width "
+        "Parameters": f"{parameters(model)} ({c.n_layer} layers, {c.n_head} heads, width "
         f"{c.n_embd}, context of {c.block_size} tokens), in int8",
         "Data": trained.get("dataset", "unknown"),
         "Tokenizer": f"{tokenizer.name} ({tokenizer.vocab_size:,} tokens)",
@@ -92,8 +94,14 @@ def export(model: GPT, tokenizer: Tokenizer, state: dict, source: Path, dest: st
     if (log := source.parent / "config.json").is_file():
         command = read_json(log, {"command?": [TEXT]}).get("command")
         rows |= {"Command": f"python {shlex.join(command)}"} if command else {}
-    size = to_html(model, tokenizer, dest, rows, source.parent.name or source.stem)
+    size = to_html(
+        model, tokenizer, dest, rows, source.parent.name or source.stem, rows["Data"].startswith("toystories")
+    )
     return f"{dest}: {size / 1e6:.1f} MB, opens in any browser; {note}"
+
+
+def parameters(model: GPT) -> str:
+    return f"{model.config.estimate()['parameters'] / 1e6:.1f}M"
 
 
 def validation_data(trained: dict, tokenizer: Tokenizer) -> Data | None:
@@ -144,3 +152,32 @@ def dequantize(model: nn.Module) -> nn.Module:
             weight, scale = quantize_rows(p)
             p.copy_(weight * scale.float()[:, None])
     return model
+
+
+def compact(grammar: toystories.Grammar) -> dict:
+    """A grammar as plain data for toystories.js, which explains it; equal choices are stored once."""
+    n, rows, lists, choices = len(grammar.columns), {}, {}, {}
+
+    def index(table: dict, value) -> int:
+        return table.setdefault(json.dumps(value, ensure_ascii=False), len(table))
+
+    def row(cells: tuple) -> int:  # without the columns with a capital letter
+        return index(rows, [[row(option) for option in x] if type(x) is tuple else x for x in cells[:n]])
+
+    def operation(op):
+        if type(op) is str:
+            return op
+        if type(op) is toystories.Ref:
+            return [op.var, op.column]
+        if type(op) is toystories.Choice:
+            return index(choices, [[*map(operation, ops)] for ops in op.alternatives])
+        ref = type(op.source) is toystories.Ref
+        source = operation(op.source) if ref else index(lists, [*map(row, op.source)])
+        return [op.var, op.column, source, op.rivals]
+
+    start = operation(grammar.start)
+    tables = {"rows": rows, "lists": lists, "choices": choices}
+    return {name: [json.loads(key) for key in t] for name, t in tables.items()} | {
+        "start": start,
+        "columns": n,
+    }

@@ -105,6 +105,25 @@ function render() {
   update();
 }
 
+/** On toystories: mark the first word that no valid story has in its place, and say whether the story is valid. */
+function verdict() {
+  if (!model.grammar || tip === root) return "";
+  const nodes = path(tip), ended = tip.id === eot, story = nodes.filter((node) => node.id !== eot);
+  for (const node of nodes) node.span.classList.remove("wrong");
+  const text = story.map((node) => node.text).join(""), { ok, reach } = checkToystory(model.grammar, text.trim());
+  if (ok) return " · a valid story";
+  const at = reach + text.length - text.trimStart().length;
+  if (at >= text.trimEnd().length) return ended ? " · unfinished" : " · valid so far";
+  const start = text.slice(0, at + 1).search(/\S+\s*$/), end = start + text.slice(start).match(/\S+/)[0].length;
+  let seen = 0;
+  for (const node of story) {
+    const begins = seen + node.text.search(/\S|$/);
+    seen += node.text.length;
+    if (begins < end && seen > start && begins < seen) node.span.classList.add("wrong");
+  }
+  return ` · “${text.slice(start, end)}” breaks a rule`;
+}
+
 /** Which buttons can be used. */
 function update() {
   const ended = tip.id === eot && tip !== root;
@@ -125,7 +144,7 @@ function show(node) {
   remember();
   tip = node;
   render();
-  status(`${path(tip).length} tokens`);
+  status(`${path(tip).length} tokens${verdict()}`);
 }
 
 function remember() {
@@ -175,7 +194,7 @@ worker.onmessage = ({ data }) => {
   render();
   if (data.error) return;
   const speed = written > 20 ? ` · ${Math.round(written / data.seconds)} tokens/s` : "";
-  status(`${path(tip).length} tokens${speed}${data.dropped ? ` · the first ${data.dropped} of the beginning did not fit` : ""}`);
+  status(`${path(tip).length} tokens${speed}${verdict()}${data.dropped ? ` · the first ${data.dropped} of the beginning did not fit` : ""}`);
 };
 
 function stop() {
@@ -183,7 +202,7 @@ function stop() {
   worker.postMessage({ stop: true });
   running = false;
   render();
-  status(`Stopped after ${path(tip).length} tokens`);
+  status(`Stopped after ${path(tip).length} tokens${verdict()}`);
 }
 
 function go() {
@@ -352,7 +371,7 @@ $("undo").onclick = () => {
   hide();
   [root, tip] = undos.pop();
   render();
-  status(`${path(tip).length} tokens`);
+  status(`${path(tip).length} tokens${verdict()}`);
 };
 $("shade").onchange = () => {
   $("story").classList.toggle("shaded", $("shade").checked);
