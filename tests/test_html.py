@@ -251,12 +251,9 @@ def test_export_tells_bits_per_byte_of_float_and_int8_weights(corpus, tmp_path, 
     for text in (f"{rounded} on validation", "mini, ", "config/mini.py '--prompt=a b'", "<title>mini "):
         assert text in page
     assert export.main(["--to", "html", "a.html"]) == 2 and "exists" in capsys.readouterr().err
-    shutil.move(corpus / "mini" / "byte", tmp_path / "moved")
-    try:
-        assert export.main(["--to", "html", "b.html"]) == 0
-        assert "no validation stories here" in capsys.readouterr().out
-    finally:
-        shutil.move(tmp_path / "moved", corpus / "mini" / "byte")
+    checkpoint.save(run / "best.pt", state | {"train_config": trained | {"data_dir": "gone"}})
+    assert export.main(["--to", "html", "b.html"]) == 0
+    assert "no validation stories here" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -565,6 +565,7 @@ if (typeof module !== "undefined") {
     const ids = [...history];
     let tokens = [], sent = performance.now(), began = sent, id = -1;
     for (let n = 0; n < given.length + count && id !== tokenizer.eot; n++) {
+      if (n === given.length) began = performance.now(); // the speed is that of writing
       const logits = sequence.logits(ids);
       const probs = probabilities(logits, sampling);
       id = n < given.length ? given[n] : draw(probs, uniform(seed, ids.length));

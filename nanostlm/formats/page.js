@@ -57,7 +57,7 @@ function addChild(parent, token) {
   let node = parent.children.find((child) => child.id === token.id);
   if (!node) {
     node = { id: token.id, parent, children: [], last: null, token, span: document.createElement("span") };
-    if (node.id === eot) Object.assign(node, { text: "the end", rest: [] });
+    if (node.id === eot) Object.assign(node, { text: "", rest: [] }); // page.css shows "the end", which is not copied with the text
     else Object.assign(node, decode(parent.rest, tokens[node.id]));
     const [, space, word] = node.text.match(/^(\s*)([^]*)$/); // shades and underlines leave out the space
     node.span.append(space, element("span", word));
@@ -119,7 +119,9 @@ function verdict() {
   for (const node of story) {
     const begins = seen + node.text.search(/\S|$/);
     seen += node.text.length;
-    if (begins < end && seen > start && begins < seen) node.span.classList.add("wrong");
+    if (begins >= end || seen <= start || begins === seen) continue;
+    if (node.token.given) return " · no toystory begins like this";
+    node.span.classList.add("wrong");
   }
   return ` · “${text.slice(start, end)}” breaks a rule`;
 }
