@@ -25,7 +25,7 @@ from nanostlm import tokenizer as tokenizers
 from nanostlm.formats import html
 from nanostlm.generate import generate, greedy, stories, temperature, top_p
 
-FORMATS = Path(html.__file__).parent
+FORMATS = html.FOLDER
 
 
 @pytest.fixture(scope="module")

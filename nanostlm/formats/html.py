@@ -4,9 +4,9 @@ One HTML file that writes stories in any current browser, offline: weights, toke
     source = checkpoint.find("out/tiny")
     html.export(*checkpoint.build(source), source, "story.html")
 
-The engine (engine.js) and the page (page.html, page.css, page.js) are files of their own in this folder; they
-are put into the HTML file as they are, and the model beside them as data. Matrices are stored in int8 with a
-scale for each row (generate.quantize_rows), vectors in float32.
+The folder page/ has what is put into the HTML file as it is: the page (index.html, style.css, page.js) and the
+engine, which runs in a Worker (model.js, engine.js). The model stands beside them as data. Matrices are stored
+in int8 with a scale for each row (generate.quantize_rows), vectors in float32.
 """
 
 import base64
@@ -30,7 +30,7 @@ from nanostlm.generate import DEFAULTS, quantize_rows
 from nanostlm.schema import TEXT, read_json
 from nanostlm.tokenizer import Tokenizer
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).with_name("page")
 SUPPORTED = dict(  # a component that is new in model.py is refused until the engine has it
     causal=[True],
     norm=["rmsnorm", "layernorm", "none"],
@@ -53,18 +53,20 @@ def to_html(
     data = describe(model, tokenizer) | {"card": card, "about": about, "sampling": DEFAULTS}
     data |= {"grammar": compact(toystories.GRAMMAR)} if toys else {}
     parts = {
-        name: (FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "engine.js")
-    }
-    parts |= {
-        "toystories.js": (FOLDER / "toystories.js").read_text(encoding="utf-8") if toys else "",
         "title": escape(title),
         "model.json": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),  # no </script> inside
         "weights": base64.b64encode(pack(model)[1]).decode(),
     }
-    page = (FOLDER / "page.html").read_text(encoding="utf-8")
+    parts |= {} if toys else {"toystories.js": ""}
+
+    def part(match: re.Match) -> str:
+        name = match[1]
+        return parts[name] if name in parts else (FOLDER / name).read_text(encoding="utf-8")
+
+    page = re.sub(r"{{(.+?)}}", part, (FOLDER / "index.html").read_text(encoding="utf-8"))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(re.sub(r"{{(.+?)}}", lambda match: parts[match[1]], page), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path.stat().st_size
 
 

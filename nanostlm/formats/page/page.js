@@ -34,17 +34,21 @@ function decode(before, bytes) {
     if (byte >= 0xc0 && i < (byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : 2)) left = i;
     if (byte < 0x80 || byte >= 0xc0) break;
   }
-  return { text: new TextDecoder("utf-8", { ignoreBOM: true }).decode(all.slice(0, all.length - left)), rest: all.slice(all.length - left) };
+  const end = all.length - left, decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  return { text: decoder.decode(all.slice(0, end)), rest: all.slice(end) };
 }
 
-/** A token alone, for the table of alternatives: other spaces than the one before a word, line breaks and parts of characters are visible. */
+/**
+ * A token alone, for the table of alternatives. Line breaks, parts of characters and spaces are visible, except
+ * for the space before a word; "–ing" joins the word before.
+ */
 function label(id) {
   if (id === eot) return "end of story";
   const { text, rest } = decode([], tokens[id]);
   if (rest.length || text.includes("\ufffd")) {
     return [...tokens[id]].map((byte) => "‹" + byte.toString(16).padStart(2, "0") + "›").join("");
   }
-  const marked = /^[\p{L}\p{N}]/u.test(text) ? "–" + text : text.replace(/^ (?=\S)/, ""); // "–ing" joins the word before
+  const marked = /^[\p{L}\p{N}]/u.test(text) ? "–" + text : text.replace(/^ (?=\S)/, "");
   return marked.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
 
@@ -57,12 +61,14 @@ function addChild(parent, token) {
   let node = parent.children.find((child) => child.id === token.id);
   if (!node) {
     node = { id: token.id, parent, children: [], last: null, token, span: document.createElement("span") };
-    if (node.id === eot) Object.assign(node, { text: "", rest: [] }); // page.css shows "the end", which is not copied with the text
-    else Object.assign(node, decode(parent.rest, tokens[node.id]));
+    // style.css shows "the end", so that it is not copied with the text
+    Object.assign(node, node.id === eot ? { text: "", rest: [] } : decode(parent.rest, tokens[node.id]));
     const [, space, word] = node.text.match(/^(\s*)([^]*)$/); // shades and underlines leave out the space
     node.span.append(space, element("span", word));
     node.span.node = node;
-    node.span.className = node.id === eot ? "end" : (token.given ? "given" : "") + (token.copied > 0.5 ? " copied" : "");
+    node.span.classList.toggle("end", node.id === eot);
+    node.span.classList.toggle("given", token.given);
+    node.span.classList.toggle("copied", token.copied > 0.5 && node.id !== eot);
     node.span.style.setProperty("--surprise", (0.5 * Math.min(1, token.bits / SURPRISE)).toFixed(3));
     parent.children.push(node);
     if (parent.children.length > 1) for (const child of parent.children) child.span.classList.add("fork");
@@ -97,7 +103,8 @@ function render() {
     let fork = leaf; // the token at which this branch leaves the others
     while (fork.parent.children.length < 2) fork = fork.parent;
     button.type = "button";
-    button.textContent = `${i + 1} ${path(leaf).slice(path(fork).length - 1).map((node) => node.text).join("").trim().slice(0, 24)}`;
+    const text = path(leaf).slice(path(fork).length - 1).map((node) => node.text).join("").trim();
+    button.textContent = `${i + 1} ${text.slice(0, 24) || "the end"}`;
     button.setAttribute("aria-pressed", leaf === leafBelow(tip));
     button.onclick = () => show(leaf);
     return button;
@@ -105,7 +112,7 @@ function render() {
   update();
 }
 
-/** On toystories: mark the first word that no valid story has in its place, and say whether the story is valid. */
+/** On toystories: say whether the story is valid, and mark the first word that no valid story has there. */
 function verdict() {
   if (!model.grammar || tip === root) return "";
   const nodes = path(tip), ended = tip.id === eot, story = nodes.filter((node) => node.id !== eot);
@@ -159,7 +166,7 @@ function remember() {
 const blob = new Blob([$("engine").textContent], { type: "text/javascript" });
 const worker = new Worker(URL.createObjectURL(blob));
 worker.onerror = (event) => status(`This browser cannot run the model: ${event.message ?? "no Worker"}`);
-worker.postMessage({ file: { config: model.config, tensors: model.tensors, tokens: model.tokens, weights: $("weights").textContent } });
+worker.postMessage({ file: { ...model, weights: $("weights").textContent } });
 $("weights").remove(); // the Worker has its own copy
 
 let job = 0, written = 0;
@@ -196,7 +203,8 @@ worker.onmessage = ({ data }) => {
   render();
   if (data.error) return;
   const speed = written > 20 ? ` · ${Math.round(written / data.seconds)} tokens/s` : "";
-  status(`${path(tip).length} tokens${speed}${verdict()}${data.dropped ? ` · the first ${data.dropped} of the beginning did not fit` : ""}`);
+  const dropped = data.dropped ? ` · the first ${data.dropped} of the beginning did not fit` : "";
+  status(`${path(tip).length} tokens${speed}${verdict()}${dropped}`);
 };
 
 function stop() {
@@ -241,21 +249,26 @@ function inspect(node, pin) {
   node.span.classList.add("active");
   const { token } = node, details = $("details"), about = element("p"), table = element("table");
   about.append(element("strong", label(node.id)), ` ${token.bits.toFixed(1)} bits of surprise`);
-  const source = token.from >= 0 ? path(tip)[token.from - 1] : null;
+  const source = token.copied >= 0.01 ? path(tip)[token.from - 1] : null; // token 0 is end-of-text
   if (model.config.pointer) {
-    about.append(element("br"), source && token.copied >= 0.01 ? `copied from the story: ${percent(token.copied)}` : "generated, not copied");
+    const copied = source ? `copied from the story: ${percent(token.copied)}` : "generated, not copied";
+    about.append(element("br"), copied);
   }
   const head = element("tr");
-  for (const name of ["Alternatives", "raw", "final"]) head.append(Object.assign(element("th", name), { scope: "col" }));
+  for (const name of ["Alternatives", "raw", "final"]) {
+    head.append(Object.assign(element("th", name), { scope: "col" }));
+  }
   table.append(head);
-  const rows = token.alternatives.some((entry) => entry.id === token.id) ? token.alternatives : [...token.alternatives, token];
+  const listed = token.alternatives.some((entry) => entry.id === token.id);
+  const rows = listed ? token.alternatives : [...token.alternatives, token];
   for (const entry of rows) {
     const row = element("tr"), button = element("button", label(entry.id)), cell = element("td");
     button.type = "button";
     button.style.setProperty("--p", `${(100 * entry.raw).toFixed(1)}%`);
     button.onclick = () => (entry.id === node.id ? show(leafBelow(node)) : choose(node, entry.id));
     if (entry.copied > 0.5 && entry.raw > 0.0005) button.append(element("span", " copied", "mark"));
-    if (entry.id !== node.id && node.parent.children.some((child) => child.id === entry.id)) button.append(element("span", " branch", "mark"));
+    const written = entry.id !== node.id && node.parent.children.some((child) => child.id === entry.id);
+    if (written) button.append(element("span", " branch", "mark"));
     row.className = (entry.id === node.id ? "chosen" : "") + (entry.final ? "" : " cut");
     cell.append(button);
     row.append(cell, element("td", percent(entry.raw)), element("td", entry.final ? percent(entry.final) : "cut"));
@@ -264,12 +277,13 @@ function inspect(node, pin) {
   details.replaceChildren(about, table);
   details.setAttribute("aria-label", `Alternatives to ${label(node.id)}`);
   details.hidden = false;
-  place(node.span, source && token.copied > 0.01 ? source.span : null);
+  place(node.span, source?.span);
 }
 
 /** Put the alternatives below the token, or above it where there is more room, and draw the pointer's line. */
 function place(span, source) {
-  const details = $("details"), word = (span) => span.lastChild.getClientRects()[0] ?? span.getBoundingClientRect();
+  const details = $("details");
+  const word = (span) => span.lastChild.getClientRects()[0] ?? span.getBoundingClientRect();
   if (getComputedStyle(details).position === "fixed") { // on a phone: keep the token above the sheet
     scrollBy(0, Math.max(0, word(span).bottom + 24 - (innerHeight - details.offsetHeight)));
   }
@@ -292,7 +306,7 @@ function place(span, source) {
 
 function hide() {
   clearTimeout(hiding);
-  for (const span of document.querySelectorAll("#story .active, #story .from")) span.classList.remove("active", "from");
+  for (const span of $("story").children) span.classList.remove("active", "from");
   $("details").hidden = true;
   $("line").style.display = "none";
   [active, pinned] = [null, false];
