@@ -4,9 +4,9 @@ One HTML file that writes stories in any current browser, offline: weights, toke
     source = checkpoint.find("out/tiny")
     html.export(*checkpoint.build(source), source, "story.html")
 
-The folder page/ has what is put into the HTML file as it is: the page (index.html, style.css, page.js) and the
-engine, which runs in a Worker (model.js, engine.js). The model stands beside them as data. Matrices are stored
-in int8 with a scale for each row (generate.quantize_rows), vectors in float32.
+The folder page/ has what is put into the HTML file as it is: the page (index.html, style.css, page.js) and
+the engine, which runs in a Worker (model.js, engine.js). The model stands beside them as data. Matrices are
+stored in int8 with a scale for each row (generate.quantize_rows), vectors in float32.
 """
 
 import base64

@@ -44,10 +44,11 @@ class Tokenizer {
   /** Ids of a text. It cannot become end-of-text. A lone surrogate is read as U+FFFD. */
   encode(text) {
     const encoder = new TextEncoder();
-    return (text.match(SPLIT) ?? []).flatMap((word) => this.merge(String.fromCharCode(...encoder.encode(word))));
+    const binary = (word) => Array.from(encoder.encode(word), (byte) => String.fromCharCode(byte)).join("");
+    return (text.match(SPLIT) ?? []).flatMap((word) => this.merge(binary(word)));
   }
 
-  /** Merge the pair of parts whose joined bytes have the lowest id, the leftmost of equals, until none has. */
+  /** Merge the pair of parts whose joined bytes have the lowest id, the leftmost of equals. */
   merge(word) {
     if (this.ranks.has(word)) return [this.ranks.get(word)];
     const parts = [...word];
@@ -84,7 +85,9 @@ function probabilities(logits, { temperature = 1, top_p = 1 }) {
     return probs;
   }
   let total = 0;
-  for (let i = 0; i < probs.length; i++) total += probs[i] = Math.exp((logits[i] - logits[best]) / temperature);
+  for (let i = 0; i < probs.length; i++) {
+    total += probs[i] = Math.exp((logits[i] - logits[best]) / temperature);
+  }
   for (let i = 0; i < probs.length; i++) probs[i] /= total;
   if (top_p >= 1) return probs;
   // The smallest set of likely tokens with a sum of at least top_p, and those tied with the last one. A few

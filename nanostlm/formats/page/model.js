@@ -1,9 +1,9 @@
 /*
- * GPT of model.py with the KV cache of nanostlm/kv_cache.py and the pointer of nanostlm/variants.py, with their
- * names, one token at a time.
+ * GPT of model.py with the KV cache of nanostlm/kv_cache.py and the pointer of nanostlm/variants.py, with
+ * their names, one token at a time.
  *
- *   const sequence = new Sequence(new Model(config, tensors, bytes));   // of describe() and pack() in html.py
- *   sequence.logits(history);                                           // (vocab_size,), of the next token
+ *   const sequence = new Sequence(new Model(config, tensors, bytes)); // of describe() and pack() in html.py
+ *   sequence.logits(history);                                         // (vocab_size,), of the next token
  *
  * All activations are Float32Arrays: storing a number rounds it to float32, as in PyTorch.
  */
@@ -63,8 +63,8 @@ function layerNorm(x, eps, weight, bias) {
 /** Abramowitz & Stegun 7.1.26: the error is below 1.5e-7, like a rounding to float32. */
 function erf(x) {
   const t = 1 / (1 + 0.3275911 * Math.abs(x));
-  const poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
-  return Math.sign(x) * (1 - poly * Math.exp(-x * x));
+  const a = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0];
+  return Math.sign(x) * (1 - a.reduce((sum, coefficient) => sum * t + coefficient) * Math.exp(-x * x));
 }
 
 const silu = (x) => x / (1 + Math.exp(-x));
@@ -100,7 +100,7 @@ function ropeAngles(position, dim, theta) {
     Math.fround(position * Math.fround(theta ** Math.fround((-2 * i) / dim))));
 }
 
-/** ALiBi's slope of each head: 2^(-8/n) and its powers, n the power of 2 up to `heads`; then those between. */
+/** ALiBi's slope of each head: powers of 2^(-8/n), n the power of 2 up to `heads`; then those between. */
 function alibiSlopes(heads) {
   const n = 2 ** Math.floor(Math.log2(heads));
   const between = (i) => 2 ** ((-8 * (2 * (i - n) + 1)) / (2 * n));
@@ -173,7 +173,8 @@ class Model {
     }
     this.pointer?.update(this.x, id);
     this.norm("head.norm", this.x, this.normed);
-    linear(this.weights.get(c.tied ? "embedder.tokens.weight" : "head.linear.weight"), this.normed, this.logits);
+    const head = c.tied ? "embedder.tokens.weight" : "head.linear.weight";
+    linear(this.weights.get(head), this.normed, this.logits);
     const cap = c.softcap;
     if (cap) for (let i = 0; i < c.vocab_size; i++) this.logits[i] = cap * Math.tanh(this.logits[i] / cap);
     this.pointer?.mix(this.logits);
@@ -377,7 +378,7 @@ class Sequence {
     this.offset = 0; // of the first of them in the history
   }
 
-  /** Logits after a history, which begins with end-of-text. What it shares with the last call is not redone. */
+  /** Logits after a history, which begins with end-of-text; reuses what it shares with the last one. */
   logits(history) {
     const { block_size, position } = this.model.config;
     let offset = 0;

@@ -6,7 +6,8 @@
 
 const $ = (id) => document.getElementById(id);
 const model = JSON.parse($("model").textContent);
-const tokens = model.tokens.split(" ").map((token) => Uint8Array.from(atob(token), (char) => char.charCodeAt(0)));
+const toBytes = (base64) => Uint8Array.from(atob(base64), (char) => char.charCodeAt(0));
+const tokens = model.tokens.split(" ").map(toBytes);
 const eot = tokens.length;
 const MAX_TOKENS = 500; // that one click writes
 const SURPRISE = 8; // bits, of the darkest shade
@@ -39,8 +40,8 @@ function decode(before, bytes) {
 }
 
 /**
- * A token alone, for the table of alternatives. Line breaks, parts of characters and spaces are visible, except
- * for the space before a word; "–ing" joins the word before.
+ * A token alone, for the table of alternatives. Line breaks, parts of characters and spaces are visible,
+ * except for the space before a word; "–ing" joins the word before.
  */
 function label(id) {
   if (id === eot) return "end of story";
@@ -117,11 +118,13 @@ function verdict() {
   if (!model.grammar || tip === root) return "";
   const nodes = path(tip), ended = tip.id === eot, story = nodes.filter((node) => node.id !== eot);
   for (const node of nodes) node.span.classList.remove("wrong");
-  const text = story.map((node) => node.text).join(""), { ok, reach } = checkToystory(model.grammar, text.trim());
+  const text = story.map((node) => node.text).join("");
+  const { ok, reach } = checkToystory(model.grammar, text.trim());
   if (ok) return " · a valid story";
   const at = reach + text.length - text.trimStart().length;
   if (at >= text.trimEnd().length) return ended ? " · unfinished" : " · valid so far";
-  const start = text.slice(0, at + 1).search(/\S+\s*$/), end = start + text.slice(start).match(/\S+/)[0].length;
+  const start = text.slice(0, at + 1).search(/\S+\s*$/);
+  const end = start + text.slice(start).match(/\S+/)[0].length;
   let seen = 0;
   for (const node of story) {
     const begins = seen + node.text.search(/\S|$/);
@@ -241,7 +244,7 @@ function choose(node, id) {
 // ---------------------------------------------------------------------------------------------------------
 // Alternatives
 
-const percent = (p) => (p >= 0.9995 ? "100%" : p >= 0.0005 ? (100 * p).toFixed(1) + "%" : p > 0 ? "<0.1%" : "0");
+const percent = (p) => (p >= 0.9995 ? "100%" : p >= 0.0005 ? (100 * p).toFixed(1) + "%" : "<0.1%");
 
 function inspect(node, pin) {
   hide();
@@ -271,7 +274,8 @@ function inspect(node, pin) {
     if (written) button.append(element("span", " branch", "mark"));
     row.className = (entry.id === node.id ? "chosen" : "") + (entry.final ? "" : " cut");
     cell.append(button);
-    row.append(cell, element("td", percent(entry.raw)), element("td", entry.final ? percent(entry.final) : "cut"));
+    const final = entry.final ? percent(entry.final) : "cut";
+    row.append(cell, element("td", percent(entry.raw)), element("td", final));
     table.append(row);
   }
   details.replaceChildren(about, table);
@@ -280,7 +284,7 @@ function inspect(node, pin) {
   place(node.span, source?.span);
 }
 
-/** Put the alternatives below the token, or above it where there is more room, and draw the pointer's line. */
+/** Put the alternatives below the token, or above it if they do not fit; draw the pointer's line. */
 function place(span, source) {
   const details = $("details");
   const word = (span) => span.lastChild.getClientRects()[0] ?? span.getBoundingClientRect();
@@ -343,8 +347,9 @@ $("story").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && active) $("details").querySelector("button").focus();
   else if (event.key === "Home") next = 0;
   else if (event.key === "End") next = nodes.length - 1;
-  else if (/Arrow(Left|Right)/.test(event.key)) next = at < 0 ? nodes.length - 1 : at + (event.key === forward ? 1 : -1);
-  else return;
+  else if (!/Arrow(Left|Right)/.test(event.key)) return;
+  else if (at < 0) next = nodes.length - 1;
+  else next = at + (event.key === forward ? 1 : -1);
   event.preventDefault();
   if (!nodes[next]) return;
   inspect(nodes[next], true);
@@ -404,4 +409,6 @@ addEventListener("resize", hide);
 
 $("about").textContent = model.about;
 $("copied-key").hidden = !model.config.pointer;
-for (const [name, text] of Object.entries(model.card)) $("card").append(element("dt", name), element("dd", text));
+for (const [name, text] of Object.entries(model.card)) {
+  $("card").append(element("dt", name), element("dd", text));
+}

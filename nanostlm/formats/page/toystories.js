@@ -1,11 +1,11 @@
 /*
- * Checks stories of the built-in corpus: the parser of nanostlm/toystories.py, with the compiled grammar as data.
+ * Checks stories of the built-in corpus: the parser of nanostlm/toystories.py; its compiled grammar is data.
  *
  *   checkToystory(grammar, text)    // { ok, reach }: no valid story begins with more than `reach` characters
  *
- * An operation of the grammar is a text; the index of a choice, a list of alternatives; [variable, column], that
- * column of the row that the variable holds; or [variable, column, source, rivals]: draw a row that no rival
- * holds. A source is the index of a list of rows, or [variable, column]. Rows are indices, too.
+ * An operation of the grammar is a text; the index of a choice, a list of alternatives; [variable, column],
+ * that column of the row that the variable holds; or [variable, column, source, rivals]: draw a row that no
+ * rival holds. A source is the index of a list of rows, or [variable, column]. Rows are indices, too.
  */
 "use strict";
 
@@ -24,7 +24,8 @@ function checkToystory({ rows, lists, choices, start, columns }, text) {
   /** Columns from `columns` on are those before with a capital letter. */
   const cell = (row, column) => {
     const value = rows[row][column % columns] ?? "";
-    return column < columns || typeof value !== "string" ? value : value.charAt(0).toUpperCase() + value.slice(1);
+    if (column < columns || typeof value !== "string") return value;
+    return value.charAt(0).toUpperCase() + value.slice(1);
   };
 
   const threads = [{ at: 0, stack: { ops: [start], i: 0, after: null }, memory: [] }];
