@@ -295,6 +295,15 @@ def test_tokenizer_ids_match(bpe):
         assert encoded(tokenizer, texts) == [tokenizer.encode(text) for text in texts], tokenizer.name
 
 
+def test_words_of_javascript_are_text_for_the_tokenizer():
+    """GPT-2 has the token " undefined": a space and a missing neighbor must not become it."""
+    words = ["undefined", " undefined", "constructor", "__proto__", "null", "NaN"]
+    tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in words]
+    tokenizer = tokenizers.Tokenizer("bpe263", tokens)
+    texts = ["  ", " ", "x ", "undefined", " undefined", "constructor __proto__", "null NaN"]
+    assert encoded(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
+
+
 def test_lone_surrogates_become_replacement_characters(bpe):
     assert encoded(bpe, ["a\ud800b"]) == [bpe.encode("a\ufffdb")]
 
