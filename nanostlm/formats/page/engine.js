@@ -52,7 +52,8 @@ class Tokenizer {
   merge(word) {
     if (this.ranks.has(word)) return [this.ranks.get(word)];
     const parts = [...word];
-    const rank = (i) => (i + 1 < parts.length ? this.ranks.get(parts[i] + parts[i + 1]) ?? Infinity : Infinity);
+    const last = (i) => i + 1 >= parts.length;
+    const rank = (i) => (last(i) ? Infinity : this.ranks.get(parts[i] + parts[i + 1]) ?? Infinity);
     const ranks = parts.map((_, i) => rank(i)); // of the pair that begins with part i
     for (;;) {
       let best = 0;
