@@ -359,8 +359,8 @@ def test_checker_is_small():
 
 @pytest.fixture(scope="module")
 def story_model(bpe):
-    """A random model whose stories do not end, with a pointer that copies, as slow as a real one."""
-    model = random_model(bpe, **TINY, n_embd=128, n_layer=4)
+    """A random model whose stories do not end, with a pointer that copies."""
+    model = random_model(bpe, **TINY, n_embd=128)
     with torch.no_grad():
         model.head.linear.weight *= 3
         model.head.linear.weight[bpe.eot] = 0
