@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -145,8 +146,14 @@ def test_a_sequence_continues_from_any_token(bpe):
 def test_samplers_equal_pytorch():
     rng = np.random.default_rng(0)
     flat, tied = rng.normal(size=400) * 0.1, np.repeat([2.0, 1.0, 0.0], 5)  # tied tokens stay or go together
-    rows = [*(rng.normal(size=(6, 300)) * [[0.5], [1], [2], [3], [5], [9]]), flat, tied]
-    cases = [(row, t, p) for row in rows for t in (0, 0.3, 1, 2) for p in (0, 0.1, 0.5, 0.9, 0.999, 1)]
+    rows = [
+        *(rng.normal(size=(6, 300)) * [[0.5], [1], [2], [3], [5], [9]]),
+        flat,
+        tied,
+        np.log([0.5, 0.3, 0.2]),
+    ]
+    values = (0, 0.1, 0.5, 0.5 + 5e-7, 0.9, 0.999, 1)  # rounding may leave a sum below top_p
+    cases = [(row, t, p) for row in rows for t in (0, 0.3, 1, 2) for p in values]
     actual = node(
         "return I.cases.map(([x, temperature, top_p]) => [...E.probabilities(x, { temperature, top_p })]);",
         cases=[(row.tolist(), t, p) for row, t, p in cases],
@@ -194,8 +201,8 @@ def test_copies_equal_the_pointer(bpe):
     total = torch.logaddexp(score.logsumexp(-1), head.copies.sentinel)
     tokens = node(
         """
-        const { model } = E.load(I.file), logits = new E.Sequence(model).logits(I.ids);
-        return I.all.map((id) => E.describe(model, logits, E.probabilities(logits, {}), id));""",
+        const sequence = new E.Sequence(E.load(I.file).model), logits = sequence.logits(I.ids);
+        return I.all.map((id) => E.describe(sequence, logits, E.probabilities(logits, {}), id));""",
         file=file,
         ids=ids,
         all=list(range(bpe.vocab_size)),
@@ -212,6 +219,21 @@ def test_copies_equal_the_pointer(bpe):
         assert abs(token["raw"] - logits[i].exp().item()) < 1e-5
         shares += [share] if places else []
     assert min(shares) < 0.9 and max(shares) > 0.1
+
+
+def test_copies_past_the_context_are_found_in_the_history(bpe):
+    """With learned positions, the context begins anew with its last half."""
+    rng = random.Random(0)
+    ids = [rng.randrange(299) for _ in range(60)]
+    tokens = node(
+        """
+        const sequence = new E.Sequence(E.load(I.file).model), logits = sequence.logits(I.ids);
+        return I.ids.map((id) => E.describe(sequence, logits, E.probabilities(logits, {}), id));""",
+        file=engine_file(random_model(bpe, **GPT2, pointer=True), bpe),
+        ids=ids,
+    )
+    found = [token for token in tokens if token["from"] >= 0]
+    assert len(found) > 20 and all(ids[token["from"]] == token["id"] for token in found)
 
 
 def test_tied_and_shared_weights_are_stored_once(bpe):
@@ -328,10 +350,13 @@ def test_tokenizer_ids_match_on_real_stories(tinystories):
 def test_checker_equals_that_of_toystories():
     """The verdict, and how far it can parse: stories, with a wrong word, and beginnings."""
     rng, texts = random.Random(0), []
+    drawn = {row[0] for rows in toystories.GRAMMAR.lists.values() for row in rows}
     for text, _ in islice(toystories.stories(3), 150):
         words = text.split(" ")
         words[rng.randrange(len(words))] = rng.choice(text.split())
-        texts += [text, " ".join(words), text[: rng.randrange(len(text))].strip()]
+        names = sorted(drawn & set(re.findall(r"\w+", text)))  # two of which may exclude each other
+        renamed = text.replace(rng.choice(names), rng.choice(names))
+        texts += [text, " ".join(words), text[: rng.randrange(len(text))].strip(), renamed]
     actual = node(
         f"""const {{ checkToystory }} = require({json.dumps(str(FORMATS / "toystories.js"))});
         return I.texts.map((text) => checkToystory(I.grammar, text));""",
@@ -456,7 +481,9 @@ def test_page_stops_and_continues(open_page):
         document.getElementById("stop").click();
         return story.children.length;
     }""")
-    page.wait_for_timeout(200)
+    page.evaluate("late = 0, worker.addEventListener('message', () => late++)")
+    page.wait_for_timeout(300)
+    assert page.evaluate("late") <= 2  # the engine stopped, too
     assert page.locator("#story > span").count() == whole < 400
     assert page.inner_text("#status") == f"Stopped after {whole} tokens"
     page.click("#step")
@@ -484,6 +511,7 @@ def test_page_branches_at_an_alternative_and_goes_back(open_page):
     second = written(page)
     spans = page.locator("#story > span").all_text_contents()
     assert second != first and spans[:n] == texts[:n] and spans[n] != texts[n]
+    assert page.locator("#story > .fork").count() == 1
     branches = page.locator("#branches button")
     assert branches.count() == 2
     branches.nth(0).click()
@@ -520,7 +548,8 @@ def test_page_works_with_a_keyboard(open_page):
     page.keyboard.press("Home")
     for _ in range(30):
         page.keyboard.press("ArrowRight")
-    assert page.locator("#story > span.active").count() == 1
+    active = page.evaluate("[...document.querySelectorAll('#story > span')].map((x) => x.className)")
+    assert [i for i, name in enumerate(active) if "active" in name] == [30]
     page.keyboard.press("Enter")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")

@@ -132,7 +132,7 @@ function uniform(seed, n) {
 }
 
 /** What the page shows of a token: raw and final probability, the likeliest alternatives, and the copy. */
-function describe(model, logits, probs, id, alternatives = 10) {
+function describe({ model, offset }, logits, probs, id, alternatives = 10) {
   const logZ = logSumExp(logits);
   const top = [];
   for (let i = 0; i < logits.length; i++) {
@@ -145,7 +145,8 @@ function describe(model, logits, probs, id, alternatives = 10) {
   const entry = (token) => {
     const { logp, position } = model.pointer?.copy(token) ?? { logp: -Infinity, position: -1 };
     const copied = Math.min(1, Math.exp(logp - logits[token] + logZ)); // the copies' part of the probability
-    return { id: token, raw: Math.exp(logits[token] - logZ), final: probs[token], copied, from: position };
+    const from = position < 0 ? -1 : position + offset; // in the history
+    return { id: token, raw: Math.exp(logits[token] - logZ), final: probs[token], copied, from };
   };
   return { ...entry(id), bits: (logZ - logits[id]) / Math.LN2, alternatives: top.map(entry) };
 }
@@ -188,9 +189,8 @@ if (typeof module !== "undefined") {
       const logits = sequence.logits(ids);
       const probs = probabilities(logits, sampling);
       id = n < given.length ? given[n] : draw(probs, uniform(seed, ids.length));
-      const token = describe(sequence.model, logits, probs, id);
+      const token = describe(sequence, logits, probs, id);
       ids.push(id);
-      for (const entry of [token, ...token.alternatives]) if (entry.from >= 0) entry.from += sequence.offset;
       tokens.push({ ...token, given: n < given.length });
       if (performance.now() - sent > 15) {
         postMessage({ job: mine, tokens });

@@ -389,7 +389,7 @@ class Sequence {
     }
     const ids = history.slice(offset);
     let shared = 0;
-    if (offset === this.offset) while (shared < ids.length - 1 && ids[shared] === this.ids[shared]) shared++;
+    while (shared < ids.length - 1 && ids[shared] === this.ids[shared]) shared++;
     if (shared < this.ids.length) shared = this.model.truncate(shared);
     for (let i = shared; i < ids.length; i++) this.model.step(ids[i]);
     [this.ids, this.offset] = [ids, offset];
