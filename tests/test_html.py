@@ -79,6 +79,8 @@ CASES = [
     dict(share="lora", lora_rank=3, bias=True, n_kv_head=2),
     dict(position="sinusoidal", n_head=3, n_embd=33, mlp_ratio=2.5),
     dict(position="learned", separator=299, block_size=47),
+    GPT2 | dict(block_size=5),
+    TINY | dict(block_size=1),
 ]
 
 CONTINUE = """
@@ -86,7 +88,8 @@ CONTINUE = """
     const { model, tokenizer } = E.load(I.file);
     const forced = new E.Sequence(model), logits = [];
     I.idx.forEach((_, n) => logits.push(...forced.logits(I.idx.slice(0, n + 1))));
-    const ids = [tokenizer.eot, ...I.prompt], sequence = new E.Sequence(model), steps = [];
+    const ids = [tokenizer.eot, ...E.fit(I.prompt, model.config.block_size)];
+    const sequence = new E.Sequence(model), steps = [];
     for (let n = 0; n < 200; n++) {
         const next = sequence.logits(ids);
         next[tokenizer.eot] = -Infinity;
@@ -97,6 +100,7 @@ CONTINUE = """
 """
 
 
+@pytest.mark.filterwarnings("ignore:a prompt of")
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_engine_equals_pytorch_with_the_same_int8_weights(settings, bpe):
     """
@@ -491,6 +495,9 @@ def test_page_stops_and_continues(open_page):
     assert page.locator("#story > span").count() == whole + 1
     page.click("#continue")
     assert len(written(page)) > 0 and page.locator("#story > span").count() == whole + 501
+    page.fill("#prompt", "The dog")  # another beginning is another story
+    page.click("#step")
+    assert written(page).startswith("The dog") and page.locator("#story > span").count() < 20
 
 
 def test_page_branches_at_an_alternative_and_goes_back(open_page):

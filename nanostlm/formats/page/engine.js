@@ -154,12 +154,17 @@ function describe({ model, offset }, logits, probs, id, alternatives = 10) {
 // ---------------------------------------------------------------------------------------------------------
 // Loading, and the Worker
 
+/** The last of a prompt's ids that fit into the context, after end-of-text. */
+function fit(ids, block_size) {
+  return ids.slice(Math.max(0, ids.length - block_size + 1));
+}
+
 function load({ config, tensors, tokens, weights }) {
   return { tokenizer: new Tokenizer(tokens), model: new Model(config, tensors, fromBase64(weights)) };
 }
 
 if (typeof module !== "undefined") {
-  module.exports = { load, Tokenizer, Sequence, probabilities, draw, uniform, describe };
+  module.exports = { load, fit, Tokenizer, Sequence, probabilities, draw, uniform, describe };
 } else {
   let tokenizer, sequence;
   let job = 0; // the page's number of the story that is being written; 0: none
@@ -175,13 +180,11 @@ if (typeof module !== "undefined") {
    * Write up to `count` tokens after `history` (ids); given ids are described, not drawn. Results are sent
    * about once a frame; a newer message ends the loop.
    */
-  const write = async ({ job: mine, history, prompt, given = [], count, seed, ...sampling }) => {
+  const write = async ({ job: mine, history, prompt = "", given = [], count, seed, ...sampling }) => {
     job = mine;
-    const encoded = prompt === undefined ? [] : tokenizer.encode(prompt);
-    if (prompt !== undefined) {
-      given = encoded.slice(Math.max(0, encoded.length - sequence.model.config.block_size + 1));
-    }
-    const dropped = Math.max(0, encoded.length - given.length); // of a prompt that is longer than the context
+    const encoded = tokenizer.encode(prompt);
+    if (prompt) given = fit(encoded, sequence.model.config.block_size);
+    const dropped = prompt ? encoded.length - given.length : 0;
     const ids = [...history];
     let tokens = [], sent = performance.now(), began = sent, id = -1;
     for (let n = 0; n < given.length + count && id !== tokenizer.eot; n++) {

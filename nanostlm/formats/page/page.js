@@ -53,8 +53,8 @@ function label(id) {
   return marked.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
 
-function newRoot() {
-  return { id: eot, parent: null, children: [], last: null, rest: [], text: "" };
+function newRoot(prompt) {
+  return { id: eot, parent: null, children: [], last: null, rest: [], text: "", prompt };
 }
 
 /** The child of `parent` for what the engine says of a token; an existing one is kept. */
@@ -138,7 +138,7 @@ function verdict() {
 
 /** Which buttons can be used. */
 function update() {
-  const ended = tip.id === eot && tip !== root;
+  const ended = tip.id === eot && tip !== root && $("prompt").value === root.prompt;
   $("go").disabled = $("another").disabled = running;
   $("stop").disabled = !running;
   $("step").disabled = $("continue").disabled = running || ended;
@@ -179,6 +179,7 @@ function write(from, request) {
   if (!$("seed").reportValidity()) return;
   hide();
   remember();
+  if (!from.parent) root = from;
   tip = from;
   running = true;
   written = 0;
@@ -190,7 +191,7 @@ function write(from, request) {
 
 worker.onmessage = ({ data }) => {
   if (data.ready) {
-    root = tip = newRoot();
+    root = tip = newRoot("");
     status("Ready");
     return update();
   }
@@ -218,18 +219,15 @@ function stop() {
   status(`Stopped after ${path(tip).length} tokens${verdict()}`);
 }
 
-function go() {
-  if (running) return;
-  remember();
-  root = newRoot();
-  tip = root;
-  write(root, { prompt: $("prompt").value, count: MAX_TOKENS });
-  undos.pop(); // write() remembers the empty tree
+/** Begin a new story with the prompt. Undo goes back to the one before. */
+function begin(count) {
+  if (!running) write(newRoot($("prompt").value), { prompt: $("prompt").value, count });
 }
 
-function step() {
-  if (tip === root) write(root, { prompt: $("prompt").value, count: 1 });
-  else write(tip, { count: 1 });
+/** Continue the story, or begin one if there is none for this prompt. */
+function proceed(count) {
+  if (tip === root || $("prompt").value !== root.prompt) begin(count);
+  else write(tip, { count });
 }
 
 /** Continue the story with another token in place of `node`, or go to that branch if it exists. */
@@ -379,14 +377,15 @@ $("prompt").addEventListener("keydown", (event) => {
 
 $("controls").addEventListener("submit", (event) => {
   event.preventDefault();
-  go();
+  begin(MAX_TOKENS);
 });
+$("prompt").addEventListener("input", update);
 $("stop").onclick = stop;
-$("step").onclick = step;
-$("continue").onclick = () => (tip === root ? go() : write(tip, { count: MAX_TOKENS }));
+$("step").onclick = () => proceed(1);
+$("continue").onclick = () => proceed(MAX_TOKENS);
 $("another").onclick = () => {
   $("seed").value = Math.floor(Math.random() * 1e6);
-  go();
+  begin(MAX_TOKENS);
 };
 $("undo").onclick = () => {
   hide();
