@@ -249,6 +249,16 @@ def test_tied_and_shared_weights_are_stored_once(bpe):
         assert len(data) < 1.4 * sum(p.numel() * (1 if p.ndim == 2 else 4) for p in own)
 
 
+def test_special_tokens_of_fill_in_the_middle_have_no_text(bpe):
+    tokens = bpe.with_special(tokenizers.FIM)
+    file = engine_file(random_model(tokens), tokens)
+    body = (
+        "const { tokenizer: t } = E.load(I); return [t.eot, [1, 2, 3].map((i) => t.bytes(t.eot + i).length)]"
+    )
+    assert node(body, **file) == [bpe.eot, [0, 0, 0]]
+    assert html.describe(random_model(bpe), bpe)["tokens"] == file["tokens"]
+
+
 def test_unsupported_settings_are_named(bpe, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="^causal=False has no equivalent in the page's engine$"):
         html.to_html(random_model(bpe, causal=False), bpe, tmp_path / "x.html", {}, "x")

@@ -118,7 +118,7 @@ def describe(model: GPT, tokenizer: Tokenizer) -> dict:
     """What the engine's `load` takes, except for the weights: plain data."""
     refuse(unsupported(model.config, SUPPORTED), "the page's engine")
     config = {name: value for name, value in asdict(model.config).items() if name not in TRAINING}
-    tokens = " ".join(base64.b64encode(token).decode() for token in tokenizer.tokens[:-1])
+    tokens = " ".join(base64.b64encode(token).decode() for token in tokenizer.tokens[: tokenizer.eot])
     return {"config": config, "tokens": tokens, "tensors": pack(model)[0]}
 
 
