@@ -12,7 +12,8 @@ themselves (NextLat, arXiv 2511.05963).
 
 A sentence begins with the white space after . ! ? and perhaps a quotation mark, or with end-of-text.
 
-Result: not measured beyond runs of a minute, in which the latents do not help yet (README.md).
+Result: after ten minutes on toystories, 0.304 bits per byte; 0.407 from the sentence alone, 0.288 with all of
+the text. What crosses is the plot, not yet names and pronouns (README.md).
 """
 
 from dataclasses import dataclass, replace
