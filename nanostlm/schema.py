@@ -51,7 +51,8 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: {name}{error}") from error
+        message = " ".join(str(error).splitlines())  # a key in it may have line breaks
+        raise ValueError(f"{path}: {name}{message}") from error
 
 
 def read_json(path: Path, schema: dict) -> dict:

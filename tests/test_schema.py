@@ -721,3 +721,11 @@ def test_data_replaced_during_a_run(mini):
     shutil.rmtree("old")
     datasets.check_not_truncated(data.train)
     datasets.check_not_truncated(datasets.first_stories(data.train, 256, 2))
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_error_is_one_line_whatever_the_key(value):
+    with pytest.raises(ValueError, match="^file: model. +(must be|is missing)") as raised:
+        with schema.naming("file"):
+            schema.check({"model": {"\n": value}}, {"model": {"*": schema.WHOLE}})
+    assert "\n" not in str(raised.value)
