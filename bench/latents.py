@@ -39,6 +39,7 @@ def plot(found: dict[str, float], options, path: Path) -> None:
     axes.axhline(found["none"], color="0.5", linestyle="--", label="this sentence only")
     axes.set(xscale="log", xlabel="numbers in each latent", ylabel="bits per byte")
     axes.set_xticks(options.widths, options.widths)
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
