@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 
 from nanostlm import checkpoint, data, machine, report, settings, sources, stats, story_stats, tasks
-from nanostlm.generate import check_range, quantize
+from nanostlm.fast_decoding import quantize
+from nanostlm.generate import check_range
 from nanostlm.stats import Result
 from nanostlm.tasks import Subject
 

@@ -25,17 +25,8 @@ import torch
 
 from experiments import name_of
 from nanostlm import checkpoint, machine, settings
-from nanostlm.generate import (
-    DEFAULTS,
-    SAMPLERS,
-    chain,
-    check_range,
-    column_major,
-    compile_step,
-    generate,
-    quantize,
-    write,
-)
+from nanostlm.fast_decoding import column_major, compile_step, quantize
+from nanostlm.generate import DEFAULTS, SAMPLERS, chain, check_range, generate, write
 
 MAX_PROMPT = 10_000_000  # bytes
 SEPARATOR = "---------------"  # the line between samples

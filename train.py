@@ -263,13 +263,7 @@ def build_model(plan: Plan) -> nn.Module:
     torch.manual_seed(c.seed)
     model = experiments.architecture(c.architecture)[1](c.model)
     if plan.weights is not None:
-        known, new = plan.weights.config.vocab_size, model.state_dict()
-        for name, value in plan.weights.state_dict().items():
-            if value.shape == new[name].shape:
-                new[name] = value
-            else:  # the rows of ids; those that the objective adds keep their initial weights
-                new[name] = torch.cat((value[:known], new[name][known:]))
-        model.load_state_dict(new)
+        model.load_state_dict(checkpoint.grown(plan.weights, model.state_dict()))
     elif c.pair_tokens and plan.state is None:
         from nanostlm.variants import bigram_init
 
@@ -440,26 +434,14 @@ class Trainer:
                 )
 
     def compile(self) -> None:
-        """Compile the model for every shape of the run. If that fails, warn and use the uncompiled model."""
-        if not self.machine.compile:
-            return
-        c, began = self.config, time.perf_counter()
-        try:
-            compiled = machine.compiled(self.model)
-            self.model.train()
-            for step in {max(first, self.progress.step) for first, _ in c.stages()}:  # every window length
-                idx, targets = next(self.micro_batches(step))
-                with self.machine.autocast():
-                    compiled(idx, targets)[1].backward()
-            idx = torch.zeros(c.batch_size, c.model.block_size, dtype=torch.int64, device=idx.device)
-            self.model.eval()
-            with torch.no_grad(), self.machine.autocast():
-                compiled(idx, idx + 1)  # as in val_step
-            self.forward = compiled
-            print0(f"compiled in {time.perf_counter() - began:.0f} s")
-        except Exception as error:  # compilers raise many kinds of exceptions
-            print0(f"WARNING: this run is not compiled, and slower: {machine.compile_failure(error)}")
-        self.model.zero_grad(set_to_none=True)
+        """Compile the model for every shape of the run, if the machine is to."""
+        if self.machine.compile:
+            steps = {
+                max(first, self.progress.step) for first, _ in self.config.stages()
+            }  # every window length
+            batches = (next(self.micro_batches(step)) for step in steps)
+            shape = self.config.batch_size, self.config.model.block_size  # in val_step
+            self.forward = self.machine.compiled_for(self.model, batches, shape)
 
     # -- evaluation
 
@@ -613,14 +595,9 @@ def train(trainer: Trainer) -> None:
                 console.show(trainer.log(step + 1, result))
 
 
-@script
-def main(argv: list[str]) -> int:
-    plan = configure(argv)
+def run(plan: Plan, argv: list[str]) -> Trainer:
+    """Start or continue the run of a plan, up to its end or a signal; argv goes into its config.json."""
     c, rank = plan.config, plan.machine.rank
-    iters = c.max_iters or plan.recipe.get("max_iters", TrainConfig.max_iters)
-    print0(report.plan(c, plan.data, plan.machine, iters))
-    if not c.max_iters:
-        return 0
     plan.machine.check_run(c)
     trainer = Trainer(c, build_model(plan), plan.data, plan.folder, plan.machine, plan.recipe)
     if plan.state:
@@ -642,13 +619,24 @@ def main(argv: list[str]) -> int:
                 f"out of memory on {plan.machine.device}: for the same run with less memory, lower "
                 f"--batch_size={c.batch_size} and raise --gradient_accumulation_steps by as much"
             ) from None
+    return trainer
+
+
+@script
+def main(argv: list[str]) -> int:
+    plan = configure(argv)
+    c, iters = plan.config, plan.config.max_iters or plan.recipe.get("max_iters", TrainConfig.max_iters)
+    print0(report.plan(c, plan.data, plan.machine, iters))
+    if not c.max_iters:
+        return 0
+    trainer = run(plan, argv)
     step, stop = trainer.progress.step, trainer.stop or trainer.requests.stop
     if stop:
         words = [word for word in argv if word not in [f"--{flag}" for flag in FLAGS]]
         more = "continue with: " + shlex.join(["python", "train.py", *words, "--resume"])
         more = "the run is finished" if trainer.progress.finished(c.max_iters, c.patience) else more
         print0(f"saved at step {step:,}; {more}")
-    elif rank == 0:
+    elif plan.machine.rank == 0:
         report.final(trainer, plan.name)
     if lost and not trainer.requests.stop:
         raise RuntimeError(f"{next(iter(lost.values()))}; the run is saved at step {step:,}")

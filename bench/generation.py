@@ -27,7 +27,7 @@ import common
 import torch
 
 from model import GPT, GPTConfig
-from nanostlm import checkpoint, generate
+from nanostlm import checkpoint, fast_decoding
 from nanostlm import data as datasets
 from nanostlm.formats.llama2c import to_llama2c
 from nanostlm.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def run_c(path: str, file: Path, folder: Path, tokens: int) -> Callable[[], floa
 def bits_per_byte(file: Path, dtype: str, data: datasets.Data, eval_tokens: int) -> float:
     model, _ = checkpoint.load(file)
     if dtype == "int8":
-        generate.quantize(model)
+        fast_decoding.quantize(model)
     elif dtype in ("float32", "bfloat16", "float16"):
         model.to(getattr(torch, dtype))
     else:

@@ -19,7 +19,7 @@ from nanostlm.data import load_data
 
 NAMES = "Lily Mia Anna Sue Emma Lucy Tom Ben Tim Max Leo Jack".split()
 KINDS = {"names": NAMES, "pronouns": ["he", "she"]}
-TELLING = {*NAMES, *"he she him her his himself herself boy girl mom dad grandma grandpa".split()}
+CLUES = {*NAMES, *"he she him her his himself herself boy girl mom dad grandma grandpa".split()}
 
 
 def references(text: str) -> dict[str, tuple[str, str, str]]:
@@ -31,7 +31,7 @@ def references(text: str) -> dict[str, tuple[str, str, str]]:
             kind = "names" if word[0] in known else "pronouns" if word[0] in KINDS["pronouns"] else None
             if kind and known and word.start():
                 found.setdefault(kind, (text[: sentence.start() + word.start()], word[0], after[0]))
-            if {word[0], word[0].lower()} & TELLING:
+            if {word[0], word[0].lower()} & CLUES:
                 break
         known |= {word[0] for word in words} & {*NAMES}
     return found

@@ -30,7 +30,10 @@ FOLDER = Path(__file__).parent
 
 
 class Objective:
-    """What training minimizes. Its own settings are `self.config`, all of them `self.train_config`."""
+    """
+    What training minimizes; here the cross-entropy. `self.config` has its own settings, `self.train_config`
+    those of train.py.
+    """
 
     special: tuple[str, ...] = ()  # texts of ids that the tokenizer gets, after end-of-text
 
@@ -39,24 +42,25 @@ class Objective:
 
     def __call__(self, model, idx: Tensor, targets: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """
-        What to minimize in this micro-batch; and its parts for metrics.jsonl, among them "loss", the mean
-        cross-entropy in nats. `model` computes the loss of the weights that are trained.
+        The loss of a micro-batch to minimize, and its terms for metrics.jsonl by name, among them "loss": the
+        mean cross-entropy in nats. Call `model`, not `self.model`: it may be wrapped.
         """
-        raise NotImplementedError
+        loss = model(idx, targets)[1]
+        return loss, {"loss": loss}
 
     def batch(self, step: int) -> Iterable[tuple[Tensor, Tensor]] | None:
-        """This process' micro-batches of a step, (idx, targets) each; None: those of the data."""
+        """The micro-batches (idx, targets) of this process at a step; None: those of the data."""
         return None
 
     def prepare_model(self, model: nn.Module) -> None:
         """Change the modules of the model, before the optimizers are built."""
 
     def state_dict(self) -> dict:
-        """Tensors and plain data that an exact resume needs."""
+        """Tensors and plain data that a bit-exact resume needs."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        pass
+        """Restore what state_dict returned."""
 
 
 class Minimized(nn.Module):

@@ -37,11 +37,10 @@ TRIAL = 101  # updates
 
 
 def arguments(name: str, corpus: str, data_dir: str) -> list[str]:
-    """Of train.py; in name, +KEY=VALUE is a setting."""
+    """The arguments of train.py for a model; +KEY=VALUE in its name is a setting."""
     model, *settings = name.split("+")
-    return [str(ROOT / MODELS[model]), f"--dataset={corpus}", f"--data_dir={data_dir}"] + [
-        f"--{setting}" for setting in settings
-    ]
+    words = [f"dataset={corpus}", f"data_dir={data_dir}", "fallback=", *settings]  # never another corpus
+    return [str(ROOT / MODELS[model]), *(f"--{word}" for word in words)]
 
 
 def plan(names: list[str], corpus: str, options) -> dict[str, dict]:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from model import cross_entropy
 from nanostlm import machine
 from nanostlm import tokenizer as tokenizers
+from nanostlm.fast_decoding import to_float32
 from nanostlm.formats.hf import local_folder
-from nanostlm.generate import to_float32
 
 # The longest context that we use: scoring computes the logits of whole windows at once, and with 50,257 ids,
 # those of a single window of 2,048 tokens take 400 MB. Stories are shorter than that.

@@ -11,13 +11,12 @@ checkpoints hold all three matrices; what loads one for another use gets a plain
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 import experiments
 from model import check_settings
-from nanostlm.generate import replace_linear
 from nanostlm.machine import print0
-from nanostlm.variants import LoRA
+from nanostlm.variants import LoRA, replace_linear
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,3 @@ class Objective(experiments.Objective):
         adapted = LoRA(layer, self.config.adapter_rank).to(layer.weight)  # its device and dtype
         nn.init.zeros_(adapted.up.weight)
         return adapted
-
-    def __call__(self, model, idx: Tensor, targets: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = model(idx, targets)[1]
-        return loss, {"loss": loss}

@@ -43,13 +43,6 @@ BATCH = 8  # pairs per update
 EVAL_TOKENS = 65_536
 
 
-def write(file: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
 def beginnings(plan: train.Plan, seed: list[int]) -> Iterator[list[tuple[str, str]]]:
     """
     Batches of training stories in random order, each cut at the end of a random sentence: its beginning and
@@ -126,7 +119,7 @@ def make_pairs(folder: Path, previous: Path, plan: train.Plan, check, options, n
         raise ValueError(f"{note}; lower --pairs={options.pairs}")
     print(note, file=sys.stderr)
     lines = [json.dumps(pair) + "\n" for pair in pairs.values()]
-    write(folder / "prefer.jsonl", "".join(lines[: options.pairs]))
+    runs.replace_text(folder / "prefer.jsonl", "".join(lines[: options.pairs]))
     return {"texts": texts, "dropped": dropped, "writing_s": seconds}
 
 
@@ -153,21 +146,6 @@ def arguments(options, state: dict, previous: Path, folder: Path, number=0, coun
     values = {"warmup_iters": min(10, values["max_iters"] // 2)} | values | options.settings
     resume = ["--resume"] if (folder / "metrics.jsonl").exists() else []
     return [f"--{key}={value}" for key, value in values.items()] + resume
-
-
-def learn(argv: list[str]) -> int:
-    """Train as train.py does, without its final report. -> the signal that ended it, or 0."""
-    plan = train.configure(argv)
-    c, model = plan.config, train.build_model(plan)
-    plan.machine.check_run(c)
-    trainer = train.Trainer(c, model, plan.data, plan.folder, plan.machine, plan.recipe)
-    if plan.state:
-        trainer.load_checkpoint(plan.state)
-    disk = train.report.CHECKPOINT_BYTES * c.model.estimate()["parameters"]
-    with trainer.directory.claim(disk, plan.state, c.max_iters), trainer.requests.handle():
-        trainer.directory.write_config(trainer.description() | {"command": ["train.py", *argv]})
-        train.train(trainer)
-    return trainer.stop
 
 
 def measure(path: Path, plan: train.Plan, check, judged: int) -> dict:
@@ -234,7 +212,7 @@ def main(argv: list[str]) -> int:
     if changed := [f"{key}={before.get(key)}" for key in mine if mine[key] != before.get(key)]:
         raise ValueError(f"{out} has rounds with {', '.join(changed)}: choose another --out_dir")
     folders[0].mkdir(parents=True, exist_ok=True)
-    write(known, json.dumps(mine, indent=1))
+    runs.replace_text(known, json.dumps(mine, indent=1))
     results = []
     for number, folder in enumerate(folders):  # round 0 is the model of init_from
         previous, path = path, folder / "latest.pt" if number else path
@@ -243,12 +221,15 @@ def main(argv: list[str]) -> int:
             folder.mkdir(exist_ok=True)
             if options.arm != "plain":
                 found = make_pairs(folder, previous, plan, check, options, number)
-            if stop := learn(arguments(options, state, previous, folder, number, plan.data.meta["train"])):
+            words = arguments(options, state, previous, folder, number, plan.data.meta["train"])
+            if stop := train.run(train.configure(words), words).stop:
                 print("the work is saved: the same command continues", file=sys.stderr)
                 return 128 + stop
             found["training_s"] = runs.read_metrics(folder)[-1]["elapsed_s"]
         if not result.exists():
-            write(result, json.dumps(found | measure(path, plan, check, options.judged), indent=1))
+            runs.replace_text(
+                result, json.dumps(found | measure(path, plan, check, options.judged), indent=1)
+            )
         results.append(json.loads(result.read_text()))
     print(table(results))
     return 0

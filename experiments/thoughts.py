@@ -208,8 +208,8 @@ class Model(nn.Module):
         attn, n = self.local(sentence, starts), predicted.shape[1]
         place = (sentence + n * torch.arange(len(x), device=x.device)[:, None]).flatten()
         for layer, (block, condition) in enumerate(zip(self.decoder.blocks, self.conditions, strict=True)):
-            told = condition(predicted).flatten(0, 1).index_select(0, place).view(x.shape)
-            x = block(x + told, attn, layer, cache)
+            added = condition(predicted).flatten(0, 1).index_select(0, place).view(x.shape)
+            x = block(x + added, attn, layer, cache)
         return x
 
     def prompt(self, idx: Tensor, cache: Cache, segments: Tensor | None) -> Tensor:
@@ -236,8 +236,8 @@ class Model(nn.Module):
         begins = sentence_starts(idx, state["before"])[:, 0]
         if len(rows := begins.nonzero()[:, 0]) and self.config.context != "none":
             seen = self.down(self.pool(state["sums"][rows]))[:, None]
-            told = self.core(seen, core.attend(rows, self.parts[1]), core)
-            state["held"][rows] = self.up(self.norm(told))[:, 0]
+            predicted = self.core(seen, core.attend(rows, self.parts[1]), core)
+            state["held"][rows] = self.up(self.norm(predicted))[:, 0]
         state["sums"] = state["sums"] * ~begins[:, None, None]
         state["start"] = torch.where(begins, state["length"], state["start"])
         starts = None if self.config.context == "full" else state["start"]
@@ -256,14 +256,16 @@ class Model(nn.Module):
         return Cache(Store(c.window), Store(c.block_size), Store(c.window))
 
     @torch.no_grad()
-    def think(self, idx: Tensor) -> Tensor:
+    def predict_next(self, idx: Tensor) -> Tensor:
         """The predicted latents (B, latents * latent_width) of the sentence after each row of idx (B, T)."""
         x, _, sentence = self.encode(idx)
         predicted = self.predict(self.latents(x, sentence, int(sentence.max()) + 2))
         return predicted[torch.arange(len(idx), device=idx.device), sentence[:, -1] + 1]
 
     @torch.no_grad()
-    def tell(self, predicted: Tensor, rng: torch.Generator | None = None, most: int = 200) -> list[bytes]:
+    def write_sentences(
+        self, predicted: Tensor, rng: torch.Generator | None = None, most: int = 200
+    ) -> list[bytes]:
         """
         A sentence for each row of predicted latents (B, latents * latent_width), after white space: sampled,
         or without rng the likeliest bytes, up to the start of the next sentence or `most` bytes.

@@ -187,6 +187,15 @@ def fit(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None
             raise ValueError(f"the tensor {name} is {a}, and {b} in a model of this configuration")
 
 
+def grown(model: nn.Module, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a model with a larger vocabulary: the rows of new ids are those of `wanted`."""
+    known, state = model.config.vocab_size, model.state_dict()
+    for name, new in wanted.items():
+        if state[name].shape != new.shape:
+            state[name] = torch.cat((state[name][:known], new[known:]))
+    return state
+
+
 def adapt(model: nn.Module, wanted, source: str) -> nn.Module:
     """
     A model with the weights of `model` and the settings of `wanted` that do not affect the weights.

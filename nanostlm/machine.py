@@ -15,7 +15,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +111,34 @@ class Machine(NamedTuple):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def compiled_for(
+        self,
+        model: torch.nn.Module,
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        shape: tuple[int, int],
+    ) -> torch.nn.Module:
+        """
+        The compiled model, after training passes of these batches (idx, targets) and an evaluation of idx
+        (rows, length) of this shape, without updates. If compiling fails, warn and return the model itself.
+        """
+        began, found = time.perf_counter(), model
+        try:
+            compiled_model = compiled(model)
+            model.train()
+            for idx, targets in batches:
+                with self.autocast():
+                    compiled_model(idx, targets)[1].backward()
+            idx = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            model.eval()
+            with torch.no_grad(), self.autocast():
+                compiled_model(idx, idx + 1)
+            found = compiled_model
+            print0(f"compiled in {time.perf_counter() - began:.0f} s")
+        except Exception as error:  # compilers raise many kinds of exceptions
+            print0(f"WARNING: this run is not compiled, and slower: {compile_failure(error)}")
+        model.zero_grad(set_to_none=True)
+        return found
 
     def loss_chunk(self) -> int:
         """Tokens per chunk of the loss: a CPU's cache holds few logits, a GPU needs many rows to be busy."""

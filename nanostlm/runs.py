@@ -102,10 +102,7 @@ class RunDirectory:
 
     def write_config(self, config: dict) -> None:
         """Write config.json, a description of the run for users and comparisons."""
-        file = self.folder / "config.json"
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        replace_text(self.folder / "config.json", json.dumps(config, indent=1) + "\n")
 
     def log(self, line: dict) -> None:
         """Append a line to metrics.jsonl; if that fails, warn and keep it for the next attempt."""
@@ -148,6 +145,13 @@ class RunDirectory:
                 print0(f"WARNING: could not save {name} at step {state['step']}: {error}{again}")
                 time.sleep(wait)
         raise OSError(f"{self.folder} cannot be written to; the previous checkpoint is intact")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file at once or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def read_metrics(folder: Path) -> list[dict]:

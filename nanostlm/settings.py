@@ -195,9 +195,7 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, Any]:
         with suppress(SyntaxError, tokenize.TokenError):  # ast.parse raises them, too, with a better message
             for kind, _, (line, _), *_ in tokenize.generate_tokens(io.StringIO(text).readline):
                 tokens = 0 if kind == tokenize.NEWLINE else tokens + (kind in (tokenize.NAME, tokenize.OP))
-                if (
-                    kind == tokenize.ERRORTOKEN
-                ):  # a syntax error; in Python 3.11, it may go on for a long time
+                if kind == tokenize.ERRORTOKEN:  # a syntax error; Python 3.11 may go on for a long time
                     break
                 if tokens > MAX_TOKENS:
                     where = f"{path}, line {line}"

@@ -174,9 +174,8 @@ def read_files(paths: list[str], split: str = "auto") -> Iterator[str | None]:
 # ------------------------------------------------------------------------------------------------------------
 # Finding a source
 
-Source = dict[
-    str, Callable[[], Iterator[str | None]]
-]  # "train", perhaps "val": a function that reads stories
+# "train", perhaps "val": a function that reads stories
+Source = dict[str, Callable[[], Iterator[str | None]]]
 
 
 def find(name: str, source: str | None, stories: int | None, split: str | None = None) -> Source:

@@ -33,13 +33,8 @@ REQUIRED = {
     "mended": "broken thing never mended",
     "sorry": "quarrel never made up",
 }
-PRONOUNS = [
-    "girl",
-    "he",
-    "him",
-    "his",
-    "himself",
-]  # a wrong word from one of these columns is a "wrong pronoun"
+# A wrong word from one of these columns is a "wrong pronoun"
+PRONOUNS = ["girl", "he", "him", "his", "himself"]
 
 
 # ------------------------------------------------------------------------------------------------------------

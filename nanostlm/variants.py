@@ -135,6 +135,16 @@ class LoRA(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+def replace_linear(model: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace plain linear layers by replacement(layer). A layer shared by several blocks stays shared."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if type(layer) is nn.Linear:
+            if layer not in replaced:
+                replaced[layer] = replacement(layer).train(layer.training)
+            model.set_submodule(name, replaced[layer])
+
+
 def merge_lora(state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
     """A state_dict in which base + up @ down replaces each LoRA of `state` that is one layer in `wanted`."""
     state = dict(state)

@@ -15,7 +15,7 @@ import prepare
 from model import GPT, GPTConfig
 from nanostlm import checkpoint, corruptions, score, stats, tasks, tokenizer, toystories
 from nanostlm import data as datasets
-from nanostlm.generate import quantize
+from nanostlm.fast_decoding import quantize
 from nanostlm.memorization import vocabulary
 
 BYTE = tokenizer.get("byte")

@@ -283,15 +283,15 @@ def test_local_attention_is_that_with_a_dense_mask():
             assert torch.allclose(local_kernel(window, where)(q, k, v), expected, atol=1e-12)
 
 
-def test_told_sentence_is_that_of_the_predicted_latents():
+def test_written_sentence_is_that_of_the_predicted_latents():
     """Greedy text from the latents that a text predicts is the greedy continuation of that text."""
     model = small("thoughts")
     text = [*b"Tom ran. It was. "]
     [new] = generate(model, [text], 20, [greedy], eot=EOT)
-    predicted = model.think(torch.tensor([[EOT, *text[:-1]]]))
-    [told] = model.tell(predicted, most=20)
-    assert told and told == bytes(new[: len(told)])
-    assert model.tell(predicted, torch.Generator().manual_seed(1), most=20) != [told]
+    predicted = model.predict_next(torch.tensor([[EOT, *text[:-1]]]))
+    [written] = model.write_sentences(predicted, most=20)
+    assert written and written == bytes(new[: len(written)])
+    assert model.write_sentences(predicted, torch.Generator().manual_seed(1), most=20) != [written]
 
 
 def test_nextlat_adds_to_the_loss_in_training_only():
@@ -541,6 +541,18 @@ def test_compare_prints_a_table_and_repeats_nothing(tmp_path, monkeypatch, capsy
         compare.main([*words, "--seconds=1"])
     with pytest.raises(ValueError, match="there is no model trigram: there are bpe4096, patches"):
         compare.main(["--only=trigram+ngram=2"])
+
+
+@pytest.mark.parametrize("model", ["bpe4096", "patches", "bytes", "thoughts", "bigram"])
+def test_compare_never_trains_on_another_corpus(model):
+    from experiments.compare import arguments
+
+    words = arguments(f"{model}+seed=2", "tinystories", "here")
+    kind = settings.peek(words, "architecture") or "gpt"
+    cls = settings.with_parts(train.TrainConfig, model=experiments.architecture(kind)[0])
+    _, recipe, given, _ = settings.command_line(cls, words, train.FLAGS, "")
+    assert recipe["fallback"] == "toystories" and given["fallback"] == ""
+    assert (given["dataset"], given["data_dir"], given["seed"]) == ("tinystories", "here", 2)
 
 
 def test_compare_misspells_a_share_of_the_letters():

@@ -11,20 +11,16 @@ import torch
 
 from model import GPT, AttnInputs, GPTConfig, rope_table
 from nanostlm import tokenizer
+from nanostlm.fast_decoding import Int8Linear, column_major, compile_step, quantize, quantize_rows
 from nanostlm.generate import (
     DEFAULTS,
     SAMPLERS,
-    Int8Linear,
     Story,
     chain,
-    column_major,
-    compile_step,
     draw,
     generate,
     greedy,
     min_p,
-    quantize,
-    quantize_rows,
     repetition_penalty,
     stop_string,
     stories,

@@ -418,7 +418,8 @@ def test_rounds_learn_from_pairs_of_the_model_before(whole, start):
 
 
 def test_repeated_command_only_prints_the_table(whole, play, monkeypatch):
-    for name in ("learn", "make_pairs", "measure"):
+    monkeypatch.setattr(train, "run", None)
+    for name in ("make_pairs", "measure"):
         monkeypatch.setattr(self_play, name, None)
     results = [json.loads((whole / f"round-{n}" / "result.json").read_text()) for n in range(3)]
     assert play(whole) == 0

@@ -6,7 +6,7 @@ One HTML file that writes stories in any current browser, offline: weights, toke
 
 The folder page/ has what is put into the HTML file as it is: the page (index.html, style.css, page.js) and
 the engine, which runs in a Worker (model.js, engine.js). The model stands beside them as data. Matrices are
-stored in int8 with a scale for each row (generate.quantize_rows), vectors in float32.
+stored in int8 with a scale for each row (fast_decoding.quantize_rows), vectors in float32.
 """
 
 import base64
@@ -25,8 +25,9 @@ from torch import nn
 from model import GPT
 from nanostlm import tasks, toystories
 from nanostlm.data import Data, load_data
+from nanostlm.fast_decoding import quantize_rows
 from nanostlm.formats import refuse, unsupported
-from nanostlm.generate import DEFAULTS, quantize_rows
+from nanostlm.generate import DEFAULTS
 from nanostlm.schema import TEXT, read_json
 from nanostlm.tokenizer import Tokenizer
 
