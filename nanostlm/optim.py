@@ -93,8 +93,6 @@ def build(model: nn.Module, c, fused: bool = True) -> list[torch.optim.Optimizer
     groups = {kind: [] for kind in ("matrix", "embedding", "head", "vector", "tensor")}
     of_heads = {p for module in model.modules() if isinstance(module, Head) for p in module.parameters()}
     for name, p in model.named_parameters():  # named_parameters yields tied and shared tensors once
-        if not p.requires_grad:
-            continue
         module = model.get_submodule(name.rpartition(".")[0])
         kinds = {
             "vector": p.ndim < 2,

@@ -440,6 +440,7 @@ def test_references_are_told_by_earlier_sentences_only():
         "pronouns": (text[: text.index("she ran")], "she", "ran"),
     }
     assert references("Then he saw Tom. Sue sat. Tom sat.") == {}
+    assert references("Tom met Mia. Mom said he ran. Sue and Tom sat.") == {}, "a word of the sentence tells"
 
 
 def test_references_counts_wrong_names(bench, tmp_path, monkeypatch):

@@ -132,6 +132,19 @@ def test_resume_is_bitwise_exact(main, teacher):
     assert not bit_equal(whole["model"], run_state("plain")["model"])
 
 
+def test_an_objective_gets_the_step_and_is_not_compiled(main, teacher, monkeypatch):
+    steps, asked, choose = [], [], train.machine.choose
+
+    def loss(self, model, idx, targets, step):
+        steps.append(step)
+        return experiments.Objective.__call__(self, model, idx, targets, step)
+
+    monkeypatch.setattr(Objective, "__call__", loss)
+    monkeypatch.setattr(train.machine, "choose", lambda *args: asked.append(args[2]) or choose(*args))
+    assert main("run", max_iters=3, objective="distill", teacher=teacher, compile="auto") == 0
+    assert steps == [0, 1, 2] and asked == ["False"]
+
+
 def test_metrics_have_the_parts_and_the_cross_entropy(main, teacher, tmp_path):
     changes = dict(max_iters=2, log_interval=1, eval_tokens=0)
     assert main("plain", **changes) == 0

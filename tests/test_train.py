@@ -703,11 +703,17 @@ def test_missing_cpp_compiler_warns(main, monkeypatch):
 
 
 def test_compile_changes_no_weights_or_losses(main, monkeypatch):
-    """The trial step in Trainer.compile has no side effects. torch.compile is mocked."""
+    """The trial passes of Trainer.compile have no side effects. torch.compile is mocked."""
+    calls = []
+
+    def compiled(model, **_):
+        return lambda *args, **kwargs: calls.append(model.training) or model(*args, **kwargs)
+
     assert main("plain", dropout=0.1) == 0
-    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *args, **kwargs: model(*args, **kwargs))
+    monkeypatch.setattr(torch, "compile", compiled)
     assert main("compiled", dropout=0.1, compile="True") == 0
     assert "compiled in" in main.stderr
+    assert calls.count(True) == 1 + 24, "one trial pass, and every update is compiled"
     assert metrics("plain") == metrics("compiled")
     assert bit_equal(run_state("plain")["model"], run_state("compiled")["model"])
     assert not any(k.startswith("_orig") for k in run_state("compiled")["model"])
